@@ -1,0 +1,50 @@
+"""PEP 517 backend: setuptools, plus the generated files that go into the package.
+
+Before setuptools looks at the tree, the cffi declarations are compiled to
+``kvmnest/kvm/_abi.py`` and the payload to ``kvmnest/data/l1.elf``, so an installed wheel needs
+neither a compiler nor binutils.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from setuptools import build_meta
+
+ROOT = Path(__file__).resolve().parent.parent
+
+get_requires_for_build_sdist = build_meta.get_requires_for_build_sdist
+get_requires_for_build_wheel = build_meta.get_requires_for_build_wheel
+get_requires_for_build_editable = build_meta.get_requires_for_build_editable
+prepare_metadata_for_build_wheel = build_meta.prepare_metadata_for_build_wheel
+prepare_metadata_for_build_editable = build_meta.prepare_metadata_for_build_editable
+
+
+def _generate() -> None:
+    sys.path.insert(0, str(ROOT))
+    try:
+        from kvmnest.kvm import cdef
+        from kvmnest.l1 import build
+
+        cdef.generate()
+        build.build()
+    finally:
+        sys.path.remove(str(ROOT))
+
+
+def build_wheel(*args: Any, **kwargs: Any) -> str:
+    """Generate, then build the wheel."""
+    _generate()
+    return str(build_meta.build_wheel(*args, **kwargs))
+
+
+def build_editable(*args: Any, **kwargs: Any) -> str:
+    """Generate, then build the editable wheel."""
+    _generate()
+    return str(build_meta.build_editable(*args, **kwargs))
+
+
+def build_sdist(*args: Any, **kwargs: Any) -> str:
+    """Generate, then build the source distribution."""
+    _generate()
+    return str(build_meta.build_sdist(*args, **kwargs))
