@@ -1,0 +1,233 @@
+"""The baseline VMCS: the smallest legal one, computed from the capability MSRs.
+
+A case states only its difference from it. SDM: "VM-Entry Checks and Loading of Guest State",
+"Checks on Host Control Registers, MSRs, and SSP" and the neighbouring sections.
+"""
+
+from __future__ import annotations
+
+import enum
+
+from kvmnest.errors import HarnessError
+from kvmnest.l1.payload import Payload
+from kvmnest.vmx import (
+    Capabilities,
+    Cr0,
+    Cr4,
+    Efer,
+    EntryCtl,
+    ExitCtl,
+    Field,
+    PinCtl,
+    Proc2Ctl,
+    ProcCtl,
+)
+
+
+class L2Mode(enum.Enum):
+    """Mode in which L2 starts."""
+
+    LONG = "64-bit"
+    PROTECTED = "32-bit, 4 MiB pages"
+    PAE = "32-bit, PAE paging"
+    UNPAGED = "32-bit, no paging"
+    REAL = "real"
+
+
+#: Reset value of IA32_PAT (SDM, "Page Attribute Table (PAT)").
+PAT_RESET = 0x0007040600070406
+#: Access rights of an unusable segment.
+UNUSABLE = 0x10000
+
+_SEGMENTS = ("ES", "CS", "SS", "DS", "FS", "GS", "LDTR", "TR")
+#: EPTP bits: write-back tables, page walk of four levels.
+EPTP_WB_4_LEVELS = 6 | 3 << 3
+
+
+def baseline(
+    caps: Capabilities,
+    payload: Payload,
+    *,
+    mode: L2Mode = L2Mode.LONG,
+    ept: bool | None = None,
+    cpu: int = 0,
+) -> dict[Field, int]:
+    """Return the fields of the smallest legal VMCS.
+
+    L2 starts at ``l2_vmcall`` (or its 32-bit or 16-bit twin). ``ept`` None means: use EPT where
+    it is offered. ``cpu`` is the vCPU of L1 whose stack and TSS the host state names.
+
+    Raises:
+        HarnessError: the mode needs a control that the capability MSRs do not allow.
+    """
+    if ept is None:
+        ept = caps.supports(Proc2Ctl.ENABLE_EPT)
+    unrestricted = mode in (L2Mode.REAL, L2Mode.UNPAGED)
+    if unrestricted and not ept:
+        raise HarnessError(f"L2 in {mode.value} mode needs EPT and unrestricted guest")
+    fields = _controls(caps, payload, mode, ept, unrestricted)
+    fields |= _host(caps, payload, cpu)
+    fields |= _guest(caps, payload, mode, ept)
+    return {field: value for field, value in fields.items() if caps.field_exists(field)}
+
+
+def _controls(
+    caps: Capabilities, payload: Payload, mode: L2Mode, ept: bool, unrestricted: bool
+) -> dict[Field, int]:
+    proc2 = Proc2Ctl(0)
+    if ept:
+        proc2 |= Proc2Ctl.ENABLE_EPT
+    if unrestricted:
+        proc2 |= Proc2Ctl.UNRESTRICTED_GUEST
+    proc = ProcCtl.ACTIVATE_SECONDARY_CONTROLS if proc2 else ProcCtl(0)
+    missing = caps.missing(*proc, *proc2)
+    if missing:
+        raise HarnessError("; ".join(missing))
+    entry = EntryCtl.IA32E_MODE_GUEST if mode is L2Mode.LONG else EntryCtl(0)
+    zero = (
+        *(Field.EXCEPTION_BITMAP, Field.PAGE_FAULT_ERROR_CODE_MASK),
+        *(Field.PAGE_FAULT_ERROR_CODE_MATCH, Field.CR3_TARGET_COUNT),
+        *(Field.VM_EXIT_MSR_STORE_COUNT, Field.VM_EXIT_MSR_LOAD_COUNT),
+        *(Field.VM_ENTRY_MSR_LOAD_COUNT, Field.VM_ENTRY_INTR_INFO_FIELD),
+        *(Field.VM_ENTRY_EXCEPTION_ERROR_CODE, Field.VM_ENTRY_INSTRUCTION_LEN),
+        *(Field.CR0_GUEST_HOST_MASK, Field.CR4_GUEST_HOST_MASK),
+        *(Field.CR0_READ_SHADOW, Field.CR4_READ_SHADOW, Field.TSC_OFFSET),
+    )
+    fields = dict.fromkeys(zero, 0)
+    fields |= {
+        Field.PIN_BASED_VM_EXEC_CONTROL: caps.clamp(PinCtl(0)),
+        Field.CPU_BASED_VM_EXEC_CONTROL: caps.clamp(proc),
+        Field.VM_EXIT_CONTROLS: caps.clamp(ExitCtl.HOST_ADDRESS_SPACE_SIZE),
+        Field.VM_ENTRY_CONTROLS: caps.clamp(entry),
+    }
+    if caps.supports(ProcCtl.ACTIVATE_SECONDARY_CONTROLS):
+        fields[Field.SECONDARY_VM_EXEC_CONTROL] = caps.clamp(proc2)
+    if ept:
+        fields[Field.EPT_POINTER] = payload["ept_pml4"] | EPTP_WB_4_LEVELS
+    return fields
+
+
+def _host(caps: Capabilities, payload: Payload, cpu: int) -> dict[Field, int]:
+    data, tss = payload["SEL_DATA"], f"tss{cpu}"
+    return {
+        Field.HOST_CR0: _cr0(caps, Cr0.PE | Cr0.MP | Cr0.ET | Cr0.NE | Cr0.WP | Cr0.PG),
+        Field.HOST_CR3: payload["l1_pml4"],
+        Field.HOST_CR4: _cr4(caps, Cr4.PAE | Cr4.OSFXSR | Cr4.OSXMMEXCPT),
+        Field.HOST_CS_SELECTOR: payload["SEL_CODE64"],
+        Field.HOST_SS_SELECTOR: data,
+        Field.HOST_DS_SELECTOR: data,
+        Field.HOST_ES_SELECTOR: data,
+        Field.HOST_FS_SELECTOR: data,
+        Field.HOST_GS_SELECTOR: data,
+        Field.HOST_TR_SELECTOR: payload[f"SEL_TSS{cpu}"],
+        Field.HOST_FS_BASE: 0,
+        Field.HOST_GS_BASE: 0,
+        Field.HOST_TR_BASE: payload[tss],
+        Field.HOST_GDTR_BASE: payload["l1_gdt"],
+        Field.HOST_IDTR_BASE: payload["l1_idt"],
+        Field.HOST_IA32_SYSENTER_CS: 0,
+        Field.HOST_IA32_SYSENTER_ESP: 0,
+        Field.HOST_IA32_SYSENTER_EIP: 0,
+        Field.HOST_IA32_EFER: Efer.LME | Efer.LMA | Efer.NXE,
+        Field.HOST_IA32_PAT: PAT_RESET,
+        Field.HOST_RSP: payload[f"cpu{cpu}_block"],
+        Field.HOST_RIP: payload["vmexit_entry"],
+    }
+
+
+def _guest(caps: Capabilities, payload: Payload, mode: L2Mode, ept: bool) -> dict[Field, int]:
+    fields = {
+        Field.GUEST_DR7: 0x400,
+        Field.GUEST_RFLAGS: 0x2,
+        Field.GUEST_RSP: payload["l2_stack_top"],
+        Field.GUEST_IA32_DEBUGCTL: 0,
+        Field.GUEST_IA32_SYSENTER_CS: 0,
+        Field.GUEST_IA32_SYSENTER_ESP: 0,
+        Field.GUEST_IA32_SYSENTER_EIP: 0,
+        Field.GUEST_IA32_PAT: PAT_RESET,
+        Field.GUEST_IA32_EFER: 0,
+        Field.GUEST_INTERRUPTIBILITY_STATE: 0,
+        Field.GUEST_ACTIVITY_STATE: 0,
+        Field.GUEST_PENDING_DBG_EXCEPTIONS: 0,
+        Field.VMCS_LINK_POINTER: 0xFFFFFFFFFFFFFFFF,
+        Field.GUEST_GDTR_BASE: payload["l1_gdt"],
+        Field.GUEST_GDTR_LIMIT: payload["l1_gdt_end"] - payload["l1_gdt"] - 1,
+    }
+    code, data, width = payload["SEL_CODE64"], payload["SEL_DATA"], "64"
+    cr0 = Cr0.PE | Cr0.MP | Cr0.ET | Cr0.NE | Cr0.WP | Cr0.PG
+    cr4 = Cr4.OSFXSR | Cr4.OSXMMEXCPT
+    rights_code, rights_data, limit = 0xA09B, 0xC093, 0xFFFFFFFF
+    if mode is L2Mode.LONG:
+        fields[Field.GUEST_IA32_EFER] = Efer.LME | Efer.LMA | Efer.NXE
+        fields[Field.GUEST_CR3] = payload["l2_pml4"]
+        cr4 |= Cr4.PAE
+    elif mode is L2Mode.REAL:
+        code, data, width = 0, 0, "16"
+        cr0, cr4 = Cr0.ET | Cr0.NE, Cr4(0)
+        rights_code, rights_data, limit = 0x9B, 0x93, 0xFFFF
+        fields[Field.GUEST_CR3] = 0
+        fields[Field.GUEST_RSP] = 0x1000
+    else:
+        code, width, rights_code = payload["SEL_CODE32"], "32", 0xC09B
+        if mode is L2Mode.PROTECTED:
+            fields[Field.GUEST_CR3] = payload["l2_pd32"]
+            cr4 |= Cr4.PSE
+        elif mode is L2Mode.PAE:
+            fields[Field.GUEST_CR3] = payload["l2_pae_pdpt"]
+            cr4 |= Cr4.PAE
+            if ept:
+                fields |= _pdptes(payload)
+        else:
+            fields[Field.GUEST_CR3] = 0
+            cr0 &= ~(Cr0.PG | Cr0.WP)
+    handlers = {"64": ("l2_idt", 0xFFF), "32": ("l2_idt32", 0x7FF), "16": ("l2_ivt", 0x3FF)}
+    table, table_limit = handlers[width]
+    suffix = "" if width == "64" else width
+    fields[Field.GUEST_RIP] = payload[f"l2_vmcall{suffix}"]
+    fields[Field.GUEST_IDTR_BASE] = payload[table]
+    fields[Field.GUEST_IDTR_LIMIT] = table_limit
+    unrestricted = mode in (L2Mode.REAL, L2Mode.UNPAGED)
+    fields[Field.GUEST_CR0] = _cr0(caps, cr0, unrestricted=unrestricted)
+    fields[Field.GUEST_CR4] = _cr4(caps, cr4)
+    for name in _SEGMENTS:
+        selector, base, rights = data, 0, rights_data
+        segment_limit = limit
+        if name == "CS":
+            selector, rights = code, rights_code
+        elif name == "LDTR":
+            selector, rights, segment_limit = 0, UNUSABLE, 0
+        elif name == "TR":
+            selector, base = payload["SEL_TSS_L2"], payload["l2_tss"]
+            rights, segment_limit = 0x8B, 0x67
+        elif name == "SS" and mode is L2Mode.REAL:
+            base = payload["l2_stack_top"] - 0x1000
+            selector = base >> 4
+        fields[Field[f"GUEST_{name}_SELECTOR"]] = selector
+        fields[Field[f"GUEST_{name}_BASE"]] = base
+        fields[Field[f"GUEST_{name}_LIMIT"]] = segment_limit
+        fields[Field[f"GUEST_{name}_ACCESS_RIGHTS"]] = rights
+    return fields
+
+
+def _pdptes(payload: Payload) -> dict[Field, int]:
+    content = next(
+        bytes_[payload["l2_pae_pdpt"] - address :][:32]
+        for address, bytes_ in payload.segments
+        if address <= payload["l2_pae_pdpt"] < address + len(bytes_)
+    )
+    return {
+        Field[f"GUEST_PDPTE{number}"]: int.from_bytes(
+            content[8 * number : 8 * number + 8], "little"
+        )
+        for number in range(4)
+    }
+
+
+def _cr0(caps: Capabilities, wanted: int, *, unrestricted: bool = False) -> int:
+    """CR0 with the fixed bits; PE and PG are not fixed for an unrestricted guest."""
+    must = caps.cr0_fixed0 & ~(Cr0.PE | Cr0.PG if unrestricted else 0)
+    return (wanted | must) & caps.cr0_fixed1
+
+
+def _cr4(caps: Capabilities, wanted: int) -> int:
+    return (wanted | caps.cr4_fixed0) & caps.cr4_fixed1

@@ -1,0 +1,81 @@
+"""Build the payload with GNU as and ld: ``python -m kvmnest.l1.build``."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from kvmnest.errors import PayloadError
+
+PACKAGE = Path(__file__).resolve().parent.parent
+#: The sources, present in a checkout and in an sdist but not in an installed wheel.
+SOURCES = PACKAGE.parent / "payloads"
+ELF = PACKAGE / "data" / "l1.elf"
+
+
+def source_hash(sources: Path = SOURCES) -> str | None:
+    """SHA-256 over the payload's sources, hexadecimal; None where there are no sources."""
+    files = sorted(p for p in sources.glob("*") if p.suffix in {".s", ".inc", ".ld"})
+    if not any(p.name == "l1.s" for p in files):
+        return None
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def _tool(name: str) -> str:
+    path = shutil.which(name)
+    if path is None:
+        raise PayloadError(
+            f"cannot build the payload: '{name}' is not installed "
+            "(apt-get install binutils, or use a kvmnest wheel, which carries the payload)"
+        )
+    return path
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        lines = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
+        raise PayloadError(f"cannot build the payload: {Path(command[0]).name}: {lines[0]}")
+
+
+def build(elf: Path = ELF, sources: Path = SOURCES) -> Path:
+    """Assemble and link the payload into ``elf`` (atomically) and return its path.
+
+    The hash of the sources becomes the ELF's build ID, by which a stale payload is recognised.
+
+    Raises:
+        PayloadError: no sources, no assembler or linker, or an error in the sources.
+    """
+    digest = source_hash(sources)
+    if digest is None:
+        raise PayloadError(f"cannot build the payload: no sources in {sources}")
+    assembler, linker = _tool("as"), _tool("ld")
+    elf.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="kvmnest-payload-") as folder:
+        obj, out = os.path.join(folder, "l1.o"), os.path.join(folder, "l1.elf")
+        main = str(sources / "l1.s")
+        _run([assembler, "--64", "--fatal-warnings", "-I", str(sources), "-o", obj, main])
+        script = str(sources / "link.ld")
+        options = ["-static", "-nostdlib", "--no-warn-rwx-segments", "-z", "max-page-size=4096"]
+        options += ["-z", "noseparate-code", f"--build-id=0x{digest}", "-T", script]
+        _run([linker, *options, "-o", out, obj])
+        temporary = elf.with_suffix(f".{os.getpid()}")
+        shutil.copyfile(out, temporary)
+        os.replace(temporary, elf)
+    return elf
+
+
+if __name__ == "__main__":
+    try:
+        print(build())
+    except PayloadError as error:
+        print(f"kvmnest: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -1,0 +1,103 @@
+"""Preparing VMX operation and L2: regions, the baseline VMCS, L2's code."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from kvmnest.errors import HarnessError
+from kvmnest.l1.baseline import L2Mode, baseline
+from kvmnest.l1.cpu import Cpu
+from kvmnest.l1.vmcs import Vmcs
+from kvmnest.vmx import Field
+from kvmnest.vmx.outcome import Succeed
+
+if TYPE_CHECKING:
+    from kvmnest.l1.machine import L1
+
+
+class GuestMixin:
+    """The part of ``L1`` that gets an L2 ready."""
+
+    def prepare_region(self: L1, address: int, revision: int | None = None) -> int:
+        """Write the VMCS revision identifier into a region and return its address."""
+        if revision is None:
+            revision = self.caps.basic.revision_id if self.has_vmx else 0
+        self.write_int(address, revision, 4)
+        return address
+
+    def enter_vmx(self: L1, cpu: Cpu | None = None) -> None:
+        """Execute VMXON with a good region; HarnessError when it does not succeed."""
+        cpu = cpu or self.cpu
+        region = self.sym("vmxon_region" if cpu.index == 0 else "vmxon_region_cpu1")
+        self._expect(self.vmxon(self.prepare_region(region), cpu=cpu), "VMXON")
+
+    def load_vmcs(
+        self: L1,
+        region: str | int = "vmcs_a",
+        *,
+        mode: L2Mode = L2Mode.LONG,
+        ept: bool | None = None,
+        l2: str | bytes | None = None,
+        cpu: Cpu | None = None,
+    ) -> Vmcs:
+        """VMCLEAR and VMPTRLD a region and give it the baseline; it is then current.
+
+        ``region`` is a label of the payload or an address; ``l2`` is L2's code, as for
+        ``set_l2``.
+        """
+        cpu = cpu or self.cpu
+        address = self.sym(region) if isinstance(region, str) else region
+        self.prepare_region(address)
+        self._expect(self.vmclear(address, cpu=cpu), "VMCLEAR")
+        self._expect(self.vmptrld(address, cpu=cpu), "VMPTRLD")
+        fields = baseline(self.caps, self.payload, mode=mode, ept=ept, cpu=cpu.index)
+        vmcs = Vmcs(self, address, fields)
+        self.vmcss[address] = vmcs
+        if l2 is not None:
+            self.set_l2(l2, vmcs)
+            vmcs.rebase(Field.GUEST_RIP, Field.GUEST_CS_SELECTOR, Field.GUEST_CS_BASE)
+        return vmcs
+
+    def launchable(self: L1, l2: str | bytes | None = None, **kwargs: Any) -> Vmcs:
+        """``enter_vmx`` and ``load_vmcs``: a VMCS that VMLAUNCH accepts."""
+        self.enter_vmx()
+        return self.load_vmcs(l2=l2, **kwargs)
+
+    def set_l2(self: L1, code: str | bytes, vmcs: Vmcs | None = None) -> int:
+        """Let L2 start at a label of the payload, or at the given machine code.
+
+        Code is written to the page ``l2_code`` with VMCALL behind it. Returns GUEST_RIP. In real
+        mode CS points at the page and RIP is 0.
+        """
+        vmcs = vmcs or self.vmcs
+        if isinstance(code, str):
+            vmcs[Field.GUEST_RIP] = self.sym(code)
+            return self.sym(code)
+        address = self.sym("l2_code")
+        content = code + b"\x0f\x01\xc1" + b"\xf4"
+        if len(content) > 8192:
+            raise HarnessError(f"{len(content)} bytes of code, L2 has 8192")
+        self.write(address, content)
+        if vmcs.baseline.get(Field.GUEST_CS_ACCESS_RIGHTS) == 0x9B:
+            vmcs[Field.GUEST_CS_SELECTOR] = address >> 4
+            vmcs[Field.GUEST_CS_BASE] = address
+            address = 0
+        vmcs[Field.GUEST_RIP] = address
+        return address
+
+    def skip_l2_instruction(self: L1, length: int) -> None:
+        """Let L2 go on behind the instruction that caused the exit."""
+        vmcs = self.vmcs
+        vmcs[Field.GUEST_RIP] = vmcs[Field.GUEST_RIP] + length
+
+    def l2_frame(self: L1, words: int = 8, size: int = 8) -> list[int]:
+        """Return what L2's exception handler reports: vector, error code, then the frame."""
+        vmcs = self.vmcs
+        address = vmcs[Field.GUEST_RSP]
+        if size == 2:
+            address += vmcs[Field.GUEST_SS_BASE]
+        return [self.read_int(address + size * index, size) for index in range(words)]
+
+    def _expect(self: L1, outcome: object, what: str) -> None:
+        if not isinstance(outcome, Succeed):
+            raise HarnessError(f"{what} was expected to succeed: {outcome!r}")

@@ -1,0 +1,293 @@
+"""L1: a VM whose payload executes one privileged instruction after the other for Python."""
+
+from __future__ import annotations
+
+import functools
+import signal
+import threading
+from collections import deque
+from types import TracebackType
+from typing import Any, Self
+
+from kvmnest.errors import HarnessError
+from kvmnest.kvm import Cap, Kvm, Memory, Vcpu, Vm
+from kvmnest.l1 import payload as payload_module
+from kvmnest.l1 import roundtrip
+from kvmnest.l1.cpu import Cpu, check_layout
+from kvmnest.l1.guest import GuestMixin
+from kvmnest.l1.instructions import InstructionMixin
+from kvmnest.l1.payload import Payload
+from kvmnest.l1.vmcs import Vmcs
+from kvmnest.vmx import Capabilities, Cr0, Cr4, Efer, FeatureControl, Field, Msr
+
+#: MSRs that describe what VMX can do, IA32_VMX_BASIC up to IA32_VMX_VMFUNC.
+VMX_MSRS = tuple(range(Msr.IA32_VMX_BASIC, Msr.IA32_VMX_VMFUNC + 1))
+
+_CR0 = Cr0.PE | Cr0.MP | Cr0.ET | Cr0.NE | Cr0.WP | Cr0.PG
+_CR4 = Cr4.PAE | Cr4.OSFXSR | Cr4.OSXMMEXCPT
+_EFER = Efer.LME | Efer.LMA | Efer.NXE
+_CPUID_1_ECX_VMX = 1 << 5
+
+
+@functools.lru_cache(maxsize=8)
+def _capabilities(msrs: tuple[tuple[int, int], ...]) -> Capabilities:
+    return Capabilities.from_msrs(dict(msrs))
+
+
+@functools.cache
+def _payload_checked() -> Payload:
+    payload = payload_module.default()
+    check_layout(payload)
+    return payload
+
+
+class L1(InstructionMixin, GuestMixin):
+    """An L1 in 64-bit mode, CPL 0, ready to execute instructions; not yet in VMX operation.
+
+    CR4.VMXE is set and IA32_FEATURE_CONTROL is locked with VMX enabled, as firmware leaves it,
+    wherever KVM offers VMX to guests; elsewhere L1 runs all the same and VMXON faults.
+
+    Args:
+        kvm: the open /dev/kvm.
+        budget: seconds of one case after which a vCPU that does not come back is a hang.
+        irqchip: "split" (local APICs in KVM), "full" (PIC and I/O APIC too) or "none".
+        feature_control: value for IA32_FEATURE_CONTROL, or None to leave it at its reset value.
+        vmxe: set CR4.VMXE (where there is VMX).
+        nested_roundtrip: before every KVM_RUN save the VM's state, destroy the VM and restore it
+            into a new one.
+
+    Raises:
+        KvmError, KvmUnavailable: KVM refused a step.
+        PayloadError: see ``kvmnest.l1.payload.load``.
+    """
+
+    def __init__(
+        self,
+        kvm: Kvm,
+        *,
+        budget: float = 5.0,
+        irqchip: str = "split",
+        feature_control: int | None = FeatureControl.LOCK | FeatureControl.VMX_OUTSIDE_SMX,
+        vmxe: bool = True,
+        nested_roundtrip: bool = False,
+    ) -> None:
+        self.kvm = kvm
+        self.payload = _payload_checked()
+        self.budget = budget
+        self.irqchip = irqchip
+        self.nested_roundtrip = nested_roundtrip
+        #: Commands since the VM was made, with their outcomes: (text, outcome).
+        self.log: deque[tuple[str, object]] = deque(maxlen=400)
+        self.expired = False
+        self._armed = False
+        #: VMCSs that have a baseline, by region address.
+        self.vmcss: dict[int, Vmcs] = {}
+        #: MSRs that a round trip moves; found at the first one.
+        self.migrated_msrs: list[int] | None = None
+        self._free = 0x100000
+        self._cpuid = kvm.supported_cpuid()
+        self.has_vmx = bool(_cpuid_1_ecx(self._cpuid) & _CPUID_1_ECX_VMX)
+        self._feature_control = feature_control if self.has_vmx else None
+        self._vmxe = vmxe and self.has_vmx
+        self.memory = Memory(self.payload["RAM_SIZE"])
+        self.vcpus: list[Vcpu] = []
+        self.cpus: list[Cpu] = []
+        self.vm: Vm
+        try:
+            for address, content in self.payload.segments:
+                self.memory.write(address, content)
+            self.vm = self.create_vm()
+            self.add_cpu()
+        except BaseException:
+            self.close()
+            raise
+
+    # --- life ---
+
+    def create_vm(self) -> Vm:
+        """Make a VM around L1's memory, without vCPUs."""
+        vm = self.kvm.create_vm()
+        try:
+            if self.irqchip == "split":
+                vm.enable_cap(Cap.SPLIT_IRQCHIP, 24)
+            elif self.irqchip == "full":
+                vm.create_irqchip()
+            vm.add_memory(0, 0, self.memory)
+        except BaseException:
+            vm.close()
+            raise
+        return vm
+
+    def create_vcpu(self, vm: Vm, index: int) -> Vcpu:
+        """Make vCPU ``index`` of ``vm`` with L1's CPUID."""
+        vcpu = vm.create_vcpu(index)
+        vcpu.set_cpuid(self._cpuid)
+        return vcpu
+
+    def add_cpu(self) -> Cpu:
+        """Start the next vCPU of L1 (at most 2) in the command loop."""
+        index = len(self.cpus)
+        if index >= self.payload["CPUS"]:
+            raise HarnessError(f"L1 has at most {self.payload['CPUS']} vCPUs")
+        self.vcpus.append(self.create_vcpu(self.vm, index))
+        cpu = Cpu(self, index)
+        self.cpus.append(cpu)
+        self._power_on(cpu)
+        return cpu
+
+    def _power_on(self, cpu: Cpu) -> None:
+        vcpu, payload = self.vcpus[cpu.index], self.payload
+        sregs = vcpu.get_sregs()
+        _segment(sregs.cs, payload["SEL_CODE64"], 0xB, long=1)
+        for register in (sregs.ss, sregs.ds, sregs.es, sregs.fs, sregs.gs):
+            _segment(register, payload["SEL_DATA"], 0x3, db=1)
+        _segment(sregs.tr, payload[f"SEL_TSS{cpu.index}"], 0xB, system=True)
+        sregs.tr.base, sregs.tr.limit = payload[f"tss{cpu.index}"], 0x67
+        sregs.ldt.unusable, sregs.ldt.present = 1, 0
+        sregs.gdt.base = payload["l1_gdt"]
+        sregs.gdt.limit = payload["l1_gdt_end"] - payload["l1_gdt"] - 1
+        sregs.idt.base = payload["l1_idt"]
+        sregs.idt.limit = payload["l1_idt_end"] - payload["l1_idt"] - 1
+        sregs.cr0, sregs.cr3 = _CR0, payload["l1_pml4"]
+        sregs.cr4 = _CR4 | (Cr4.VMXE if self._vmxe else 0)
+        sregs.efer = _EFER
+        if self._feature_control is not None:
+            vcpu.set_msrs({Msr.IA32_FEATURE_CONTROL: self._feature_control})
+        vcpu.set_sregs(sregs)
+        regs = vcpu.get_regs()
+        regs.rip, regs.rsp, regs.rflags = payload.entry, cpu.block, 0x2
+        vcpu.set_regs(regs)
+
+    def close(self) -> None:
+        """Destroy the VM and free its memory. Closing twice is allowed."""
+        self._disarm()
+        for vcpu in self.vcpus:
+            vcpu.close()
+        self.vcpus, self.cpus = [], []
+        if hasattr(self, "vm"):
+            self.vm.close()
+        self.memory.close()
+
+    def __enter__(self) -> Self:
+        """Return this L1; it is closed at the end of the block."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close."""
+        self.close()
+
+    # --- the budget of a case ---
+
+    def arm_budget(self) -> None:
+        """Start the clock of the case, once; a signal then brings KVM_RUN back."""
+        if self._armed or not self.budget or threading.current_thread() != threading.main_thread():
+            return
+        self._armed = True
+        signal.signal(signal.SIGALRM, self._expire)
+        # The timer repeats, since a signal that arrives just before KVM_RUN does not end it.
+        signal.setitimer(signal.ITIMER_REAL, self.budget, 0.05)
+
+    def _expire(self, number: int, frame: object) -> None:
+        self.expired = True
+        for cpu in self.cpus:
+            if cpu.suspended:
+                self.vcpus[cpu.index].kick()
+
+    def _disarm(self) -> None:
+        if self._armed:
+            self._armed = False
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+
+    # --- what L1 has ---
+
+    @property
+    def cpu(self) -> Cpu:
+        """The first vCPU, on which instructions run unless another is chosen."""
+        return self.cpus[0]
+
+    @property
+    def vcpu(self) -> Vcpu:
+        """The KVM vCPU of ``cpu``."""
+        return self.vcpus[0]
+
+    @property
+    def caps(self) -> Capabilities:
+        """VMX capabilities as the vCPU's MSRs state them; HarnessError without VMX."""
+        if not self.has_vmx:
+            raise HarnessError("KVM offers no VMX to this guest: there are no VMX capabilities")
+        known = set(self.kvm.msr_feature_index_list()) & set(VMX_MSRS)
+        return _capabilities(tuple(sorted(self.vcpu.get_msrs(sorted(known)).items())))
+
+    def sym(self, name: str) -> int:
+        """Guest-physical (and linear) address of a label of the payload."""
+        return self.payload[name]
+
+    def read(self, address: int, length: int) -> bytes:
+        """Bytes of L1's memory."""
+        return bytes(self.memory.read(address, length))
+
+    def write(self, address: int, content: bytes) -> None:
+        """Change L1's memory."""
+        self.memory.write(address, content)
+
+    def read_int(self, address: int, size: int = 8) -> int:
+        """Little-endian integer in L1's memory."""
+        return int.from_bytes(self.read(address, size), "little")
+
+    def write_int(self, address: int, value: int, size: int = 8) -> None:
+        """Write a little-endian integer of ``size`` bytes."""
+        self.write(address, (value & ((1 << 8 * size) - 1)).to_bytes(size, "little"))
+
+    def alloc(self, pages: int = 1) -> int:
+        """Address of zeroed, unused pages of L1's memory (in RAM from 1 MiB up)."""
+        address = self._free
+        self._free += 4096 * pages
+        if self._free > self.payload["RAM_SIZE"]:
+            raise HarnessError("L1's memory is used up")
+        return address
+
+    def round_trip(self) -> None:
+        """Save the VM, destroy it, and restore it into a new VM around the same memory."""
+        roundtrip.round_trip(self)
+
+    # --- the VMCS ---
+
+    @property
+    def vmcs(self) -> Vmcs:
+        """The current VMCS of the first vCPU; HarnessError when there is none."""
+        vmcs = self.cpu.vmcs
+        if vmcs is None:
+            raise HarnessError("no VMCS is current")
+        return vmcs
+
+    @property
+    def current(self) -> int | None:
+        """Address of the region that is the first vCPU's current VMCS."""
+        return self.cpu.current
+
+    def vmcs_diff(self) -> list[tuple[Field, int | None, int]]:
+        """Fields of the current VMCS that differ from the baseline: (field, baseline, now)."""
+        vmcs = self.cpus[0].vmcs if self.cpus else None
+        return vmcs.diff() if vmcs else []
+
+
+def _cpuid_1_ecx(cpuid: Any) -> int:
+    for index in range(cpuid.nent):
+        if cpuid.entries[index].function == 1:
+            return int(cpuid.entries[index].ecx)
+    return 0
+
+
+def _segment(
+    register: Any, selector: int, kind: int, *, long: int = 0, db: int = 0, system: bool = False
+) -> None:
+    register.base, register.limit, register.selector = 0, 0xFFFFFFFF, selector
+    register.type, register.present, register.dpl = kind, 1, 0
+    register.s, register.g = (0, 0) if system else (1, 1)
+    register.l, register.db, register.avl, register.unusable = long, db, 0, 0

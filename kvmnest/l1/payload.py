@@ -1,0 +1,99 @@
+"""The payload's ELF file: segments to load, labels, and the constants of ``payloads/abi.inc``."""
+
+from __future__ import annotations
+
+import functools
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+from elftools.common.exceptions import ELFError
+from elftools.elf.elffile import ELFFile
+from elftools.elf.sections import NoteSection, SymbolTableSection
+
+from kvmnest.errors import PayloadError
+from kvmnest.l1 import build
+
+#: The meaning of the mailbox that this package speaks; abi.inc holds the payload's side.
+ABI_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Payload:
+    """A payload ready to be loaded.
+
+    ``segments`` are (guest-physical address, bytes); ``symbols`` holds every label (an address)
+    and every constant of abi.inc; ``entry`` is where a vCPU starts.
+    """
+
+    path: Path
+    entry: int
+    segments: tuple[tuple[int, bytes], ...]
+    symbols: dict[str, int]
+    build_id: str
+
+    def __getitem__(self, name: str) -> int:
+        """Value of a constant or address of a label; PayloadError when there is none."""
+        try:
+            return self.symbols[name]
+        except KeyError:
+            raise PayloadError(f"the payload {self.path} has no symbol '{name}'") from None
+
+
+def _build_id(elf: ELFFile) -> str:
+    for section in elf.iter_sections():
+        if isinstance(section, NoteSection):
+            for note in section.iter_notes():
+                if note["n_type"] == "NT_GNU_BUILD_ID":
+                    return str(note["n_desc"])
+    return ""
+
+
+def _symbols(elf: ELFFile) -> dict[str, int]:
+    table = elf.get_section_by_name(".symtab")
+    if not isinstance(table, SymbolTableSection):
+        return {}
+    return {symbol.name: symbol["st_value"] for symbol in table.iter_symbols() if symbol.name}
+
+
+def load(path: Path = build.ELF) -> Payload:
+    """Read and check the payload.
+
+    Raises:
+        PayloadError: missing, not an ELF file, truncated, of another ABI version, or older than
+            the sources beside the package.
+    """
+    remedy = "run 'python -m kvmnest.l1.build'"
+    if not path.exists() and path == build.ELF and build.source_hash() is not None:
+        build.build()
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise PayloadError(f"no payload at {path} ({error.strerror}); {remedy}") from None
+    try:
+        elf = ELFFile(io.BytesIO(data))
+        segments = []
+        for segment in elf.iter_segments("PT_LOAD"):
+            content = segment.data()
+            if len(content) != segment["p_filesz"]:
+                raise PayloadError(f"the payload {path} is truncated; {remedy}")
+            segments.append((segment["p_paddr"], content))
+        payload = Payload(path, elf["e_entry"], tuple(segments), _symbols(elf), _build_id(elf))
+    except PayloadError:
+        raise
+    except (ELFError, OSError, ValueError, KeyError, IndexError, AssertionError) as error:
+        raise PayloadError(f"the payload {path} is not usable ({error}); {remedy}") from None
+    version = payload["ABI_VERSION"]
+    if version != ABI_VERSION:
+        raise PayloadError(f"payload ABI {version}, kvmnest needs {ABI_VERSION}; {remedy}")
+    if path == build.ELF:
+        wanted = build.source_hash()
+        if wanted is not None and wanted != payload.build_id:
+            raise PayloadError(f"the payload is older than its sources; {remedy}")
+    return payload
+
+
+@functools.cache
+def default() -> Payload:
+    """Return the package's own payload, read once a process."""
+    return load()

@@ -1,0 +1,95 @@
+"""Migration of an L1 in one step: save all state, destroy the VM, restore into a new one.
+
+Kernel documentation "KVM_GET_NESTED_STATE" and "KVM_SET_NESTED_STATE": the nested state belongs
+to the vCPU's state like its registers; a header alone (VMXON without a current VMCS) is a state.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from kvmnest.kvm import Cap, KvmError, Vcpu
+
+if TYPE_CHECKING:
+    from kvmnest.l1.machine import L1
+
+
+@dataclass
+class VcpuState:
+    """What moves with a vCPU."""
+
+    sregs: Any
+    regs: Any
+    msrs: dict[int, int]
+    xcrs: Any
+    xsave: Any
+    debugregs: Any
+    events: Any
+    mp_state: Any
+    lapic: Any
+    nested: bytes | None
+
+
+def save(l1: L1, vcpu: Vcpu) -> VcpuState:
+    """Read a vCPU's whole state."""
+    # An exit to userspace leaves an instruction half done; KVM finishes it at the next KVM_RUN
+    # (kernel documentation, "KVM_RUN": immediate_exit).
+    vcpu.run(immediate_exit=True)
+    lapic = vcpu.get_lapic() if l1.irqchip != "none" else None
+    nested = vcpu.get_nested_state() if l1.kvm.check_extension(Cap.NESTED_STATE) else None
+    return VcpuState(
+        sregs=vcpu.get_sregs(),
+        regs=vcpu.get_regs(),
+        msrs=_read_msrs(l1, vcpu),
+        xcrs=vcpu.get_xcrs(),
+        xsave=vcpu.get_xsave(),
+        debugregs=vcpu.get_debugregs(),
+        events=vcpu.get_vcpu_events(),
+        mp_state=vcpu.get_mp_state(),
+        lapic=lapic,
+        nested=nested,
+    )
+
+
+def restore(vcpu: Vcpu, state: VcpuState) -> None:
+    """Write a vCPU's whole state into a fresh vCPU that has its CPUID already."""
+    vcpu.set_sregs(state.sregs)
+    vcpu.set_msrs(state.msrs)
+    vcpu.set_xcrs(state.xcrs)
+    vcpu.set_xsave(state.xsave)
+    if state.lapic is not None:
+        vcpu.set_lapic(state.lapic)
+    vcpu.set_vcpu_events(state.events)
+    vcpu.set_mp_state(state.mp_state)
+    vcpu.set_debugregs(state.debugregs)
+    vcpu.set_regs(state.regs)
+    if state.nested is not None:
+        vcpu.set_nested_state(state.nested)
+
+
+def round_trip(l1: L1) -> None:
+    """Replace ``l1.vm`` and its vCPUs by new ones in the same state."""
+    states = [save(l1, vcpu) for vcpu in l1.vcpus]
+    for vcpu in l1.vcpus:
+        vcpu.close()
+    l1.vm.close()
+    l1.vm = l1.create_vm()
+    l1.vcpus[:] = [l1.create_vcpu(l1.vm, index) for index in range(len(states))]
+    for vcpu, state in zip(l1.vcpus, states, strict=True):
+        restore(vcpu, state)
+
+
+def _read_msrs(l1: L1, vcpu: Vcpu) -> dict[int, int]:
+    """Read each MSR of the index list that this vCPU lets read and write back."""
+    if l1.migrated_msrs is None:
+        l1.migrated_msrs = [index for index in l1.kvm.msr_index_list() if _movable(vcpu, index)]
+    return dict(vcpu.get_msrs(l1.migrated_msrs))
+
+
+def _movable(vcpu: Vcpu, index: int) -> bool:
+    try:
+        vcpu.set_msrs(vcpu.get_msrs([index]))
+    except KvmError:
+        return False
+    return True
