@@ -1,0 +1,63 @@
+"""Guest memory: anonymous pages of this process that any VM can map."""
+
+import mmap
+
+from kvmnest.kvm.native import ffi
+
+PAGE_SIZE = 4096
+
+
+class Memory:
+    """``size`` bytes of zeroed memory, a multiple of the page size (4096).
+
+    It lives independently of VMs: several can map it, one after another or at once, and it may
+    outlive them. A VM that maps it keeps it alive. ``view`` is a writable memoryview of all of it.
+    Raises ValueError for a bad size and OSError (ENOMEM).
+    """
+
+    def __init__(self, size: int) -> None:
+        if size <= 0 or size % PAGE_SIZE:
+            raise ValueError(f"memory size {size:#x} is not a positive multiple of {PAGE_SIZE:#x}")
+        self.size = size
+        self._map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.view = memoryview(self._map)
+
+    @property
+    def address(self) -> int:
+        """Address in this process, for KVM. Raises ValueError after close()."""
+        return int(ffi.cast("uintptr_t", ffi.from_buffer(self._map)))
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Return ``length`` bytes at ``offset``. Raises IndexError beyond the end."""
+        self._check(offset, length)
+        return self._map[offset : offset + length]
+
+    def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        """Store ``data`` at ``offset``. Raises IndexError beyond the end."""
+        self._check(offset, len(data))
+        self._map[offset : offset + len(data)] = data
+
+    def _check(self, offset: int, length: int) -> None:
+        if offset < 0 or length < 0 or offset + length > self.size:
+            raise IndexError(
+                f"bytes {offset:#x}..{offset + length:#x} are outside memory of {self.size:#x}"
+            )
+
+    def close(self) -> None:
+        """Give the pages back. A slot that still maps them then faults (EFAULT in KVM_RUN).
+
+        Slices of ``view`` that somebody keeps stay valid: the pages go when the last one does.
+        """
+        self.view.release()
+        try:
+            self._map.close()
+        except BufferError:
+            self._map = _closed_map()
+
+
+def _closed_map() -> mmap.mmap:
+    # A slice of the real map is alive and owns it from now on; every use of this one raises
+    # the "mmap closed or invalid" that a plain close would give.
+    stand_in = mmap.mmap(-1, PAGE_SIZE)
+    stand_in.close()
+    return stand_in
