@@ -5,35 +5,49 @@
 
         .section .insn, "ax"
 
+        .macro  DONE64
+        movabs  DONE_ADDRESS, %al
+        .endm
+        .macro  DONE32
+        ljmp    $0, $0
+        .endm
+        .globl  done64, done64_end, done32, done32_end
+        .code64
+done64: DONE64
+done64_end:
+        .code32
+done32: DONE32
+done32_end:
+
         .balign 8
 ss_selector:
         .word   SEL_DATA
 
 # The MOV to SS and the STI stand right before the instruction: blocking lasts for one
 # instruction (SDM, "Masking Exceptions and Interrupts When Switching Stacks").
-        .macro  VARIANTS prefix:req, name:req, text:vararg
+        .macro  VARIANTS prefix:req, name:req, done:req, text:vararg
         .globl  \prefix\name, \prefix\name\()_movss, \prefix\name\()_sti
 \prefix\name:
         \text
-        int     $VECTOR_DONE
+        \done
 \prefix\name\()_movss:
         mov     ss_selector, %ss
         \text
-        int     $VECTOR_DONE
+        \done
 \prefix\name\()_sti:
         sti
         \text
-        int     $VECTOR_DONE
+        \done
         .endm
 
         .macro  INSN name:req, text:vararg
         .code64
-        VARIANTS insn_, \name, \text
+        VARIANTS insn_, \name, DONE64, \text
         .endm
 
         .macro  INSN32 name:req, text:vararg
         .code32
-        VARIANTS insn32_, \name, \text
+        VARIANTS insn32_, \name, DONE32, \text
         .endm
 
 # --- VMX instructions ---

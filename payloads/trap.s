@@ -120,7 +120,7 @@ trap_stubs:
         pushq   $n
         .if     n == 2
         jmp     nmi_common
-        .elseif n < 32 || n == VECTOR_DONE
+        .elseif n < 32
         jmp     trap_common
         .else
         jmp     interrupt_common
@@ -145,7 +145,7 @@ l1_idt:
         .rept   256
         .if     n == 2
         GATE64  trap_stubs, 3, 0
-        .elseif n == VECTOR_DONE || n == 3 || n == 4
+        .elseif n == 3 || n == 4
         GATE64  trap_stubs, 1, 3
         .elseif n < 32
         GATE64  trap_stubs, 1, 0

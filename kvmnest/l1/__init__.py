@@ -1,1 +1,10 @@
 """L1: the bare-metal hypervisor in a VM, driven one instruction at a time."""
+
+from kvmnest.l1.baseline import L2Mode
+from kvmnest.l1.cpu import Mode
+from kvmnest.l1.guest import L1
+from kvmnest.l1.instructions import Shadow
+from kvmnest.l1.lost import VmLost
+from kvmnest.l1.vmcs import Vmcs
+
+__all__ = ["L1", "L2Mode", "Mode", "Shadow", "VmLost", "Vmcs"]

@@ -141,12 +141,12 @@ def _guest(caps: Capabilities, payload: Payload, mode: L2Mode, ept: bool) -> dic
         Field.GUEST_RFLAGS: 0x2,
         Field.GUEST_RSP: payload["l2_stack_top"],
         Field.GUEST_IA32_DEBUGCTL: 0,
-        Field.GUEST_IA32_SYSENTER_CS: 0,
-        Field.GUEST_IA32_SYSENTER_ESP: 0,
-        Field.GUEST_IA32_SYSENTER_EIP: 0,
+        Field.GUEST_SYSENTER_CS: 0,
+        Field.GUEST_SYSENTER_ESP: 0,
+        Field.GUEST_SYSENTER_EIP: 0,
         Field.GUEST_IA32_PAT: PAT_RESET,
         Field.GUEST_IA32_EFER: 0,
-        Field.GUEST_INTERRUPTIBILITY_STATE: 0,
+        Field.GUEST_INTERRUPTIBILITY_INFO: 0,
         Field.GUEST_ACTIVITY_STATE: 0,
         Field.GUEST_PENDING_DBG_EXCEPTIONS: 0,
         Field.VMCS_LINK_POINTER: 0xFFFFFFFFFFFFFFFF,
@@ -216,7 +216,7 @@ def _pdptes(payload: Payload) -> dict[Field, int]:
         if address <= payload["l2_pae_pdpt"] < address + len(bytes_)
     )
     return {
-        Field[f"GUEST_PDPTE{number}"]: int.from_bytes(
+        Field[f"GUEST_PDPTR{number}"]: int.from_bytes(
             content[8 * number : 8 * number + 8], "little"
         )
         for number in range(4)

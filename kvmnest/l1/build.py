@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,12 +21,15 @@ ELF = PACKAGE / "data" / "l1.elf"
 
 def source_hash(sources: Path = SOURCES) -> str | None:
     """SHA-256 over the payload's sources, hexadecimal; None where there are no sources."""
-    files = sorted(p for p in sources.glob("*") if p.suffix in {".s", ".inc", ".ld"})
-    if not any(p.name == "l1.s" for p in files):
+    main = sources / "l1.s"
+    try:
+        names = re.findall(r'^\s*\.include\s+"([^"]+)"', main.read_text(), re.MULTILINE)
+        contents = [(name, (sources / name).read_bytes()) for name in ("l1.s", "link.ld", *names)]
+    except OSError:
         return None
     digest = hashlib.sha256()
-    for path in files:
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    for name, content in contents:
+        digest.update(name.encode() + b"\0" + content + b"\0")
     return digest.hexdigest()
 
 

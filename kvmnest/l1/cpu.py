@@ -14,7 +14,7 @@ from kvmnest.l1.lost import VmLost
 from kvmnest.l1.payload import Payload
 
 if TYPE_CHECKING:
-    from kvmnest.l1.machine import L1
+    from kvmnest.l1.machine import Machine
     from kvmnest.l1.vmcs import Vmcs
 
 #: General registers in the order of their encoding, which is the order of the slots.
@@ -67,15 +67,15 @@ class Result:
     """What the payload recorded for one command."""
 
     status: int
-    rip: int = 0
-    cs: int = 0
-    rflags: int = 0
-    rsp: int = 0
-    ss: int = 0
-    vector: int = 0
-    error: int = 0
-    cr2: int = 0
-    regs: dict[str, int] = field(default_factory=dict)
+    regs: dict[str, int]
+    rip: int
+    cs: int
+    rflags: int
+    rsp: int
+    ss: int
+    vector: int
+    error: int
+    cr2: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +113,7 @@ def check_layout(payload: Payload) -> None:
 class Cpu:
     """vCPU ``index`` of an L1, started in the payload's command loop."""
 
-    def __init__(self, l1: L1, index: int) -> None:
+    def __init__(self, l1: Machine, index: int) -> None:
         self.l1 = l1
         self.index = index
         payload = l1.payload
@@ -217,9 +217,9 @@ class Cpu:
         registers |= {name: getattr(regs, name) for name in GPRS}
         registers |= {"cr0": sregs.cr0, "cr2": sregs.cr2, "cr3": sregs.cr3, "cr4": sregs.cr4}
         registers |= {"efer": sregs.efer, "cs": sregs.cs.selector}
-        return VmLost(kind, detail, self.current(), registers)
+        return VmLost(kind, detail, self.running(), registers)
 
-    def current(self) -> str:
+    def running(self) -> str:
         """Name of the command that is running or ran last."""
         name = ""
         view = self.l1.memory.view
@@ -238,7 +238,7 @@ class Cpu:
         for _ in self.commands:
             (status,) = _STATUS.unpack_from(view, address + 4)
             out = _OUT.unpack_from(view, address + self._out)
-            results.append(Result(status, *out[:8], dict(zip(GPRS, out[8:], strict=True))))
+            results.append(Result(status, dict(zip(GPRS, out[8:], strict=True)), *out[:8]))
             address += self._slot_size
         return results
 

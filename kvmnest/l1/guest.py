@@ -2,37 +2,28 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kvmnest.errors import HarnessError
 from kvmnest.l1.baseline import L2Mode, baseline
 from kvmnest.l1.cpu import Cpu
+from kvmnest.l1.instructions import Instructions
 from kvmnest.l1.vmcs import Vmcs
 from kvmnest.vmx import Field
 from kvmnest.vmx.outcome import Succeed
 
-if TYPE_CHECKING:
-    from kvmnest.l1.machine import L1
 
+class L1(Instructions):
+    """An L1 that executes instructions for Python, and gets an L2 ready; see ``Machine``."""
 
-class GuestMixin:
-    """The part of ``L1`` that gets an L2 ready."""
-
-    def prepare_region(self: L1, address: int, revision: int | None = None) -> int:
-        """Write the VMCS revision identifier into a region and return its address."""
-        if revision is None:
-            revision = self.caps.basic.revision_id if self.has_vmx else 0
-        self.write_int(address, revision, 4)
-        return address
-
-    def enter_vmx(self: L1, cpu: Cpu | None = None) -> None:
+    def enter_vmx(self, cpu: Cpu | None = None) -> None:
         """Execute VMXON with a good region; HarnessError when it does not succeed."""
         cpu = cpu or self.cpu
         region = self.sym("vmxon_region" if cpu.index == 0 else "vmxon_region_cpu1")
         self._expect(self.vmxon(self.prepare_region(region), cpu=cpu), "VMXON")
 
     def load_vmcs(
-        self: L1,
+        self,
         region: str | int = "vmcs_a",
         *,
         mode: L2Mode = L2Mode.LONG,
@@ -58,12 +49,12 @@ class GuestMixin:
             vmcs.rebase(Field.GUEST_RIP, Field.GUEST_CS_SELECTOR, Field.GUEST_CS_BASE)
         return vmcs
 
-    def launchable(self: L1, l2: str | bytes | None = None, **kwargs: Any) -> Vmcs:
+    def launchable(self, l2: str | bytes | None = None, **kwargs: Any) -> Vmcs:
         """``enter_vmx`` and ``load_vmcs``: a VMCS that VMLAUNCH accepts."""
         self.enter_vmx()
         return self.load_vmcs(l2=l2, **kwargs)
 
-    def set_l2(self: L1, code: str | bytes, vmcs: Vmcs | None = None) -> int:
+    def set_l2(self, code: str | bytes, vmcs: Vmcs | None = None) -> int:
         """Let L2 start at a label of the payload, or at the given machine code.
 
         Code is written to the page ``l2_code`` with VMCALL behind it. Returns GUEST_RIP. In real
@@ -85,12 +76,12 @@ class GuestMixin:
         vmcs[Field.GUEST_RIP] = address
         return address
 
-    def skip_l2_instruction(self: L1, length: int) -> None:
+    def skip_l2_instruction(self, length: int) -> None:
         """Let L2 go on behind the instruction that caused the exit."""
         vmcs = self.vmcs
         vmcs[Field.GUEST_RIP] = vmcs[Field.GUEST_RIP] + length
 
-    def l2_frame(self: L1, words: int = 8, size: int = 8) -> list[int]:
+    def l2_frame(self, words: int = 8, size: int = 8) -> list[int]:
         """Return what L2's exception handler reports: vector, error code, then the frame."""
         vmcs = self.vmcs
         address = vmcs[Field.GUEST_RSP]
@@ -98,6 +89,6 @@ class GuestMixin:
             address += vmcs[Field.GUEST_SS_BASE]
         return [self.read_int(address + size * index, size) for index in range(words)]
 
-    def _expect(self: L1, outcome: object, what: str) -> None:
+    def _expect(self, outcome: object, what: str) -> None:
         if not isinstance(outcome, Succeed):
             raise HarnessError(f"{what} was expected to succeed: {outcome!r}")

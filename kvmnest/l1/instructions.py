@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import enum
 import struct
-from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
 from kvmnest.errors import HarnessError
 from kvmnest.l1.cpu import DEFAULT_RFLAGS, Command, Cpu, Mode, Result
-from kvmnest.vmx import ExitReason, Field, Rflags, VmxError
+from kvmnest.l1.machine import Machine
+from kvmnest.vmx import ExitReason, Field, Rflags, Vector, VmxError
 from kvmnest.vmx.outcome import (
     EntryFailure,
     Exit,
@@ -21,9 +22,6 @@ from kvmnest.vmx.outcome import (
     WrongFlags,
 )
 from kvmnest.vmx.reasons import EXIT_REASON_ENTRY_FAILURE
-
-if TYPE_CHECKING:
-    from kvmnest.l1.machine import L1
 
 _STATUS_FLAGS = Rflags.CF | Rflags.PF | Rflags.AF | Rflags.ZF | Rflags.SF | Rflags.OF
 
@@ -41,6 +39,12 @@ _EXIT_FIELDS = (
     Field.VMX_INSTRUCTION_INFO,
     Field.GUEST_LINEAR_ADDRESS,
     Field.GUEST_PHYSICAL_ADDRESS,
+)
+
+
+_EXIT_NAMES: tuple[str, ...] = (
+    *("qualification", "rip", "length", "intr_info", "intr_error"),
+    *("idt_info", "idt_error", "info", "linear", "physical"),
 )
 
 
@@ -73,8 +77,8 @@ class How(TypedDict, total=False):
     rsp: int
 
 
-class InstructionMixin:
-    """Instruction methods of ``L1``.
+class Instructions(Machine):
+    """A machine with a method for each instruction.
 
     Unless a method says otherwise it returns ``Succeed``, ``Fault``, or ``HostExit`` when KVM
     returned to userspace in the middle, and raises ``VmLost`` and ``HarnessError``.
@@ -83,29 +87,30 @@ class InstructionMixin:
     # --- one instruction, any ---
 
     def execute(
-        self: L1, name: str, regs: dict[str, int], operand: bytes = b"", **how: Unpack[How]
+        self, name: str, inputs: dict[str, int], operand: bytes = b"", **how: Unpack[How]
     ) -> Outcome:
         """Execute instruction ``name`` of ``payloads/insn.s`` with these registers."""
-        command = self._command(name, regs, operand, **how)
+        command = self._command(name, inputs, operand, **how)
         return self._finish(how.get("cpu", self.cpu), command)
 
-    def call(self: L1, code: bytes, **how: Unpack[How]) -> Outcome:
+    def call(self, code: bytes, **how: Unpack[How]) -> Outcome:
         """Execute machine code in L1; it must not jump outside itself.
 
         In ``Fault``, ``rip`` is the offset from its first byte.
         """
         cpu = how.get("cpu", self.cpu)
-        done = bytes([0xCD, self.payload["VECTOR_DONE"]])
         address = self.sym("snippet_code") + 2048 * cpu.index
-        if len(code) + len(done) > 2048:
-            raise HarnessError(f"{len(code)} bytes of code, a snippet holds {2048 - len(done)}")
-        self.write(address, code + done)
+        if len(code) + len(self.done64) > 2048:
+            raise HarnessError(
+                f"{len(code)} bytes of code, a snippet holds {2048 - len(self.done64)}"
+            )
+        self.write(address, code + self.done64)
         command = self._command("nop", how.get("regs", {}), b"", **how)
         command.rip, command.name = address, f"code {code.hex()}"
         return self._finish(cpu, command)
 
     def _command(
-        self: L1, name: str, regs: dict[str, int], operand: bytes = b"", **how: Unpack[How]
+        self, name: str, inputs: dict[str, int], operand: bytes = b"", **how: Unpack[How]
     ) -> Command:
         cpl, mode = how.get("cpl", 0), how.get("mode", Mode.LONG)
         shadow = how.get("shadow", Shadow.NONE)
@@ -122,7 +127,7 @@ class InstructionMixin:
         data = symbols["SEL_USER_DATA" if cpl == 3 else "SEL_DATA"]
         cpu = how.get("cpu", self.cpu)
         at = how.get("at", cpu.operand_address())
-        registers = {"rbp" if via_ss else "rdi": at, **regs, **how.get("regs", {})}
+        registers = {"rbp" if via_ss else "rdi": at, **inputs, **how.get("regs", {})}
         return Command(
             op=symbols["OP_EXECUTE"],
             rip=symbols[label],
@@ -136,22 +141,22 @@ class InstructionMixin:
             operand=operand,
         )
 
-    def _finish(self: L1, cpu: Cpu, command: Command) -> Outcome:
+    def _finish(self, cpu: Cpu, command: Command) -> Outcome:
         seen = cpu.submit([command])
         return self._note(command, self._plain(command, seen))
 
-    def _plain(self: L1, command: Command, seen: Any) -> Outcome:
+    def _plain(self, command: Command, seen: Any) -> Outcome:
         if not isinstance(seen, list):
             return HostExit(seen)
         result: Result = seen[0]
         fault = self._fault(command, result)
         return fault or Succeed(regs=result.regs, rflags=result.rflags)
 
-    def _fault(self: L1, command: Command, result: Result) -> Fault | None:
-        if result.vector == self.payload["VECTOR_DONE"]:
+    def _fault(self, command: Command, result: Result) -> Fault | None:
+        if self.is_done(result.vector, result.rip):
             return None
         return Fault(
-            vector=result.vector,
+            vector=_known(Vector, result.vector),
             error_code=result.error,
             cr2=result.cr2,
             rip=result.rip - command.rip,
@@ -159,7 +164,7 @@ class InstructionMixin:
             rflags=result.rflags,
         )
 
-    def _note(self: L1, command: Command, outcome: Outcome) -> Outcome:
+    def _note(self, command: Command, outcome: Outcome) -> Outcome:
         regs = " ".join(f"{name}={value:#x}" for name, value in command.regs.items())
         self.log.append((f"{command.name} {regs}", outcome))
         return outcome
@@ -167,17 +172,17 @@ class InstructionMixin:
     # --- VMX instructions ---
 
     def _vmx(
-        self: L1, name: str, regs: dict[str, int], operand: bytes = b"", **how: Unpack[How]
+        self, name: str, inputs: dict[str, int], operand: bytes = b"", **how: Unpack[How]
     ) -> Outcome:
         """Execute a VMX instruction and judge its flags (SDM, "Conventions")."""
         cpu = how.get("cpu", self.cpu)
-        command = self._command(name, regs, operand, **how)
+        command = self._command(name, inputs, operand, **how)
         seen = cpu.submit([command])
         if not isinstance(seen, list):
             return self._note(command, HostExit(seen))
         return self._note(command, self._judge(cpu, command, seen[0]))
 
-    def _judge(self: L1, cpu: Cpu, command: Command, result: Result) -> Outcome:
+    def _judge(self, cpu: Cpu, command: Command, result: Result) -> Outcome:
         fault = self._fault(command, result)
         if fault:
             return fault
@@ -187,31 +192,33 @@ class InstructionMixin:
         if flags == Rflags.CF:
             return VMfailInvalid(rflags=result.rflags)
         if flags == Rflags.ZF:
-            return VMfailValid(self._instruction_error(cpu), rflags=result.rflags)
+            return VMfailValid(self.instruction_error(cpu), rflags=result.rflags)
         return WrongFlags(flags)
 
-    def _instruction_error(self: L1, cpu: Cpu) -> VmxError | int:
-        ((_, value, _),) = self._vmread_list(cpu, (Field.VM_INSTRUCTION_ERROR,))
-        return _known_error(value)
+    def instruction_error(self, cpu: Cpu) -> int:
+        """Read the VM-instruction error field of the current VMCS."""
+        ((_, value, _),) = self.vmread_list(cpu, (Field.VM_INSTRUCTION_ERROR,))
+        return _known(VmxError, value)
 
-    def _vmread_list(self: L1, cpu: Cpu, fields: tuple[int, ...]) -> list[tuple[int, int, int]]:
+    def vmread_list(self, cpu: Cpu, fields: tuple[int, ...]) -> list[tuple[int, int, int]]:
+        """VMREAD several fields in one KVM_RUN: (field, value, RFLAGS) of each."""
         cpu.submit([cpu.write_list("OP_VMREAD_LIST", [(field, 0) for field in fields])])
         return cpu.read_list(len(fields))
 
-    def vmxon(self: L1, address: int | None = None, **how: Unpack[How]) -> Outcome:
+    def vmxon(self, address: int | None = None, **how: Unpack[How]) -> Outcome:
         """VMXON; ``address`` is the VMXON region's physical address (default: a prepared one)."""
         if address is None:
             address = self.prepare_region(self.sym("vmxon_region"))
         return self._vmx("vmxon", {}, struct.pack("<Q", address), **how)
 
-    def vmxoff(self: L1, **how: Unpack[How]) -> Outcome:
+    def vmxoff(self, **how: Unpack[How]) -> Outcome:
         """VMXOFF."""
         outcome = self._vmx("vmxoff", {}, **how)
         if isinstance(outcome, Succeed):
             how.get("cpu", self.cpu).current = None
         return outcome
 
-    def vmclear(self: L1, address: int, **how: Unpack[How]) -> Outcome:
+    def vmclear(self, address: int, **how: Unpack[How]) -> Outcome:
         """VMCLEAR of the region at physical ``address``."""
         cpu = how.get("cpu", self.cpu)
         outcome = self._vmx("vmclear", {}, struct.pack("<Q", address), **how)
@@ -219,14 +226,14 @@ class InstructionMixin:
             cpu.current = None
         return outcome
 
-    def vmptrld(self: L1, address: int, **how: Unpack[How]) -> Outcome:
+    def vmptrld(self, address: int, **how: Unpack[How]) -> Outcome:
         """VMPTRLD of the region at physical ``address``."""
         outcome = self._vmx("vmptrld", {}, struct.pack("<Q", address), **how)
         if isinstance(outcome, Succeed):
             how.get("cpu", self.cpu).current = address
         return outcome
 
-    def vmptrst(self: L1, **how: Unpack[How]) -> Outcome:
+    def vmptrst(self, **how: Unpack[How]) -> Outcome:
         """VMPTRST; ``Succeed.value`` is the current-VMCS pointer."""
         at = how.get("at", how.get("cpu", self.cpu).operand_address())
         outcome = self._vmx("vmptrst", {}, b"\xa5" * 16 if "at" not in how else b"", **how)
@@ -234,7 +241,7 @@ class InstructionMixin:
             return Succeed(self.read_int(at), outcome.regs, outcome.rflags)
         return outcome
 
-    def vmread(self: L1, field: int, *, memory: bool = False, **how: Unpack[How]) -> Outcome:
+    def vmread(self, field: int, *, memory: bool = False, **how: Unpack[How]) -> Outcome:
         """VMREAD to a register, or with ``memory`` to memory; ``Succeed.value`` is the value."""
         memory = memory or how.get("via_ss", False) or "at" in how
         name = "vmread" if how.get("via_ss") or not memory else "vmread_mem"
@@ -248,7 +255,7 @@ class InstructionMixin:
         return Succeed(value, outcome.regs, outcome.rflags)
 
     def vmwrite(
-        self: L1, field: int, value: int, *, memory: bool = False, **how: Unpack[How]
+        self, field: int, value: int, *, memory: bool = False, **how: Unpack[How]
     ) -> Outcome:
         """VMWRITE from a register, or with ``memory`` from memory."""
         memory = memory or how.get("via_ss", False) or "at" in how
@@ -260,34 +267,34 @@ class InstructionMixin:
             vmcs.note_write(field, value)
         return outcome
 
-    def vmcall(self: L1, **how: Unpack[How]) -> Outcome:
+    def vmcall(self, **how: Unpack[How]) -> Outcome:
         """VMCALL in L1: outside VMX operation a hypercall to KVM, in VMX root operation error 1."""
         return self._vmx("vmcall", {}, **how)
 
-    def vmfunc(self: L1, **how: Unpack[How]) -> Outcome:
+    def vmfunc(self, **how: Unpack[How]) -> Outcome:
         """VMFUNC in L1: #UD in VMX root operation."""
         return self._vmx("vmfunc", {}, **how)
 
-    def invept(self: L1, kind: int, eptp: int = 0, rest: int = 0, **how: Unpack[How]) -> Outcome:
+    def invept(self, kind: int, eptp: int = 0, rest: int = 0, **how: Unpack[How]) -> Outcome:
         """INVEPT with type ``kind`` and the descriptor (EPTP, upper 64 bits)."""
         return self._vmx("invept", {"rax": kind}, struct.pack("<QQ", eptp, rest), **how)
 
-    def invvpid(self: L1, kind: int, vpid: int = 0, linear: int = 0, **how: Unpack[How]) -> Outcome:
+    def invvpid(self, kind: int, vpid: int = 0, linear: int = 0, **how: Unpack[How]) -> Outcome:
         """INVVPID with type ``kind``; ``vpid`` is the descriptor's whole first 64 bits."""
         return self._vmx("invvpid", {"rax": kind}, struct.pack("<QQ", vpid, linear), **how)
 
-    def vmlaunch(self: L1, **how: Unpack[How]) -> Outcome:
+    def vmlaunch(self, **how: Unpack[How]) -> Outcome:
         """VMLAUNCH; ``regs`` are L2's registers. ``Exit`` or ``EntryFailure`` when L2 was entered.
 
         Changes to ``vmcs`` that were not yet written are written first.
         """
         return self._enter("vmlaunch", **how)
 
-    def vmresume(self: L1, **how: Unpack[How]) -> Outcome:
+    def vmresume(self, **how: Unpack[How]) -> Outcome:
         """VMRESUME; see ``vmlaunch``."""
         return self._enter("vmresume", **how)
 
-    def _enter(self: L1, name: str, **how: Unpack[How]) -> Outcome:
+    def _enter(self, name: str, **how: Unpack[How]) -> Outcome:
         cpu = how.get("cpu", self.cpu)
         if cpu.vmcs is not None:
             cpu.vmcs.flush(cpu)
@@ -298,7 +305,7 @@ class InstructionMixin:
         reads = cpu.write_list("OP_VMREAD_LIST", [(field, 0) for field in _EXIT_FIELDS])
         return self._note(command, self._entered(cpu, cpu.submit([command, reads])))
 
-    def resume(self: L1, cpu: Cpu | None = None) -> Outcome:
+    def resume(self, cpu: Cpu | None = None) -> Outcome:
         """Go on after a ``HostExit`` and return what becomes of the suspended instruction."""
         cpu = cpu or self.cpu
         command = cpu.commands[0]
@@ -307,34 +314,39 @@ class InstructionMixin:
             return self._note(command, self._entered(cpu, seen))
         return self._note(command, self._plain(command, seen))
 
-    def _entered(self: L1, cpu: Cpu, seen: Any) -> Outcome:
+    def _entered(self, cpu: Cpu, seen: Any) -> Outcome:
         if not isinstance(seen, list):
             return HostExit(seen)
         result: Result = seen[0]
         values = [value for _, value, _ in cpu.read_list(len(_EXIT_FIELDS))]
         if result.status != self.payload["STATUS_VMEXIT"]:
             flags = result.rflags & _STATUS_FLAGS
-            if result.vector == self.payload["VECTOR_DONE"] and flags == Rflags.ZF:
-                return VMfailValid(_known_error(values[0]), rflags=result.rflags)
+            if self.is_done(result.vector, result.rip) and flags == Rflags.ZF:
+                return VMfailValid(_known(VmxError, values[0]), rflags=result.rflags)
             return self._judge(cpu, cpu.commands[0], result)
         reason = values[1]
         if reason & EXIT_REASON_ENTRY_FAILURE:
             basic = reason & ~EXIT_REASON_ENTRY_FAILURE
-            return EntryFailure(_known_reason(basic), values[2], regs=result.regs)
-        return Exit(_known_reason(reason), *values[2:], regs=result.regs, cr2=result.cr2)
+            return EntryFailure(_known(ExitReason, basic), values[2], regs=result.regs)
+        return Exit(
+            _known(ExitReason, reason),
+            **dict(zip(_EXIT_NAMES, values[2:], strict=True)),
+            regs=result.regs,
+            cr2=result.cr2,
+        )
 
     # --- other instructions ---
 
-    def rdmsr(self: L1, index: int, **how: Unpack[How]) -> Outcome:
+    def rdmsr(self, index: int, **how: Unpack[How]) -> Outcome:
         """RDMSR; ``Succeed.value`` is EDX:EAX."""
         return _edx_eax(self.execute("rdmsr", {"rcx": index}, **how))
 
-    def wrmsr(self: L1, index: int, value: int, **how: Unpack[How]) -> Outcome:
+    def wrmsr(self, index: int, value: int, **how: Unpack[How]) -> Outcome:
         """WRMSR."""
         regs = {"rcx": index, "rax": value & 0xFFFFFFFF, "rdx": value >> 32 & 0xFFFFFFFF}
         return self.execute("wrmsr", regs, **how)
 
-    def cpuid(self: L1, leaf: int, subleaf: int = 0, **how: Unpack[How]) -> Outcome:
+    def cpuid(self, leaf: int, subleaf: int = 0, **how: Unpack[How]) -> Outcome:
         """CPUID; ``Succeed.value`` is (EAX, EBX, ECX, EDX)."""
         outcome = self.execute("cpuid", {"rax": leaf, "rcx": subleaf}, **how)
         if isinstance(outcome, Succeed):
@@ -343,40 +355,40 @@ class InstructionMixin:
             return Succeed(value, regs, outcome.rflags)
         return outcome
 
-    def rdtsc(self: L1, **how: Unpack[How]) -> Outcome:
+    def rdtsc(self, **how: Unpack[How]) -> Outcome:
         """RDTSC; ``Succeed.value`` is EDX:EAX."""
         return _edx_eax(self.execute("rdtsc", {}, **how))
 
-    def xgetbv(self: L1, register: int = 0, **how: Unpack[How]) -> Outcome:
+    def xgetbv(self, register: int = 0, **how: Unpack[How]) -> Outcome:
         """XGETBV; ``Succeed.value`` is EDX:EAX."""
         return _edx_eax(self.execute("xgetbv", {"rcx": register}, **how))
 
-    def xsetbv(self: L1, value: int, register: int = 0, **how: Unpack[How]) -> Outcome:
+    def xsetbv(self, value: int, register: int = 0, **how: Unpack[How]) -> Outcome:
         """XSETBV."""
         regs = {"rcx": register, "rax": value & 0xFFFFFFFF, "rdx": value >> 32}
         return self.execute("xsetbv", regs, **how)
 
-    def read_cr(self: L1, number: int, **how: Unpack[How]) -> Outcome:
+    def read_cr(self, number: int, **how: Unpack[How]) -> Outcome:
         """MOV from CR0, CR2, CR3, CR4 or CR8; ``Succeed.value`` is the value."""
         return _rax(self.execute(f"read_cr{number}", {}, **how))
 
-    def write_cr(self: L1, number: int, value: int, **how: Unpack[How]) -> Outcome:
+    def write_cr(self, number: int, value: int, **how: Unpack[How]) -> Outcome:
         """MOV to CR0, CR2, CR3, CR4 or CR8."""
         return self.execute(f"write_cr{number}", {"rax": value}, **how)
 
-    def read_dr(self: L1, number: int, **how: Unpack[How]) -> Outcome:
+    def read_dr(self, number: int, **how: Unpack[How]) -> Outcome:
         """MOV from DR0-DR3, DR6 or DR7; ``Succeed.value`` is the value."""
         return _rax(self.execute(f"read_dr{number}", {}, **how))
 
-    def write_dr(self: L1, number: int, value: int, **how: Unpack[How]) -> Outcome:
+    def write_dr(self, number: int, value: int, **how: Unpack[How]) -> Outcome:
         """MOV to DR0-DR3, DR6 or DR7."""
         return self.execute(f"write_dr{number}", {"rax": value}, **how)
 
-    def inb(self: L1, port: int, **how: Unpack[How]) -> Outcome:
+    def inb(self, port: int, **how: Unpack[How]) -> Outcome:
         """IN AL, DX: ``HostExit`` with KVM's I/O exit."""
         return self.execute("in8", {"rdx": port}, **how)
 
-    def outb(self: L1, port: int, value: int, **how: Unpack[How]) -> Outcome:
+    def outb(self, port: int, value: int, **how: Unpack[How]) -> Outcome:
         """OUT DX, AL: ``HostExit`` with KVM's I/O exit."""
         return self.execute("out8", {"rdx": port, "rax": value}, **how)
 
@@ -394,9 +406,6 @@ def _rax(outcome: Outcome) -> Outcome:
     return outcome
 
 
-def _known_error(number: int) -> VmxError | int:
-    return VmxError(number) if number in VmxError._value2member_map_ else number
-
-
-def _known_reason(number: int) -> ExitReason | int:
-    return ExitReason(number) if number in ExitReason._value2member_map_ else number
+def _known(kind: type[enum.IntEnum], number: int) -> int:
+    """Return the member of an enumeration, or the bare number where it has none."""
+    return kind(number) if number in kind._value2member_map_ else number

@@ -14,11 +14,9 @@ from kvmnest.kvm import Cap, Kvm, Memory, Vcpu, Vm
 from kvmnest.l1 import payload as payload_module
 from kvmnest.l1 import roundtrip
 from kvmnest.l1.cpu import Cpu, check_layout
-from kvmnest.l1.guest import GuestMixin
-from kvmnest.l1.instructions import InstructionMixin
 from kvmnest.l1.payload import Payload
 from kvmnest.l1.vmcs import Vmcs
-from kvmnest.vmx import Capabilities, Cr0, Cr4, Efer, FeatureControl, Field, Msr
+from kvmnest.vmx import Capabilities, Cr0, Cr4, Efer, FeatureControl, Field, Msr, Vector
 
 #: MSRs that describe what VMX can do, IA32_VMX_BASIC up to IA32_VMX_VMFUNC.
 VMX_MSRS = tuple(range(Msr.IA32_VMX_BASIC, Msr.IA32_VMX_VMFUNC + 1))
@@ -41,7 +39,7 @@ def _payload_checked() -> Payload:
     return payload
 
 
-class L1(InstructionMixin, GuestMixin):
+class Machine:
     """An L1 in 64-bit mode, CPL 0, ready to execute instructions; not yet in VMX operation.
 
     CR4.VMXE is set and IA32_FEATURE_CONTROL is locked with VMX enabled, as firmware leaves it,
@@ -67,7 +65,7 @@ class L1(InstructionMixin, GuestMixin):
         *,
         budget: float = 5.0,
         irqchip: str = "split",
-        feature_control: int | None = FeatureControl.LOCK | FeatureControl.VMX_OUTSIDE_SMX,
+        feature_control: int | None = FeatureControl.LOCKED | FeatureControl.VMX_OUTSIDE_SMX,
         vmxe: bool = True,
         nested_roundtrip: bool = False,
     ) -> None:
@@ -256,7 +254,33 @@ class L1(InstructionMixin, GuestMixin):
         """Save the VM, destroy it, and restore it into a new VM around the same memory."""
         roundtrip.round_trip(self)
 
+    @functools.cached_property
+    def done64(self) -> bytes:
+        """The instruction that ends a snippet of 64-bit code."""
+        return self.read(self.sym("done64"), self.sym("done64_end") - self.sym("done64"))
+
+    @functools.cached_property
+    def _done32(self) -> bytes:
+        return self.read(self.sym("done32"), self.sym("done32_end") - self.sym("done32"))
+
+    def is_done(self, vector: int, rip: int) -> bool:
+        """Tell whether a trap of L1 at ``rip`` is the end of a snippet."""
+        if vector != Vector.GP or rip >= self.payload["RAM_SIZE"]:
+            return False
+        view = self.memory.view
+        return (
+            view[rip : rip + len(self.done64)] == self.done64
+            or view[rip : rip + len(self._done32)] == self._done32
+        )
+
     # --- the VMCS ---
+
+    def prepare_region(self, address: int, revision: int | None = None) -> int:
+        """Write the VMCS revision identifier into a region and return its address."""
+        if revision is None:
+            revision = self.caps.basic.revision_id if self.has_vmx else 0
+        self.write_int(address, revision, 4)
+        return address
 
     @property
     def vmcs(self) -> Vmcs:

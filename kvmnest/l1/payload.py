@@ -60,12 +60,9 @@ def load(path: Path = build.ELF) -> Payload:
     """Read and check the payload.
 
     Raises:
-        PayloadError: missing, not an ELF file, truncated, of another ABI version, or older than
-            the sources beside the package.
+        PayloadError: missing, not an ELF file, truncated, or of another ABI version.
     """
     remedy = "run 'python -m kvmnest.l1.build'"
-    if not path.exists() and path == build.ELF and build.source_hash() is not None:
-        build.build()
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -86,14 +83,20 @@ def load(path: Path = build.ELF) -> Payload:
     version = payload["ABI_VERSION"]
     if version != ABI_VERSION:
         raise PayloadError(f"payload ABI {version}, kvmnest needs {ABI_VERSION}; {remedy}")
-    if path == build.ELF:
-        wanted = build.source_hash()
-        if wanted is not None and wanted != payload.build_id:
-            raise PayloadError(f"the payload is older than its sources; {remedy}")
     return payload
 
 
 @functools.cache
 def default() -> Payload:
-    """Return the package's own payload, read once a process."""
-    return load()
+    """Return the package's own payload, read once a process.
+
+    In a checkout it is built when it is missing or older than its sources.
+    """
+    wanted = build.source_hash()
+    if wanted is None:
+        return load()
+    if build.ELF.exists():
+        payload = load()
+        if payload.build_id == wanted:
+            return payload
+    return load(build.build())

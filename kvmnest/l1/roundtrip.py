@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from kvmnest.kvm import Cap, KvmError, Vcpu
 
 if TYPE_CHECKING:
-    from kvmnest.l1.machine import L1
+    from kvmnest.l1.machine import Machine
 
 
 @dataclass
@@ -31,7 +31,7 @@ class VcpuState:
     nested: bytes | None
 
 
-def save(l1: L1, vcpu: Vcpu) -> VcpuState:
+def save(l1: Machine, vcpu: Vcpu) -> VcpuState:
     """Read a vCPU's whole state."""
     # An exit to userspace leaves an instruction half done; KVM finishes it at the next KVM_RUN
     # (kernel documentation, "KVM_RUN": immediate_exit).
@@ -68,7 +68,7 @@ def restore(vcpu: Vcpu, state: VcpuState) -> None:
         vcpu.set_nested_state(state.nested)
 
 
-def round_trip(l1: L1) -> None:
+def round_trip(l1: Machine) -> None:
     """Replace ``l1.vm`` and its vCPUs by new ones in the same state."""
     states = [save(l1, vcpu) for vcpu in l1.vcpus]
     for vcpu in l1.vcpus:
@@ -80,7 +80,7 @@ def round_trip(l1: L1) -> None:
         restore(vcpu, state)
 
 
-def _read_msrs(l1: L1, vcpu: Vcpu) -> dict[int, int]:
+def _read_msrs(l1: Machine, vcpu: Vcpu) -> dict[int, int]:
     """Read each MSR of the index list that this vCPU lets read and write back."""
     if l1.migrated_msrs is None:
         l1.migrated_msrs = [index for index in l1.kvm.msr_index_list() if _movable(vcpu, index)]

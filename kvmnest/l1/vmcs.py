@@ -10,7 +10,7 @@ from kvmnest.vmx import Field, Rflags
 
 if TYPE_CHECKING:
     from kvmnest.l1.cpu import Cpu
-    from kvmnest.l1.machine import L1
+    from kvmnest.l1.instructions import Instructions
 
 
 class Vmcs:
@@ -21,11 +21,11 @@ class Vmcs:
     VMREAD. Both need this VMCS to be current.
     """
 
-    def __init__(self, l1: L1, address: int, baseline: Mapping[Field, int]) -> None:
+    def __init__(self, l1: Instructions, address: int, baseline: Mapping[Field, int]) -> None:
         self._l1 = l1
         self.address = address
         self.baseline = dict(baseline)
-        self._pending: dict[int, int] = dict(baseline)
+        self._pending: dict[int, int] = {int(field): value for field, value in baseline.items()}
         self._written: dict[int, int] = {}
 
     def __setitem__(self, field: int, value: int) -> None:
@@ -48,7 +48,7 @@ class Vmcs:
         self._must_be_current(self._l1.cpu)
         self.flush()
         values = []
-        for field, value, rflags in self._l1._vmread_list(self._l1.cpu, fields):
+        for field, value, rflags in self._l1.vmread_list(self._l1.cpu, fields):
             if rflags & (Rflags.CF | Rflags.ZF):
                 raise HarnessError(f"VMREAD of {field_name(field)} failed")
             values.append(value)
@@ -74,7 +74,7 @@ class Vmcs:
             if rflags & (Rflags.CF | Rflags.ZF):
                 error = "VMfailInvalid"
                 if rflags & Rflags.ZF:
-                    error = str(self._l1._instruction_error(cpu))
+                    error = str(self._l1.instruction_error(cpu))
                 raise HarnessError(f"VMWRITE of {field_name(field)} <- {value:#x} failed: {error}")
             self._written[field] = value
 

@@ -7,11 +7,11 @@ in comparisons.
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from kvmnest.vmx.errors import VmxError
-from kvmnest.vmx.reasons import ExitReason
 
 
 class _Any:
@@ -36,7 +36,7 @@ Registers = dict[str, int]
 
 
 def _show(value: object) -> str:
-    if isinstance(value, ExitReason | VmxError):
+    if isinstance(value, enum.Enum):
         return value.name
     if isinstance(value, int) and not isinstance(value, bool):
         return hex(value)
@@ -76,7 +76,7 @@ class VMfailInvalid(_Shown):
 
 @dataclass(frozen=True)
 class VMfailValid:
-    """ZF set, the other five status flags clear, and the error in the VM-instruction error field."""
+    """ZF set, the other five status flags clear; ``error`` is the VM-instruction error."""
 
     error: Any
     rflags: int = field(default=0, compare=False)
