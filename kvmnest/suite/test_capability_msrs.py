@@ -1,0 +1,101 @@
+"""The VMX capability MSRs as L1 reads them: consistent, read-only, the same as KVM reports."""
+
+import pytest
+
+from kvmnest.l1.machine import VMX_MSRS
+from kvmnest.vmx import EntryCtl, ExitCtl, Field, Msr, PinCtl, ProcCtl, Vector
+from kvmnest.vmx.outcome import Fault, Succeed
+
+pytestmark = [
+    pytest.mark.series(6),
+    pytest.mark.sdm("VMX Capability Reporting Facility"),
+]
+
+TRUE = {
+    Msr.IA32_VMX_PINBASED_CTLS: Msr.IA32_VMX_TRUE_PINBASED_CTLS,
+    Msr.IA32_VMX_PROCBASED_CTLS: Msr.IA32_VMX_TRUE_PROCBASED_CTLS,
+    Msr.IA32_VMX_EXIT_CTLS: Msr.IA32_VMX_TRUE_EXIT_CTLS,
+    Msr.IA32_VMX_ENTRY_CTLS: Msr.IA32_VMX_TRUE_ENTRY_CTLS,
+}
+#: The bits that are reserved and 1 in processors without the TRUE MSRs.
+DEFAULT1 = {
+    Msr.IA32_VMX_PINBASED_CTLS: 0x16,
+    Msr.IA32_VMX_PROCBASED_CTLS: 0x0401E172,
+    Msr.IA32_VMX_EXIT_CTLS: 0x36DFF,
+    Msr.IA32_VMX_ENTRY_CTLS: 0x11FF,
+}
+
+
+def _present(l1) -> list[int]:
+    return [msr for msr in VMX_MSRS if msr in l1.kvm.msr_feature_index_list()]
+
+
+def test_l1_reads_what_kvm_reports(l1):
+    """RDMSR in L1 gives the values that KVM_GET_MSRS gives."""
+    values = l1.vcpu.get_msrs(_present(l1))
+    assert values
+    for msr, value in values.items():
+        assert l1.rdmsr(msr) == Succeed(value), hex(msr)
+
+
+def test_read_only(l1):
+    """WRMSR to a capability MSR gives #GP(0) and changes nothing."""
+    for msr in _present(l1):
+        value = l1.rdmsr(msr).value
+        assert l1.wrmsr(msr, value) == Fault(Vector.GP, error_code=0, rip=0), hex(msr)
+        assert l1.rdmsr(msr) == Succeed(value)
+
+
+@pytest.mark.parametrize("msr", TRUE, ids=lambda msr: msr.name)
+def test_allowed_0_within_allowed_1(l1, msr):
+    """A control that must be 1 may be 1."""
+    for which in (msr, TRUE[msr]):
+        value = l1.rdmsr(which).value
+        assert value & 0xFFFFFFFF & ~(value >> 32) == 0, hex(which)
+
+
+@pytest.mark.parametrize("msr", TRUE, ids=lambda msr: msr.name)
+def test_default1_controls(l1, msr):
+    """The plain MSR reports each default1 control as 1; the TRUE one may relax it."""
+    plain, true = l1.rdmsr(msr).value, l1.rdmsr(TRUE[msr]).value
+    assert plain & DEFAULT1[msr] == DEFAULT1[msr]
+    assert true >> 32 == plain >> 32
+    assert true & 0xFFFFFFFF & ~plain == 0
+    assert (plain ^ true) & 0xFFFFFFFF & ~DEFAULT1[msr] == 0
+
+
+def test_secondary_controls_may_all_be_0(l1):
+    """Bits 31:0 of IA32_VMX_PROCBASED_CTLS2 are 0."""
+    assert l1.rdmsr(Msr.IA32_VMX_PROCBASED_CTLS2).value & 0xFFFFFFFF == 0
+
+
+@pytest.mark.parametrize("register", ["CR0", "CR4"])
+def test_fixed_bits_are_consistent(l1, register):
+    """A bit fixed to 1 in FIXED0 is 1 in FIXED1, too."""
+    fixed0 = l1.rdmsr(Msr[f"IA32_VMX_{register}_FIXED0"]).value
+    fixed1 = l1.rdmsr(Msr[f"IA32_VMX_{register}_FIXED1"]).value
+    assert fixed0 & ~fixed1 == 0
+    assert fixed0
+
+
+def test_vmcs_enum_covers_every_field(l1):
+    """No field that L1 can read has a higher index than IA32_VMX_VMCS_ENUM says."""
+    l1.launchable()
+    highest = l1.caps.vmcs_enum_max_index
+    readable = [field for field in Field if l1.vmread(field) == Succeed()]
+    assert readable
+    assert max(field.index for field in readable) <= highest
+
+
+def test_controls_that_belong_together(l1):
+    """A save control comes with its load control, virtual NMIs with NMI exiting."""
+    caps = l1.caps
+    if caps.supports(ExitCtl.LOAD_EFER):
+        assert caps.supports(EntryCtl.LOAD_EFER)
+    if caps.supports(ExitCtl.LOAD_PAT):
+        assert caps.supports(EntryCtl.LOAD_PAT)
+    if caps.supports(PinCtl.VIRTUAL_NMIS):
+        assert caps.supports(PinCtl.NMI_EXITING)
+    if caps.supports(ExitCtl.SAVE_PREEMPTION_TIMER):
+        assert caps.supports(PinCtl.ACTIVATE_PREEMPTION_TIMER)
+    assert caps.supports(ProcCtl.HLT_EXITING)
