@@ -1,0 +1,69 @@
+"""``kvmnest lab run``: boot the lab and run one command in it."""
+
+import argparse
+import sys
+
+from kvmnest.errors import UsageError
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the ``lab`` verb."""
+    lab = subparsers.add_parser("lab", help="run a command on a real KVM in the software lab")
+    verbs = lab.add_subparsers(dest="lab_verb", required=True, metavar="VERB")
+    parser = verbs.add_parser(
+        "run",
+        help="boot a kernel with nested KVM in Bochs and run COMMAND in it",
+        usage="kvmnest lab run [options] -- COMMAND...",
+    )
+    add_options(parser)
+    parser.add_argument("--cpus", type=int, default=1, metavar="N", help="CPUs of the guest")
+    parser.add_argument("--idle-limit", type=float, default=120, metavar="SECONDS",
+                        help="give up after so long without output (default 120)")  # fmt: skip
+    parser.add_argument("--limit", type=float, metavar="SECONDS", help="give up after so long")
+    parser.add_argument("-v", "--verbose", action="store_true", help="kernel log and times")
+    parser.add_argument("command", nargs="+", metavar="COMMAND")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Options that say which lab to boot; shared with ``kvmnest run``."""
+    parser.add_argument("--kernel", metavar="SPEC",
+                        help="Debian version (6.1.0-56, 6.12), .deb, or kernel directory")  # fmt: skip
+    parser.add_argument("--kvm-modules", metavar="DIR", help="take kvm*.ko from DIR")
+    parser.add_argument("--kvm-param", action="append", default=[], metavar="NAME=VALUE",
+                        help="module parameter of kvm_intel or kvm (repeatable)")  # fmt: skip
+    parser.add_argument("--bochs", metavar="PATH", help="the Bochs to use")
+
+
+def parameters(settings: list[str]) -> dict[str, str]:
+    """Parse NAME=VALUE settings. Raises UsageError."""
+    found = {}
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        if not (name and equals) or not value or any(c.isspace() for c in setting):
+            raise UsageError(f"--kvm-param {setting!r}: expected NAME=VALUE")
+        found[name] = value
+    return found
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; returns its exit status (128 + signal if a signal killed it)."""
+    from kvmnest.lab.machine import Lab
+
+    def show_error(data: bytes) -> None:
+        sys.stderr.buffer.write(data)
+        sys.stderr.buffer.flush()
+
+    with Lab(args.kernel, parameters(args.kvm_param), args.kvm_modules, args.cpus,
+             args.bochs) as lab:  # fmt: skip
+        status = lab.run(
+            args.command,
+            on_error=show_error,
+            on_kernel=show_error if args.verbose else lambda _: None,
+            idle_limit=args.idle_limit,
+            limit=args.limit,
+        )
+    if args.verbose:
+        times = lab.times
+        print(f"kernel {lab.info['release']}: prepared in {times.prepare:.2f} s, booted in "
+              f"{times.boot:.2f} s, total {times.total:.2f} s", file=sys.stderr)  # fmt: skip
+    return status if status >= 0 else 128 - status

@@ -1,0 +1,176 @@
+"""Turn a kernel SPEC into a kernel that the lab can boot, from the cache when it can.
+
+A SPEC is a Debian version (``6.1.0-56``, ``6.12``, ``6.1.0-56-cloud-amd64``), a ``.deb`` file,
+or a directory: an unpacked package, a kernel build tree, or simply a folder with a bzImage or
+vmlinux and kvm modules.
+"""
+
+import hashlib
+import marshal
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvmnest.lab import cache, debian, modules
+from kvmnest.lab.decompress import vmlinux_of
+from kvmnest.lab.errors import KernelSpecError, LabSetupError
+from kvmnest.lab.image import KernelImage, flatten
+
+DEFAULT_SPEC = "6.1"
+MODULES = ("kvm", "kvm_intel")
+_FORMAT = 1
+_BANNER = re.compile(rb"Linux version (\S+) \(")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A bootable kernel: release, flattened image, module files by name, what is built in."""
+
+    release: str
+    image: KernelImage
+    modules: Mapping[str, Path]
+    builtin: frozenset[str]
+
+
+def _load(folder: Path) -> Kernel:
+    meta = marshal.loads((folder / "meta").read_bytes())
+    image = KernelImage(
+        (folder / "image").read_bytes(), *meta["image"], (folder / "setup").read_bytes()
+    )
+    files = modules.find(folder / "modules")
+    return Kernel(meta["release"], image, files, frozenset(meta["builtin"]))
+
+
+def _release_in(image: bytes, vmlinux: bytes) -> str:
+    """Release of a kernel: the bzImage's version field, or the banner inside vmlinux."""
+    if image[:4] != b"\x7fELF":
+        at = int.from_bytes(image[0x20E:0x210], "little") + 0x200
+        return image[at : at + 256].split(b"\0")[0].split(b" ")[0].decode(errors="replace")
+    banner = _BANNER.search(vmlinux)
+    return banner[1].decode(errors="replace") if banner else "unknown"
+
+
+def _store(kernel_file: Path, found: Mapping[str, Path], builtin: frozenset[str],
+           folder: Path) -> None:  # fmt: skip
+    """Fill a cache entry: flattened kernel, the KVM modules and what they depend on."""
+    raw = kernel_file.read_bytes()
+    vmlinux, setup = vmlinux_of(raw)
+    image = flatten(vmlinux, setup)
+    kept = folder / "modules"
+    kept.mkdir()
+    for name in MODULES:
+        if name in found or name in builtin:
+            for module in modules.load_order([name], found, builtin, str(kernel_file.parent)):
+                shutil.copyfile(module.path, kept / module.path.name)
+    meta = {
+        "release": _release_in(raw, vmlinux),
+        "image": (image.base, image.end, image.entry),
+        "builtin": sorted(builtin),
+    }
+    (folder / "image").write_bytes(image.data)
+    (folder / "setup").write_bytes(image.setup)
+    (folder / "meta").write_bytes(marshal.dumps(meta))
+
+
+def _kernel_file(folder: Path) -> Path:
+    candidates = [
+        folder / "arch/x86/boot/bzImage",
+        folder / "bzImage",
+        *sorted(folder.glob("vmlinuz*")),
+        *sorted((folder / "boot").glob("vmlinuz-*")),
+        folder / "vmlinux",
+    ]
+    for path in candidates:
+        if path.is_file():
+            return path
+    raise KernelSpecError(f"{folder} holds no bzImage, vmlinuz or vmlinux")
+
+
+def _from_folder(folder: Path) -> Kernel:
+    kernel_file = _kernel_file(folder)
+    places = [folder / "lib/modules", folder / "usr/lib/modules", folder / "arch/x86/kvm"]
+    found = modules.find(folder / "virt/lib") if (folder / "virt/lib").is_dir() else {}
+    existing = [place for place in places if place.is_dir()]
+    for place in existing or [folder]:
+        found |= modules.find(place)
+    listings = [p for p in (folder / "modules.builtin", *folder.glob("**/modules/*/modules.builtin"))
+                if p.is_file()]  # fmt: skip
+    builtin = modules.builtin_names(listings[0].read_text() if listings else "")
+    wanted = {n: p for n, p in found.items() if n in MODULES or not existing or len(found) < 64}
+    contents = [hashlib.sha256(p.read_bytes()).digest() for _, p in sorted(wanted.items())]
+    key = cache.digest([_FORMAT, kernel_file.read_bytes(), *contents, *sorted(builtin)])
+    return _load(cache.entry("kernels", key, lambda to: _store(kernel_file, found, builtin, to)))
+
+
+def _from_deb(deb: Path) -> Kernel:
+    key = cache.digest([_FORMAT, deb.read_bytes()])
+
+    def build(to: Path) -> None:
+        with tempfile.TemporaryDirectory(prefix="kvmnest-") as scratch:
+            debian.unpack(deb, Path(scratch))
+            _store_unpacked(Path(scratch), to)
+
+    return _load(cache.entry("kernels", key, build))
+
+
+def _store_unpacked(package: Path, to: Path) -> None:
+    found = modules.find(package / "lib/modules") | modules.find(package / "usr/lib/modules")
+    listings = list(package.glob("**/modules.builtin"))
+    builtin = modules.builtin_names(listings[0].read_text() if listings else "")
+    _store(_kernel_file(package), found, builtin, to)
+
+
+def _cached_releases() -> dict[str, str]:
+    """Release -> cache key of the Debian kernels fetched before."""
+    folder = cache.root() / "debian"
+    return (
+        {p.name: p.read_text() for p in folder.glob("*") if p.is_file()} if folder.is_dir() else {}
+    )
+
+
+def _from_version(spec: str) -> Kernel:
+    apt = debian.Apt()
+    try:
+        release = debian.match(spec, apt.releases())
+        problem = f"apt knows no kernel {spec} (apt-get update may help)"
+    except LabSetupError as e:
+        release, problem = None, str(e)
+    if release is None:
+        release = debian.match(spec, _cached_releases())
+        if release is None:
+            raise KernelSpecError(f"no kernel {spec}: {problem}")
+        return _load(cache.root() / "kernels" / _cached_releases()[release])
+    key = cache.digest([_FORMAT, apt.record(release).get("SHA256", release)])
+
+    def build(to: Path) -> None:
+        with tempfile.TemporaryDirectory(prefix="kvmnest-") as scratch:
+            debian.fetch(apt, release, Path(scratch))
+            _store_unpacked(Path(scratch), to)
+
+    folder = cache.entry("kernels", key, build)
+    notes = cache.root() / "debian"
+    notes.mkdir(mode=0o700, exist_ok=True)
+    (notes / release).write_text(key)
+    return _load(folder)
+
+
+def resolve(spec: str | None = None) -> Kernel:
+    """Find and prepare the kernel that ``spec`` names (default: Debian's newest 6.1).
+
+    Raises KernelSpecError if it names nothing usable, LabSetupError if a tool is missing or the
+    package cannot be fetched.
+    """
+    spec = spec or DEFAULT_SPEC
+    path = Path(spec)
+    if spec.endswith(".deb"):
+        if not path.is_file():
+            raise KernelSpecError(f"{spec}: no such file")
+        return _from_deb(path)
+    if path.is_dir():
+        return _from_folder(path)
+    if "/" in spec or not re.match(r"\d+\.\d+", spec):
+        raise KernelSpecError(f"{spec}: no such directory, and no Debian kernel version")
+    return _from_version(spec)
