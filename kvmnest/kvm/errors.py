@@ -64,6 +64,9 @@ _HINTS = {
     ("KVM_RUN", errno.EINVAL): "an entry state that KVM refuses to run",
 }
 
+# Ioctls with a hint of their own.
+HINTED = {name for name, _ in _HINTS}
+
 _GENERAL = {
     errno.EBADF: "the file descriptor is closed or is not KVM's",
     errno.ENOTTY: "this kernel does not implement the ioctl, or not on this object",

@@ -1,7 +1,7 @@
 """The ioctls: one row each, with direction, number, structure and capability.
 
 The number is computed from the row as the kernel's ``_IOC`` macro does it: direction in bits
-31:30, size in 29:16, type 0xAE in 15:8, number in 7:0. ``tests/kvm/test_uapi.py`` compares every
+31:30, size in 29:16, type 0xAE in 15:8, number in 7:0. ``tests/kvm/test_kvm_uapi.py`` compares every
 row with the kernel's headers.
 """
 
@@ -89,7 +89,6 @@ GET_TSC_KHZ = Ioctl("KVM_GET_TSC_KHZ", "", 0xA3, cap=Cap.GET_TSC_KHZ)
 GET_STATS_FD = Ioctl("KVM_GET_STATS_FD", "", 0xCE, cap=Cap.BINARY_STATS_FD)
 SET_DEVICE_ATTR = Ioctl("KVM_SET_DEVICE_ATTR", "W", 0xE1, "struct kvm_device_attr")
 GET_DEVICE_ATTR = Ioctl("KVM_GET_DEVICE_ATTR", "W", 0xE2, "struct kvm_device_attr")
-HAS_DEVICE_ATTR = Ioctl("KVM_HAS_DEVICE_ATTR", "W", 0xE3, "struct kvm_device_attr")
 
 # On a vCPU (GET_MSRS also on /dev/kvm, for feature MSRs).
 RUN = Ioctl("KVM_RUN", "", 0x80)
@@ -111,7 +110,6 @@ GET_CPUID2 = Ioctl("KVM_GET_CPUID2", "WR", 0x91, "struct kvm_cpuid2", Cap.EXT_CP
 TPR_ACCESS_REPORTING = Ioctl(
     "KVM_TPR_ACCESS_REPORTING", "WR", 0x92, "struct kvm_tpr_access_ctl", Cap.VAPIC
 )
-SET_VAPIC_ADDR = Ioctl("KVM_SET_VAPIC_ADDR", "W", 0x93, "struct kvm_vapic_addr", Cap.VAPIC)
 GET_MP_STATE = Ioctl("KVM_GET_MP_STATE", "R", 0x98, "struct kvm_mp_state", Cap.MP_STATE)
 SET_MP_STATE = Ioctl("KVM_SET_MP_STATE", "W", 0x99, "struct kvm_mp_state", Cap.MP_STATE)
 NMI = Ioctl("KVM_NMI", "", 0x9A, cap=Cap.USER_NMI)

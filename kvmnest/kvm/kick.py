@@ -6,13 +6,12 @@ real-time signal ends the process. Python's ``signal.signal`` works in the main 
 the handler is installed with sigaction and is a C function that has no effect: ``abs``.
 """
 
-import signal
 from functools import cache
 
 from kvmnest.errors import HarnessError
 from kvmnest.kvm.native import ffi, libc
 
-_SA_RESTART = 0x10000000
+SA_RESTART = 0x10000000
 
 
 @cache
@@ -22,6 +21,8 @@ def kick_signal() -> int:
     It is the highest real-time signal with the default action. Raises HarnessError if the
     process uses all of them.
     """
+    import signal  # 1 ms of enums that only a kick needs
+
     current = ffi.new("struct sigaction *")
     for number in range(signal.SIGRTMAX, signal.SIGRTMIN - 1, -1):
         libc.sigaction(number, ffi.NULL, current)
@@ -30,7 +31,7 @@ def kick_signal() -> int:
             action.sa_handler = ffi.cast("void *", ffi.addressof(libc, "abs"))
             # A kick that comes late must not disturb other system calls. KVM_RUN itself returns
             # EINTR regardless of this flag.
-            action.sa_flags = _SA_RESTART
+            action.sa_flags = SA_RESTART
             libc.sigaction(number, action, ffi.NULL)
             return number
     raise HarnessError("no real-time signal is free to kick a vCPU with")

@@ -217,6 +217,23 @@ class VcpuState(KvmObject):
         """Queue an SMI (needs Cap.X86_SMM)."""
         self.ioctl(ioctls.SMI)
 
+    def set_tpr_access_reporting(self, enabled: bool) -> None:
+        """Exit with TprAccessExit when the guest touches the in-kernel APIC's TPR."""
+        row = ioctls.TPR_ACCESS_REPORTING
+        self.ioctl(row, ffi.new(row.pointer, {"enabled": enabled}))
+
+    def setup_mce(self, capabilities: int) -> None:
+        """Give the guest machine-check banks: its MCG_CAP, within Kvm.mce_capabilities()."""
+        row = ioctls.X86_SETUP_MCE
+        self.ioctl(row, ffi.new(row.pointer, capabilities))
+
+    def set_mce(
+        self, bank: int, status: int, *, mcg_status: int = 0, addr: int = 0, misc: int = 0
+    ) -> None:
+        """Inject a machine check: the MSR values of a bank and MCG_STATUS."""
+        row = ioctls.X86_SET_MCE
+        self.ioctl(row, ffi.new(row.pointer, [status, addr, misc, mcg_status, bank]))
+
     def translate(self, address: int) -> CData:
         """Translate a linear address by the guest's tables: ``struct kvm_translation *``."""
         result = ffi.new(ioctls.TRANSLATE.pointer, {"linear_address": address})

@@ -79,6 +79,10 @@ class Kvm(KvmObject):
         """
         return self._read_msrs(indices)
 
+    def mce_capabilities(self) -> int:
+        """MCG_CAP bits and bank count that a guest may get."""
+        return int(self._get(ioctls.X86_GET_MCE_CAP_SUPPORTED)[0])
+
     def supported_cpuid(self) -> CData:
         """All CPUID leaves that KVM can give to a guest: ``struct kvm_cpuid2 *``."""
         return self._read_cpuid(ioctls.GET_SUPPORTED_CPUID)
