@@ -1,0 +1,170 @@
+"""``kvmnest run``: run cases and report."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from kvmnest.cli.lab import add_options as add_lab_options
+from kvmnest.cli.lab import parameters
+from kvmnest.errors import KvmnestError, UsageError
+from kvmnest.results.environment import require_kvm, why_not_kvm
+from kvmnest.results.model import Run
+from kvmnest.results.progress import Progress
+from kvmnest.results.reporter import Reporter
+from kvmnest.results.runner import Plan, pytest_arguments, run_cases, split_selection
+from kvmnest.results.targets import LocalTarget, Target
+
+_CODES = "exit codes: 0 all passed or known, 1 a case failed, 2 usage, 3 harness or environment"
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the verb."""
+    parser = subparsers.add_parser(
+        "run",
+        help="run the conformance suite, or some cases of it",
+        description="Run the conformance suite, or the cases and test files named.",
+        epilog=f"{_CODES} error, 4 nothing ran, 130 interrupted",
+    )
+    parser.add_argument("selected", nargs="*", metavar="CASE|PATH", help="ids or files to run")
+    parser.add_argument(
+        "--target",
+        choices=("auto", "kvm", "lab"),
+        default="auto",
+        help="this machine's /dev/kvm or a kernel in the software lab (default: /dev/kvm if it"
+        " offers VMX to guests, else the lab)",
+    )
+    parser.add_argument("-k", dest="keyword", default="", metavar="EXPR", help="as in pytest")
+    lab = parser.add_argument_group("lab")
+    add_lab_options(lab)
+    lab.add_argument("--cpus", type=int, default=1, metavar="N", help="CPUs (default: 1)")
+    how = parser.add_argument_group("how")
+    how.add_argument(
+        "--nested-roundtrip",
+        action="store_true",
+        help="save, destroy, rebuild and restore the VM between the commands of every case",
+    )
+    how.add_argument("--shuffle", type=int, metavar="SEED", help="run in a seeded random order")
+    how.add_argument(
+        "--budget",
+        type=float,
+        default=5.0,
+        metavar="SECONDS",
+        help="time after which a vCPU that does not come back counts as hung (default: 5)",
+    )
+    how.add_argument(
+        "--strict-known",
+        action="store_true",
+        help="exit 1 when a known deviation no longer happens",
+    )
+    out = parser.add_argument_group("reports")
+    out.add_argument("--json", type=Path, metavar="FILE", help="results, whole after each case")
+    out.add_argument("--junit", type=Path, metavar="FILE", help="JUnit XML")
+    out.add_argument("-q", "--quiet", action="store_true", help="exit code and files only")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the verb."""
+    modules, paths = split_selection(options.selected)
+    if options.budget <= 0:
+        raise UsageError(f"--budget must be above 0, not {options.budget:g}")
+    progress = Progress(sys.stdout, quiet=options.quiet)
+    target = _target(options, progress)
+    again = _rerun_prefix(options, target.name)
+    plan = Plan(
+        selected=options.selected,
+        keyword=options.keyword,
+        budget=options.budget,
+        nested_roundtrip=options.nested_roundtrip,
+        shuffle=options.shuffle,
+    )
+    reporter = Reporter(
+        Run(target.name, options=_recorded(options)),
+        progress,
+        json_path=options.json,
+        junit_path=options.junit,
+        rerun=lambda case_id: f"{again} {shlex.quote(case_id)}",
+        strict_known=options.strict_known,
+        own_clock=target.guest_clock,
+    )
+    arguments = pytest_arguments(plan, target.name, modules, target.place(paths))
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        run_cases(target, arguments, reporter)
+    except KvmnestError as error:
+        reporter.run.problems.append(str(error).partition("\n")[0])
+        reporter.finish(summary=bool(reporter.run.cases))
+        raise
+    except (KeyboardInterrupt, SystemExit):
+        reporter.run.problems.append("interrupted")
+        reporter.finish()
+        raise
+    return reporter.finish()
+
+
+def _target(options: argparse.Namespace, progress: Progress) -> Target:
+    lab_only = {
+        "--kernel": options.kernel,
+        "--kvm-modules": options.kvm_modules,
+        "--kvm-param": options.kvm_param,
+        "--bochs": options.bochs,
+        "--cpus": options.cpus != 1,
+    }
+    wants_lab = next((name for name, value in lab_only.items() if value), None)
+    if options.target == "kvm":
+        if wants_lab:
+            raise UsageError(f"{wants_lab} needs --target lab: the host's kernel stays as it is")
+        require_kvm()
+        return LocalTarget(patience=max(120.0, 4 * options.budget))
+    if options.target == "auto" and not wants_lab:
+        reason = why_not_kvm()
+        if not reason:
+            progress.line("target: this machine's /dev/kvm, which offers VMX to guests")
+            return LocalTarget(patience=max(120.0, 4 * options.budget))
+        progress.line(f"target: the lab, since /dev/kvm does not do: {reason}")
+    from kvmnest.results.lab_target import LabTarget
+
+    return LabTarget(
+        kernel=options.kernel,
+        kvm_modules=options.kvm_modules,
+        kvm_params=parameters(options.kvm_param),
+        cpus=options.cpus,
+        bochs=options.bochs,
+        patience=max(120.0, 4 * options.budget),
+        on_line=progress.line,
+    )
+
+
+def _recorded(options: argparse.Namespace) -> dict[str, Any]:
+    """Options that belong to the results."""
+    left_out = ("verb", "json", "junit", "quiet")
+    return {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in vars(options).items()
+        if name not in left_out and value not in (None, False, [], "")
+    }
+
+
+def _rerun_prefix(options: argparse.Namespace, target: str) -> str:
+    words = ["kvmnest", "run", "--target", target]
+    for name in ("kernel", "kvm_modules", "bochs"):
+        value = getattr(options, name)
+        if value is not None:
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    for value in options.kvm_param:
+        words += ["--kvm-param", value]
+    if options.cpus != 1:
+        words += ["--cpus", str(options.cpus)]
+    if options.nested_roundtrip:
+        words.append("--nested-roundtrip")
+    return shlex.join(words)
+
+
+def _terminated(number: int, frame: FrameType | None) -> None:
+    # As with Ctrl-C: the child ends, the reports are finished, the exit code is the shell's.
+    raise SystemExit(128 + number)

@@ -1,0 +1,89 @@
+"""Facts about the machine that belong to every result, and whether its KVM can run L1s."""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kvmnest.known import same_parameter
+
+if TYPE_CHECKING:
+    from kvmnest.kvm import Kvm
+
+PARAMETERS = Path("/sys/module/kvm_intel/parameters")
+
+_CPUID_1_ECX_VMX = 1 << 5
+
+
+@functools.cache
+def kvm_intel_params() -> dict[str, str]:
+    """Parameters of the loaded kvm_intel as sysfs shows them; empty when it is not loaded."""
+    values: dict[str, str] = {}
+    try:
+        names = sorted(os.listdir(PARAMETERS))
+    except OSError:
+        return values
+    for name in names:
+        try:
+            values[name] = (PARAMETERS / name).read_text(encoding="ascii", errors="replace").strip()
+        except OSError:
+            continue  # some are readable by root only
+    return values
+
+
+def kernel() -> str:
+    """Release of the running kernel, like uname -r."""
+    return os.uname().release
+
+
+def cpu_model() -> str:
+    """Name and family-model-stepping of the first CPU, from /proc/cpuinfo."""
+    found: dict[str, str] = {}
+    try:
+        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as lines:
+            for line in lines:
+                name, _, value = line.partition(":")
+                if not name.strip():
+                    break
+                found[name.strip()] = value.strip()
+    except OSError:
+        return ""
+    numbers = [found.get(key, "?") for key in ("cpu family", "model", "stepping")]
+    return f"{found.get('model name', 'unknown CPU')} ({'-'.join(numbers)})"
+
+
+def params_text(params: dict[str, str]) -> str:
+    """Parameters in one line."""
+    if not params:
+        return "kvm_intel not loaded as a module"
+    return "kvm_intel " + " ".join(f"{name}={value}" for name, value in params.items())
+
+
+def offers_vmx(kvm: Kvm) -> bool:
+    """Whether KVM_GET_SUPPORTED_CPUID has VMX, which a guest needs for VMXON."""
+    cpuid = kvm.supported_cpuid()
+    for index in range(cpuid.nent):
+        if cpuid.entries[index].function == 1:
+            return bool(cpuid.entries[index].ecx & _CPUID_1_ECX_VMX)
+    return False
+
+
+def no_vmx_reason() -> str:
+    """Why KVM offers no VMX to guests on this machine, and what to do, in one line."""
+    nested = kvm_intel_params().get("nested")
+    if nested is not None and not same_parameter(nested, True):
+        return (
+            f"kvm_intel has nested={nested}; stop all VMs, then: modprobe -r kvm_intel &&"
+            " modprobe kvm_intel nested=1 (to keep it: options kvm_intel nested=1 in"
+            " /etc/modprobe.d/kvm.conf)"
+        )
+    try:
+        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as lines:
+            flags = next((line.split() for line in lines if line.startswith("flags")), [])
+    except OSError:
+        flags = []
+    if "vmx" in flags:
+        return "the CPU has VMX, but kvm_intel is not the module behind /dev/kvm"
+    return "this CPU has no VMX (no vmx flag in /proc/cpuinfo)"

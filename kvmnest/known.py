@@ -1,0 +1,158 @@
+"""Known deviations: cases of which it is recorded that some kernels fail them, and why.
+
+The record is ``kvmnest/data/known.toml``, a list of tables::
+
+    [[deviation]]
+    case = "test_exits.py::test_pause*"   # fnmatch pattern on the case id
+    target = "any"                        # "any", "kvm" or "lab"
+    kernels = ">=6.1,<6.13"               # or "any"
+    params = { ept = "N" }                # optional: kvm_intel parameters it depends on
+    reason = "what is seen, in one sentence"
+    upstream = "KVM: nVMX: subject of the commit"   # optional
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kvmnest.errors import HarnessError
+
+KNOWN_FILE = Path(__file__).parent / "data" / "known.toml"
+
+_CONDITION = re.compile(r"(>=|<=|==|>|<)\s*(\d+(?:[.-]\d+)*)")
+_TRUE, _FALSE = ("Y", "1"), ("N", "0")
+
+
+def kernel_version(release: str) -> tuple[int, ...]:
+    """Numbers at the start of a kernel release: "6.1.0-56-cloud-amd64" is (6, 1, 0, 56)."""
+    found = re.match(r"\d+(?:[.-]\d+)*", release)
+    return tuple(int(part) for part in re.split("[.-]", found.group())) if found else ()
+
+
+def kernel_in_range(release: str, condition: str) -> bool:
+    """Whether a kernel release meets a comma-separated list such as ">=6.1,<6.13" or is "any".
+
+    Only as many numbers are compared as the condition states, so 6.1.0-56 meets "==6.1" and
+    "<=6.1". Raises ValueError for a condition that cannot be read.
+    """
+    if condition.strip() == "any":
+        return True
+    version = kernel_version(release)
+    for part in condition.split(","):
+        found = _CONDITION.fullmatch(part.strip())
+        if found is None:
+            raise ValueError(f"kernel range {condition!r}: cannot read {part.strip()!r}")
+        operator, wanted = found[1], kernel_version(found[2])
+        have = (version + (0,) * len(wanted))[: len(wanted)]
+        met = {
+            ">=": have >= wanted,
+            "<=": have <= wanted,
+            "==": have == wanted,
+            ">": have > wanted,
+            "<": have < wanted,
+        }[operator]
+        if not met:
+            return False
+    return True
+
+
+def same_parameter(have: str | None, wanted: object) -> bool:
+    """Compare a module parameter as sysfs shows it with a wanted value.
+
+    True, "Y", "y" and 1 are the same, and so are False, "N", "n" and 0; everything else compares
+    as text. A parameter that does not exist equals nothing.
+    """
+    if have is None:
+        return False
+    text = {True: "Y", False: "N"}[wanted] if isinstance(wanted, bool) else str(wanted)
+    for group in (_TRUE, _FALSE):
+        if have.upper() in group and text.upper() in group:
+            return True
+    return have == text
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """One entry of the record."""
+
+    case: str
+    reason: str
+    target: str = "any"
+    kernels: str = "any"
+    params: Mapping[str, object] = field(default_factory=dict)
+    upstream: str = ""
+
+    def applies(self, target: str, kernel: str, params: Mapping[str, str]) -> bool:
+        """Whether the entry is about this target, kernel release and kvm_intel parameters."""
+        return (
+            self.target in ("any", target)
+            and kernel_in_range(kernel, self.kernels)
+            and all(same_parameter(params.get(name), value) for name, value in self.params.items())
+        )
+
+    @property
+    def text(self) -> str:
+        """Reason and upstream commit in one line."""
+        return f'{self.reason} (upstream: "{self.upstream}")' if self.upstream else self.reason
+
+
+class Known:
+    """The deviations that apply to one run."""
+
+    def __init__(self, deviations: Iterable[Deviation]) -> None:
+        self.deviations = tuple(deviations)
+
+    def match(self, case_id: str) -> Deviation | None:
+        """Return the first entry that lists the case."""
+        for deviation in self.deviations:
+            if fnmatch.fnmatchcase(case_id, _literal_brackets(deviation.case)):
+                return deviation
+        return None
+
+
+def _literal_brackets(pattern: str) -> str:
+    # Brackets are part of a parametrised id; fnmatch would take them for a character class.
+    return pattern.replace("[", "[[]")
+
+
+def load(target: str, kernel: str, params: Mapping[str, str], path: Path | None = None) -> Known:
+    """Read the record and keep what applies to a run.
+
+    Raises HarnessError naming the file and the entry when the record is wrong. A file that does
+    not exist is an empty record.
+    """
+    path = path or KNOWN_FILE
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return Known(())
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise HarnessError(f"{path}: {error}") from error
+    found = []
+    for number, entry in enumerate(document.get("deviation", []), 1):
+        deviation = _entry(path, number, entry)
+        if deviation.applies(target, kernel, params):
+            found.append(deviation)
+    return Known(found)
+
+
+def _entry(path: Path, number: int, entry: dict[str, Any]) -> Deviation:
+    where = f"{path}: deviation {number}"
+    try:
+        deviation = Deviation(**entry)
+        kernel_in_range("0", deviation.kernels)
+    except TypeError as error:
+        raise HarnessError(f"{where}: {str(error).removeprefix('Deviation.__init__() ')}") from None
+    except ValueError as error:
+        raise HarnessError(f"{where}: {error}") from None
+    if deviation.target not in ("any", "kvm", "lab"):
+        raise HarnessError(f'{where}: target is "any", "kvm" or "lab", not {deviation.target!r}')
+    if not deviation.reason.strip():
+        raise HarnessError(f"{where}: a deviation needs a reason")
+    return deviation

@@ -1,0 +1,145 @@
+"""The pytest plugin: fixtures ``kvm``, ``vm`` and ``l1``, markers, failure reports, events.
+
+It is loaded through the entry point ``pytest11`` in every pytest run of the environment, so it
+imports little and does nothing to items that use none of it.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Generator
+from typing import TYPE_CHECKING
+
+import pytest
+
+from kvmnest.plugin import policy
+from kvmnest.plugin.fixtures import MACHINE, kvm, l1, vm
+from kvmnest.plugin.outcomes import judge
+
+if TYPE_CHECKING:
+    from kvmnest.plugin.stream import EventStream
+
+__all__ = ["kvm", "l1", "vm"]
+
+STREAM: pytest.StashKey[EventStream] = pytest.StashKey()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the options of ``kvmnest run`` that act inside the pytest process."""
+    group = parser.getgroup("kvmnest", "nested VMX under KVM")
+    group.addoption(
+        "--nested-roundtrip",
+        action="store_true",
+        help="save, destroy, rebuild and restore the VM between the commands of every case",
+    )
+    group.addoption(
+        "--kvmnest-budget",
+        type=float,
+        default=5.0,
+        metavar="SECONDS",
+        help="time after which a vCPU that does not come back counts as hung (default: 5)",
+    )
+    group.addoption(
+        "--kvmnest-shuffle", type=int, metavar="SEED", help="run the cases in a seeded random order"
+    )
+    group.addoption(
+        "--require-kvm", action="store_true", help="an error, not a skip, without /dev/kvm"
+    )
+    group.addoption(
+        "--kvmnest-target", default="kvm", metavar="NAME", help="kvm or lab, for known deviations"
+    )
+    group.addoption(
+        "--kvmnest-events", metavar="PATH", help="write events as JSON lines to PATH or fd:N"
+    )
+    group.addoption(
+        "--kvmnest-from", type=int, default=0, metavar="N", help="leave out the first N cases"
+    )
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Register the markers and, if asked for, the event stream."""
+    for marker in policy.MARKERS:
+        config.addinivalue_line("markers", marker)
+    spec = config.getoption("--kvmnest-events")
+    if spec:
+        from kvmnest.plugin.stream import EventStream
+
+        config.stash[STREAM] = stream = EventStream(config, spec)
+        config.pluginmanager.register(stream, "kvmnest-events")
+    else:
+        from kvmnest.plugin.direct import DirectRun
+
+        config.pluginmanager.register(DirectRun(config), "kvmnest-direct")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Close /dev/kvm."""
+    if MACHINE in config.stash:
+        config.stash[MACHINE].close()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Hold the suite to its rules, shuffle, and leave out what an earlier process has done."""
+    problems = policy.problems(items)
+    if problems:
+        if STREAM in config.stash:
+            config.stash[STREAM].broken(policy.SUITE, "\n".join(problems))
+        raise pytest.UsageError("cases break the rules of the suite:\n" + "\n".join(problems))
+    seed = config.getoption("--kvmnest-shuffle")
+    if seed is not None:
+        random.Random(seed).shuffle(items)
+    first = config.getoption("--kvmnest-from")
+    if STREAM in config.stash:
+        config.stash[STREAM].collected(items, first)
+    if first:
+        config.hook.pytest_deselected(items=items[:first])
+        del items[:first]
+    policy.note_assertions(items)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what cannot run here, before any fixture of the case is made."""
+    policy.require(item)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
+    """Fail a case of the suite that asserts nothing, whatever it does."""
+    if pyfuncitem.stash.get(policy.ASSERTS, True) is False:
+        pytest.fail(
+            "this case asserts nothing: it has no assert statement, pytest.raises or helper named"
+            " check_*, expect_* or assert_* that has one",
+            pytrace=False,
+        )
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Tell failures from errors and add what one needs to understand them."""
+    report = yield
+    return judge(item, call, report)
+
+
+def pytest_assertrepr_compare(op: str, left: object, right: object) -> list[str] | None:
+    """Explain ``==`` between outcomes; the outcome that came from L1 stands on the left."""
+    from kvmnest.plugin import explain
+
+    if op == "==" and (explain.is_outcome(left) or explain.is_outcome(right)):
+        return explain.compare(left, right)
+    return None
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    """Kernel, CPU and module parameters, which decide over results."""
+    from kvmnest import __version__, host
+
+    return [
+        f"kvmnest: {__version__}, kernel {host.kernel()}, {host.cpu_model()}",
+        f"kvmnest: {host.params_text(host.kvm_intel_params())}",
+    ]

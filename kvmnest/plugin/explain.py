@@ -1,0 +1,110 @@
+"""Text for failures: outcomes decoded, what the VMCS held, the last commands, the machine."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from typing import Any
+
+import pytest
+
+from kvmnest import host
+
+_LAST_COMMANDS = 12
+_MOST_FIELDS = 60
+
+
+def is_outcome(value: object) -> bool:
+    """Whether ``value`` is an outcome of ``kvmnest.vmx.outcome``."""
+    return type(value).__module__ == "kvmnest.vmx.outcome"
+
+
+def decode(outcome: Any) -> str:
+    """An outcome in words, or "" where its repr says everything."""
+    from kvmnest.vmx import explain
+    from kvmnest.vmx.outcome import ANY, EntryFailure, Exit
+
+    if not isinstance(outcome, Exit | EntryFailure) or outcome.reason is ANY:
+        return ""
+    given = {
+        item.name: int(getattr(outcome, item.name))
+        for item in dataclasses.fields(outcome)
+        if item.compare and isinstance(getattr(outcome, item.name), int)
+    }
+    reason = given.get("reason")
+    if reason is None:
+        return ""
+    parts = [explain.explain_reason(reason)]
+    if "qualification" in given:
+        parts.append(explain.explain_qualification(reason, given["qualification"]))
+    for name in ("intr_info", "idt_info"):
+        if given.get(name):
+            parts.append(f"{name} {explain.explain_intr_info(given[name])}")
+    if "info" in given:
+        parts.append(explain.explain_instruction(reason, given["info"]))
+    return ", ".join(part for part in parts if part)
+
+
+def compare(got: object, expected: object) -> list[str]:
+    """Lines for a failed ``got == expected`` between outcomes, the summary first."""
+    lines = [f"got {got!r}, expected {expected!r}"]
+    for name, value in (("got", got), ("expected", expected)):
+        text = decode(value) if is_outcome(value) else ""
+        if text:
+            lines.append(f"{name + ':':10}{text}")
+    if type(got) is type(expected) and dataclasses.is_dataclass(got):
+        for item in dataclasses.fields(got):
+            have, want = getattr(got, item.name), getattr(expected, item.name)
+            if item.compare and have != want:
+                lines.append(f"{item.name}: {_number(have)}, expected {_number(want)}")
+    return lines
+
+
+def _number(value: object) -> str:
+    if type(value) is int:
+        return hex(value)
+    return getattr(value, "name", None) or repr(value)
+
+
+def context(item: pytest.Item, rerun: str) -> str:
+    """What to know about a failed case besides the failure: lines of text."""
+    lines: list[str] = []
+    for l1 in getattr(item, "funcargs", {}).values():
+        if type(l1).__name__ == "L1" and type(l1).__module__.startswith("kvmnest.l1"):
+            lines += _vmcs(l1) + _commands(l1)
+    lines.append(f"kernel {host.kernel()}, {host.cpu_model()}")
+    lines.append(host.params_text(host.kvm_intel_params()))
+    if rerun:
+        lines.append(f"rerun: {rerun}")
+    return "\n".join(lines)
+
+
+def rerun_command(item: pytest.Item) -> str:
+    """Command that runs one case again under pytest."""
+    return "pytest " + shlex.quote(item.nodeid)
+
+
+def _vmcs(l1: Any) -> list[str]:
+    try:
+        changes = l1.vmcs_diff()
+    except Exception as error:  # a failure report must not fail
+        return [f"VMCS changes against the baseline: not available ({error})"]
+    if not changes:
+        return []
+    lines = ["VMCS changes against the baseline:"]
+    for field, before, now in changes[:_MOST_FIELDS]:
+        lines.append(f"  {field.name} {'unset' if before is None else hex(before)} -> {now:#x}")
+    if len(changes) > _MOST_FIELDS:
+        lines.append(f"  and {len(changes) - _MOST_FIELDS} more")
+    return lines
+
+
+def _commands(l1: Any) -> list[str]:
+    log = list(l1.log)
+    if not log:
+        return []
+    lines = [f"last commands of {len(log)}:"]
+    for entry in log[-_LAST_COMMANDS:]:
+        text, outcome = entry if isinstance(entry, tuple) else (entry, "")
+        lines.append(f"  {text} -> {outcome!r}" if outcome != "" else f"  {text}")
+    return lines

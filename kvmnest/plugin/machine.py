@@ -1,0 +1,68 @@
+"""What this machine's KVM offers to the cases of one session, found out once."""
+
+from __future__ import annotations
+
+import enum
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from kvmnest.host import no_vmx_reason, offers_vmx
+
+if TYPE_CHECKING:
+    from kvmnest.kvm import Kvm
+    from kvmnest.vmx import Capabilities
+
+
+class Machine:
+    """The open /dev/kvm and what is asked of it again and again."""
+
+    @cached_property
+    def kvm(self) -> Kvm:
+        """The system object, open until the session ends. Raises KvmUnavailable."""
+        from kvmnest.kvm import Kvm
+
+        return Kvm()
+
+    @cached_property
+    def vmx(self) -> bool:
+        """Whether guests get VMX."""
+        return offers_vmx(self.kvm)
+
+    @cached_property
+    def caps(self) -> Capabilities:
+        """VMX capabilities that KVM offers to guests. Raises ValueError without VMX."""
+        from kvmnest.vmx import Capabilities
+
+        indices = [i for i in self.kvm.msr_feature_index_list() if 0x480 <= i <= 0x493]
+        return Capabilities.from_msrs(self.kvm.feature_msrs(indices))
+
+    def missing(self, *flags: enum.Enum) -> list[str]:
+        """What of ``flags`` is not there, one text each with the bit and where it is reported.
+
+        Flags are control and capability flags of ``kvmnest.vmx``, VMCS fields, and capabilities
+        of KVM (``kvmnest.kvm.Cap``).
+        """
+        from kvmnest.kvm import Cap
+        from kvmnest.vmx import Field
+
+        texts = []
+        for flag in flags:
+            if isinstance(flag, Cap):
+                if not self.kvm.check_extension(flag):
+                    texts.append(f"KVM_CAP_{flag.name}: KVM_CHECK_EXTENSION gives 0")
+            elif not self.vmx:
+                texts.append(f"{type(flag).__name__}.{flag.name}: no VMX here: {no_vmx_reason()}")
+            elif isinstance(flag, Field):
+                if not self.caps.field_exists(flag):
+                    texts.append(f"Field.{flag.name}: no capability MSR reports it")
+            elif isinstance(flag, enum.IntFlag):
+                texts.extend(self.caps.missing(flag))
+            else:
+                raise TypeError(f"needs({flag!r}): not a capability flag")
+        return texts
+
+    def close(self) -> None:
+        """Close /dev/kvm if it was opened."""
+        kvm = self.__dict__.pop("kvm", None)
+        if kvm is not None:
+            kvm.close()

@@ -1,0 +1,117 @@
+"""The rules for cases of the suite, and what a case needs before it may run."""
+
+from __future__ import annotations
+
+import types
+from pathlib import Path
+
+import pytest
+
+import kvmnest
+from kvmnest import host
+from kvmnest.known import same_parameter
+from kvmnest.plugin.asserts import asserts
+from kvmnest.plugin.fixtures import machine, open_kvm
+
+SUITE = "kvmnest.suite"
+SUITE_DIR = str(Path(kvmnest.__file__).parent / "suite")
+PATCHES = 24
+
+MARKERS = (
+    "sdm(title): section title of the Intel SDM that the case is about",
+    "series(n): number, 1 to 24, of the patch of 'Nested VMX, v5' that introduced the behaviour",
+    "needs(*flags): capability flags (kvmnest.vmx enums, VMCS fields, kvmnest.kvm.Cap); without"
+    " them the case is skipped with the missing bit named",
+    "kvm_param(name=value): kvm_intel module parameters that the case needs",
+)
+
+ASSERTS = pytest.StashKey[bool]()
+
+
+def in_suite(item: pytest.Item) -> bool:
+    """Whether the item is a case of the suite that ships with kvmnest."""
+    module = getattr(item, "module", None)
+    return module is not None and module.__name__.startswith(SUITE + ".")
+
+
+def case_id(nodeid: str, item: pytest.Item | None = None) -> str:
+    """Id of a case: "test_vmxon.py::test_name[param]" in the suite, elsewhere pytest's node id."""
+    if item is not None and in_suite(item):
+        file, _, rest = nodeid.partition("::")
+        return f"{file.rpartition('/')[2]}::{rest}"
+    return nodeid
+
+
+def series(item: pytest.Item) -> int | None:
+    """Patch number of a case, if it is marked."""
+    mark = item.get_closest_marker("series")
+    return mark.args[0] if mark and mark.args else None
+
+
+def sdm(item: pytest.Item) -> str | None:
+    """SDM section title of a case, if it is marked."""
+    mark = item.get_closest_marker("sdm")
+    return mark.args[0] if mark and mark.args else None
+
+
+def problems(items: list[pytest.Item]) -> list[str]:
+    """Violations of the marking rules among cases of the suite, one line each."""
+    found: dict[str, None] = {}
+    for item in items:
+        if not in_suite(item):
+            continue
+        name = case_id(item.nodeid, item).partition("[")[0]
+        number, title = series(item), sdm(item)
+        if number is None:
+            found[f"{name}: no series(n) marker"] = None
+        elif type(number) is not int or not 1 <= number <= PATCHES:
+            found[f"{name}: series({number!r}) is not a number from 1 to {PATCHES}"] = None
+        if not isinstance(title, str) or not title.strip():
+            found[f"{name}: no sdm(title) marker"] = None
+    return list(found)
+
+
+def note_assertions(items: list[pytest.Item]) -> None:
+    """Find out which cases of the suite contain an assertion."""
+    known: dict[object, bool] = {}
+    for item in items:
+        function = getattr(item, "function", None)
+        if not in_suite(item) or not isinstance(function, types.FunctionType):
+            continue
+        if function not in known:
+            known[function] = asserts(function)
+        item.stash[ASSERTS] = known[function]
+
+
+def require(item: pytest.Item) -> None:
+    """Skip the case with the exact reason if this machine lacks what it needs."""
+    config = item.config
+    wanted: dict[str, object] = {}
+    for mark in item.iter_markers("kvm_param"):
+        wanted.update(mark.kwargs)
+    present = host.kvm_intel_params() if wanted else {}
+    for name, value in wanted.items():
+        have = present.get(name)
+        if not same_parameter(have, value):
+            shown = f"kvm_intel.{name}={have}" if have is not None else f"no kvm_intel.{name} here"
+            pytest.skip(f"needs kvm_intel.{name}={_shown(value)}: {shown}")
+    flags = [flag for mark in item.iter_markers("needs") for flag in mark.args]
+    if flags:
+        open_kvm(config)
+        missing = machine(config).missing(*flags)
+        if missing:
+            pytest.skip("needs " + "; ".join(missing))
+    if in_suite(item) and "nested" not in wanted:
+        open_kvm(config)
+        if not machine(config).vmx:
+            pytest.skip(f"KVM offers no VMX to guests: {host.no_vmx_reason()}")
+
+
+def _shown(value: object) -> str:
+    return {True: "Y", False: "N"}[value] if isinstance(value, bool) else str(value)
+
+
+def uses_kvmnest(item: pytest.Item) -> bool:
+    """Whether a test outside the suite uses one of the plugin's fixtures."""
+    names = getattr(item, "fixturenames", ())
+    return not {"kvm", "vm", "l1"}.isdisjoint(names)

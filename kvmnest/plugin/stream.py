@@ -1,0 +1,101 @@
+"""Turns pytest's reports into events for the process that started it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import pytest
+
+import kvmnest
+from kvmnest import host
+from kvmnest.plugin import policy
+from kvmnest.plugin.events import EventWriter
+from kvmnest.plugin.outcomes import KIND, SUMMARY, skip_reason
+
+_LONGEST_DETAIL = 20_000
+
+
+class EventStream:
+    """A plugin object that reports a session as events (see ``kvmnest.plugin.events``)."""
+
+    def __init__(self, config: pytest.Config, spec: str) -> None:
+        self._config = config
+        self._writer = EventWriter(spec)
+        self._case: dict[str, Any] = {}
+
+    def pytest_sessionstart(self) -> None:
+        """Send the facts of the machine."""
+        self._writer.send(
+            "session",
+            kvmnest=kvmnest.__version__,
+            python=sys.version.split()[0],
+            pytest=pytest.__version__,
+            kernel=host.kernel(),
+            cpu=host.cpu_model(),
+            kvm_params=host.kvm_intel_params(),
+            nested_roundtrip=bool(self._config.getoption("--nested-roundtrip")),
+        )
+
+    def broken(self, where: str, detail: str) -> None:
+        """Report what cannot be collected."""
+        self._writer.send("broken", where=where, detail=detail)
+
+    def collected(self, items: list[pytest.Item], first: int) -> None:
+        """Send ids and patches of all cases; after a restart their number only."""
+        cases = []
+        if not first:
+            cases = [[policy.case_id(i.nodeid, i), policy.series(i)] for i in items]
+        self._writer.send("collected", count=len(items), first=first, cases=cases)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        """Report a file that cannot be collected."""
+        if report.failed:
+            self.broken(report.nodeid, report.longreprtext)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> None:
+        """Announce a case before anything of it runs."""
+        self._case = {
+            "id": policy.case_id(item.nodeid, item),
+            "series": policy.series(item),
+            "sdm": policy.sdm(item),
+        }
+        self._writer.send("start", **self._case)
+        # The lab's pump must get the line out before a kernel that this case breaks is gone.
+        os.sched_yield()
+        self._case |= {"outcome": "passed", "seconds": 0.0, "detail": ""}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Fold the report of a phase into the case's result."""
+        case = self._case
+        case["seconds"] = round(case["seconds"] + report.duration, 6)
+        if report.failed:
+            self._failed(report)
+        elif report.skipped and case["outcome"] == "passed":
+            case["outcome"] = "known" if hasattr(report, "wasxfail") else "skipped"
+            case["detail"] = getattr(report, "wasxfail", "") or skip_reason(report)
+
+    def _failed(self, report: Any) -> None:
+        case = self._case
+        outcome = getattr(report, KIND, "error" if report.when != "call" else "failed")
+        first = case["outcome"] not in ("failed", "error")
+        if first or (outcome == "failed" and case["outcome"] == "error"):
+            case["outcome"] = outcome
+        text = report.longreprtext
+        for name, content in report.sections:
+            text += f"\n{content}" if name == "kvmnest" else f"\n--- {name} ---\n{content}"
+        if first:
+            case["summary"] = getattr(report, SUMMARY, "") or text.partition("\n")[0]
+            case["detail"] = text[:_LONGEST_DETAIL]
+        else:
+            case["detail"] += f"\n--- then, in {report.when} ---\n{text}"
+
+    def pytest_runtest_logfinish(self) -> None:
+        """Send the result when teardown is over too."""
+        self._writer.send("result", **self._case)
+
+    def pytest_sessionfinish(self, exitstatus: int) -> None:
+        """Say that the process got to its end."""
+        self._writer.send("end", status=int(exitstatus))

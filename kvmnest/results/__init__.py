@@ -1,0 +1,1 @@
+"""Results of a run: events in, JSON, JUnit and a summary out."""

@@ -1,0 +1,113 @@
+"""What a run found, as values. The JSON document (schema 1) is these dataclasses written out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+SCHEMA = 1
+
+#: Outcomes of a case, in the order in which tables show them.
+OUTCOMES = ("passed", "failed", "skipped", "known", "error")
+
+#: What each patch of "Nested VMX, v5" brought, in a few words.
+PATCHES = {
+    1: "nested module parameter",
+    2: "CPUID and feature control",
+    3: "VMXON and VMXOFF",
+    4: "CR4.VMXE and the fixed-bit MSRs",
+    5: "the VMCS region",
+    6: "VMX capability MSRs",
+    7: "guest pointers to VMX regions",
+    8: "many VMCSs",
+    9: "VMCLEAR",
+    10: "VMPTRLD",
+    11: "VMPTRST",
+    12: "VMCS fields",
+    13: "VMREAD and VMWRITE",
+    14: "merging the two VMCSs",
+    15: "registers across an entry",
+    16: "VMLAUNCH and VMRESUME",
+    17: "VMX instructions in L2",
+    18: "VM exits to L1",
+    19: "who gets the exit",
+    20: "interrupts",
+    21: "exceptions",
+    22: "IDT-vectoring information",
+    23: "CR0.TS and #NM",
+    24: "nested state and the rest",
+}
+
+
+@dataclass
+class Case:
+    """One case that ended.
+
+    ``outcome`` is one of OUTCOMES; ``seconds`` is host time; ``summary`` one line and ``detail``
+    the whole text of a failure, the reason of a skip or of a known deviation; ``kernel_log``
+    holds warnings of the kernel that came while it ran, where they can be seen (lab).
+    """
+
+    id: str
+    series: int | None
+    sdm: str | None
+    outcome: str
+    seconds: float
+    detail: str = ""
+    summary: str = ""
+    rerun: str = ""
+    kernel_log: str = ""
+
+
+@dataclass
+class Run:
+    """A run so far.
+
+    Attributes:
+        target: "kvm" or "lab".
+        facts: kernel, cpu, kvm_params, versions as the machine under test reported them.
+        options: what the run was asked for, for people and for ``rerun``.
+        cases: cases that ended, in that order.
+        running: id of the case that runs now.
+        planned: ids of all cases, in running order.
+        no_longer: (id, reason) of listed deviations that passed.
+        problems: lines about what went wrong outside of cases.
+        complete: every planned case ended.
+    """
+
+    target: str
+    facts: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+    started: str = ""
+    finished: str | None = None
+    cases: list[Case] = field(default_factory=list)
+    running: str | None = None
+    planned: list[str] = field(default_factory=list)
+    no_longer: list[tuple[str, str]] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    complete: bool = False
+
+    @property
+    def kernel(self) -> str:
+        """Release of the kernel under test, "" before it reported."""
+        return str(self.facts.get("kernel", ""))
+
+    def summary(self) -> dict[str, int]:
+        """Count the cases by outcome."""
+        counts = dict.fromkeys(OUTCOMES, 0)
+        for case in self.cases:
+            counts[case.outcome] += 1
+        return counts
+
+    def by_patch(self) -> dict[int | None, dict[str, int]]:
+        """Count by patch, then outcome; patches in order, None (unmarked) last."""
+        table: dict[int | None, dict[str, int]] = {}
+        for case in sorted(self.cases, key=lambda c: (c.series is None, c.series or 0)):
+            counts = table.setdefault(case.series, dict.fromkeys(OUTCOMES, 0))
+            counts[case.outcome] += 1
+        return table
+
+    def not_run(self) -> list[str]:
+        """Ids of planned cases without a result."""
+        done = {case.id for case in self.cases}
+        return [name for name in self.planned if name not in done]

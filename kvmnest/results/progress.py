@@ -1,0 +1,152 @@
+"""Progress of a run on a terminal (one line, rewritten) or in a log, and the summary."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from typing import TextIO
+
+from kvmnest.results.model import OUTCOMES, PATCHES, Case, Run
+
+_LOG_SECONDS = 10.0
+_LOG_CASES = 50
+_REWRITE_SECONDS = 0.1
+_LONGEST_DETAIL_LINES = 60
+
+
+class Progress:
+    """Writes to ``out``. A stream that went away (closed pipe) is left alone from then on."""
+
+    def __init__(self, out: TextIO, *, quiet: bool = False) -> None:
+        self._out = out
+        self._tty = out.isatty()
+        self._quiet = quiet
+        self._total = 0
+        self._began = self._shown_at = time.monotonic()
+        self._shown_cases = 0
+        self._line = ""
+        self._gone = False
+
+    def planned(self, total: int) -> None:
+        """The number of cases is known."""
+        self._total = total
+        self._began = time.monotonic()
+
+    def running(self, run: Run, case_id: str) -> None:
+        """A case starts."""
+        if self._tty and time.monotonic() - self._shown_at >= _REWRITE_SECONDS:
+            self._rewrite(f"{self._counts(run)}  {case_id}")
+
+    def ended(self, run: Run, case: Case) -> None:
+        """A case ended."""
+        if case.outcome in ("failed", "error"):
+            self.line(f"{case.outcome.upper()} {case.id}: {case.summary}")
+        now, done = time.monotonic(), len(run.cases)
+        if self._tty:
+            if now - self._shown_at >= _REWRITE_SECONDS:
+                self._rewrite(self._counts(run))
+        elif done - self._shown_cases >= _LOG_CASES or now - self._shown_at >= _LOG_SECONDS:
+            self._shown_cases, self._shown_at = done, now
+            self.line(self._counts(run))
+
+    def line(self, text: str) -> None:
+        """Write a line that stays."""
+        if self._quiet:
+            return
+        if self._line:
+            self._write("\r\x1b[K")
+            self._line = ""
+        self._write(text + "\n")
+
+    def finish(self, run: Run) -> None:
+        """Write the failures in full and the summary by series patch."""
+        self.line("")
+        for case in run.cases:
+            if case.outcome in ("failed", "error"):
+                self._failure(case)
+        for text in summary_lines(run):
+            self.line(text)
+
+    def _failure(self, case: Case) -> None:
+        self.line(f"--- {case.outcome}: {case.id}")
+        if case.sdm:
+            self.line(f'    SDM, "{case.sdm}"; patch {case.series}')
+        lines = case.detail.rstrip().splitlines()
+        for text in lines[:_LONGEST_DETAIL_LINES]:
+            self.line("    " + text)
+        if len(lines) > _LONGEST_DETAIL_LINES:
+            left = len(lines) - _LONGEST_DETAIL_LINES
+            self.line(f"    ({left} more lines; --json keeps them)")
+        for text in case.kernel_log.splitlines()[:20]:
+            self.line(f"    kernel: {text}")
+        if case.rerun:
+            self.line(f"    rerun: {case.rerun}")
+        self.line("")
+
+    def _counts(self, run: Run) -> str:
+        counts = run.summary()
+        shown = ", ".join(f"{counts[name]} {name}" for name in OUTCOMES if counts[name])
+        seconds = time.monotonic() - self._began
+        return f"[{len(run.cases)}/{self._total}] {shown} {seconds:.0f} s"
+
+    def _rewrite(self, text: str) -> None:
+        if self._quiet:
+            return
+        self._shown_at = time.monotonic()
+        width = shutil.get_terminal_size().columns - 1
+        self._line = text[:width]
+        self._write(f"\r\x1b[K{self._line}")
+
+    def _write(self, text: str) -> None:
+        if self._gone:
+            return
+        try:
+            self._out.write(text)
+            self._out.flush()
+        except (BrokenPipeError, ValueError):
+            # The reader left, as head does; the run and its files go on.
+            self._gone = True
+
+
+def summary_lines(run: Run) -> list[str]:
+    """Return the table by series patch and the last line of a run."""
+    lines: list[str] = []
+    table = run.by_patch()
+    if table:
+        columns = [name for name in OUTCOMES if run.summary()[name]]
+        lines.append(f"{'patch':38}" + "".join(f"{name:>9}" for name in columns))
+        for number, counts in table.items():
+            title = f"{number:>3} {PATCHES.get(number, '')}" if number else "  - other tests"
+            lines.append(f"{title:38}" + "".join(f"{counts[name] or '':>9}" for name in columns))
+        lines.append("")
+    skips = _skips(run)
+    if skips:
+        lines += ["skipped:", *skips, ""]
+    if run.no_longer:
+        lines.append("known deviations that no longer happen (update known.toml):")
+        lines += [f"  {name}: {why}" for name, why in run.no_longer]
+        lines.append("")
+    for problem in run.problems:
+        lines.append(f"problem: {problem}")
+    left = run.not_run()
+    if left:
+        lines.append(f"not run: {len(left)} of {len(run.planned)} cases, the first is {left[0]}")
+    lines.append(last_line(run))
+    return lines
+
+
+def _skips(run: Run) -> list[str]:
+    reasons: dict[str, int] = {}
+    for case in run.cases:
+        if case.outcome == "skipped":
+            reasons[case.detail] = reasons.get(case.detail, 0) + 1
+    return [f"  {count:3} {reason}" for reason, count in sorted(reasons.items())]
+
+
+def last_line(run: Run) -> str:
+    """Counts, time and place of a run in one line."""
+    counts = run.summary()
+    shown = ", ".join(f"{counts[name]} {name}" for name in OUTCOMES if counts[name])
+    seconds = sum(case.seconds for case in run.cases)
+    where = f"{run.target}, kernel {run.kernel or 'unknown'}"
+    return f"{shown or 'nothing ran'} in {seconds:.1f} s ({where})"

@@ -1,0 +1,216 @@
+"""Consumes the events of the processes that run cases and keeps every report up to date."""
+
+from __future__ import annotations
+
+import datetime
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from kvmnest import known
+from kvmnest.errors import HarnessError
+from kvmnest.results import junit
+from kvmnest.results.jsonfile import JsonFile
+from kvmnest.results.model import Case, Run
+from kvmnest.results.progress import Progress
+
+#: Events and their content: see ``kvmnest.plugin.events``.
+Event = dict[str, Any]
+
+
+class Reporter:
+    """Results of one run, over as many processes as it takes.
+
+    Args:
+        run: what is known before the first event; the reporter fills it.
+        progress: where the progress goes.
+        json_path, junit_path: files to write, if any. HarnessError if one cannot be written.
+        rerun: gives the command that runs one case again, from its id.
+        strict_known: a listed deviation that no longer happens fails the run.
+        own_clock: measure cases by this process' clock, for guests whose clock means nothing.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        progress: Progress,
+        *,
+        json_path: Path | None = None,
+        junit_path: Path | None = None,
+        rerun: Callable[[str], str] = lambda case_id: "",
+        strict_known: bool = False,
+        own_clock: bool = False,
+    ) -> None:
+        self.run = run
+        self.progress = progress
+        self.strict_known = strict_known
+        #: Cases that ended by themselves since the last lost process.
+        self.finished_since_loss = 0
+        #: Whether the present process reported its end, and pytest's exit status.
+        self.ended: int | None = None
+        #: Files that could not be collected: (where, text).
+        self.broken: list[tuple[str, str]] = []
+        self._rerun = rerun
+        self._own_clock = own_clock
+        self._known: known.Known | None = None
+        self._current: Event = {}
+        self._began = 0.0
+        self._kernel_log = ""
+        self._series: dict[str, int | None] = {}
+        self._junit_path = junit_path
+        run.started = _now()
+        self._json = JsonFile(json_path) if json_path else None
+        if self._json:
+            self._json.start(run)
+        if junit_path:
+            junit.write(run, junit_path)
+
+    # --- events ---
+
+    def event(self, event: Event) -> None:
+        """Take one event. Raises HarnessError if it contradicts the ones before."""
+        kind = event.get("e")
+        if kind == "session":
+            self._session(event)
+        elif kind == "collected":
+            self._collected(event)
+        elif kind == "start":
+            self._start(event)
+        elif kind == "result":
+            self._result(event)
+        elif kind == "broken":
+            self.broken.append((event["where"], event["detail"]))
+        elif kind == "kernel":
+            self._kernel_log += event["text"]
+        elif kind == "end":
+            self.ended = event["status"]
+        else:
+            raise HarnessError(f"unknown event from the cases' process: {event!r:.200}")
+
+    def _session(self, event: Event) -> None:
+        self.ended = None
+        if not self.run.facts:
+            self.run.facts = {name: value for name, value in event.items() if name != "e"}
+            params = event["kvm_params"]
+            self._known = known.load(self.run.target, event["kernel"], params)
+        elif event["kernel"] != self.run.kernel:
+            raise HarnessError(f"the kernel changed from {self.run.kernel} to {event['kernel']}")
+
+    def _collected(self, event: Event) -> None:
+        if event["first"] == 0:
+            self.run.planned = [case[0] for case in event["cases"]]
+            self._series = {case[0]: case[1] for case in event["cases"]}
+            self.progress.planned(len(self.run.planned))
+        elif event["count"] != len(self.run.planned):
+            raise HarnessError(
+                f"a restart found {event['count']} cases instead of {len(self.run.planned)}"
+            )
+
+    def _start(self, event: Event) -> None:
+        self._current = event
+        self._began = time.monotonic()
+        self.run.running = event["id"]
+        self.progress.running(self.run, event["id"])
+
+    def _result(self, event: Event) -> None:
+        seconds = time.monotonic() - self._began if self._own_clock else event["seconds"]
+        self._add(
+            Case(
+                id=event["id"],
+                series=event["series"],
+                sdm=event["sdm"],
+                outcome=event["outcome"],
+                seconds=round(seconds, 6),
+                detail=event["detail"],
+                summary=event.get("summary", ""),
+            )
+        )
+        if event["outcome"] != "skipped":
+            self.finished_since_loss += 1
+
+    def _add(self, case: Case) -> None:
+        deviation = self._known.match(case.id) if self._known else None
+        if deviation and case.outcome in ("failed", "error"):
+            case.outcome = "known"
+            case.detail = f"{deviation.text}\n\n{case.detail}"
+            case.summary = deviation.text
+        elif deviation and case.outcome == "passed":
+            self.run.no_longer.append((case.id, deviation.text))
+        if case.outcome in ("failed", "error"):
+            case.rerun = self._rerun(case.id)
+        case.kernel_log, self._kernel_log = self._kernel_log, ""
+        self._current = {}
+        self.run.running = None
+        self.run.cases.append(case)
+        self.run.complete = len(self.run.cases) == len(self.run.planned)
+        self.progress.ended(self.run, case)
+        self._write()
+
+    # --- a process that did not get to its end ---
+
+    def lost(self, why: str) -> None:
+        """Record the loss of the process: the case that ran, or was next, is in error."""
+        self.finished_since_loss = 0
+        if not self.run.planned or self.run.complete:
+            return
+        name = self.run.running or self.run.planned[len(self.run.cases)]
+        seconds = time.monotonic() - self._began if self._current else 0.0
+        self._add(
+            Case(
+                id=name,
+                series=self._series.get(name),
+                sdm=self._current.get("sdm"),
+                outcome="error",
+                seconds=round(seconds, 6),
+                detail=why,
+                summary=f"crashed: {why.partition(chr(10))[0]}",
+            )
+        )
+
+    def problem(self, text: str) -> None:
+        """Record something outside of the cases that went wrong, and write it down."""
+        self.run.problems.append(text)
+        self._write()
+
+    def note(self, text: str) -> None:
+        """Show a line to the user."""
+        self.progress.line(text)
+
+    # --- the end ---
+
+    def finish(self, *, summary: bool = True) -> int:
+        """Write every report for the last time; return the exit code of the run."""
+        self.run.finished = _now()
+        self.run.running = None
+        self._write()
+        if self._junit_path:
+            try:
+                junit.write(self.run, self._junit_path)
+            except HarnessError as error:
+                self.run.problems.append(str(error))
+        if self._json and self._json.problem:
+            self.run.problems.append(self._json.problem)
+        if summary:
+            self.progress.finish(self.run)
+        return exit_code(self.run, strict_known=self.strict_known)
+
+    def _write(self) -> None:
+        if self._json:
+            self._json.write(self.run)
+
+
+def exit_code(run: Run, *, strict_known: bool = False) -> int:
+    """0 all passed or known, 1 a case failed, 3 harness or environment error, 4 nothing ran."""
+    counts = run.summary()
+    if counts["failed"] or (strict_known and run.no_longer):
+        return 1
+    if counts["error"] or run.problems:
+        return 3
+    if counts["passed"] + counts["known"] == 0:
+        return 4
+    return 0
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

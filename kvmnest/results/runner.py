@@ -1,0 +1,168 @@
+"""One run of cases on one target: starts the process, restarts it when it is lost."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvmnest.errors import HarnessError, KvmnestError, UsageError
+from kvmnest.results.reporter import Reporter
+from kvmnest.results.targets import Ended, Target
+
+#: Losses in a row without a finished case in between, after which a run gives up.
+MOST_LOSSES = 3
+
+# Plugins of pytest that no case uses; each costs time, most of all in the lab.
+_UNUSED_PLUGINS = (
+    "cacheprovider",
+    "debugging",
+    "doctest",
+    "faulthandler",
+    "junitxml",
+    "legacypath",
+    "logging",
+    "nose",
+    "pastebin",
+    "recwarn",
+    "setuponly",
+    "setupplan",
+    "stepwise",
+    "subtests",
+    "threadexception",
+    "unittest",
+    "unraisableexception",
+    "warnings",
+)
+
+_SUITE = "kvmnest.suite"
+_SUITE_FILE = re.compile(r"(test_\w+)(?:\.py)?((?:::.*)?)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which cases to run and how.
+
+    ``selected`` holds ids of the suite ("test_vmxon.py", "test_vmxon.py::test_name[param]") and
+    paths of further test files; empty means the whole suite. ``budget`` is in seconds of the
+    target's clock.
+    """
+
+    selected: Sequence[str] = ()
+    keyword: str = ""
+    budget: float = 5.0
+    nested_roundtrip: bool = False
+    shuffle: int | None = None
+
+
+def split_selection(selected: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return (arguments that name the suite's modules, paths of other files).
+
+    Raises UsageError for what is neither a file nor a module of the suite.
+    """
+    if not selected:
+        return [_SUITE], []
+    suite_dir = Path(__file__).parent.parent / "suite"
+    modules, paths = [], []
+    for name in selected:
+        path = Path(name.partition("::")[0])
+        found = _SUITE_FILE.fullmatch(name)
+        if found and (suite_dir / f"{found[1]}.py").is_file() and not path.exists():
+            modules.append(f"{_SUITE}.{found[1]}{found[2]}")
+        elif path.exists() and path.resolve().is_relative_to(suite_dir.resolve()):
+            inside = path.resolve().relative_to(suite_dir.resolve()).with_suffix("")
+            dotted = ".".join((_SUITE, *inside.parts))
+            modules.append(dotted + name[len(name.partition("::")[0]) :])
+        elif path.exists():
+            paths.append(name)
+        else:
+            raise UsageError(f"no such case, file or directory: {name}")
+    return modules, paths
+
+
+def pytest_arguments(plan: Plan, target: str, modules: list[str], paths: list[str]) -> list[str]:
+    """Arguments for ``python -m pytest``, without the event channel and the starting point."""
+    arguments = ["-p", "kvmnest.plugin"]
+    for name in _UNUSED_PLUGINS:
+        arguments += ["-p", f"no:{name}"]
+    if not paths:
+        # The suite obeys no configuration of the folder that one happens to stand in.
+        arguments += ["-c", "/dev/null", "--rootdir", "/"]
+    arguments += ["--capture=fd", "--tb=short", "-q", "--color=no", "--require-kvm"]
+    arguments += [f"--kvmnest-target={target}", f"--kvmnest-budget={plan.budget:g}"]
+    if plan.nested_roundtrip:
+        arguments.append("--nested-roundtrip")
+    if plan.shuffle is not None:
+        arguments.append(f"--kvmnest-shuffle={plan.shuffle}")
+    if plan.keyword:
+        arguments += ["-k", plan.keyword]
+    return [*arguments, "--pyargs", *modules, *paths]
+
+
+def run_cases(target: Target, arguments: Sequence[str], reporter: Reporter) -> None:
+    """Run all cases, in as many processes as it takes.
+
+    Raises UsageError if pytest refuses the selection, HarnessError (or what the target raises) if
+    no case could be started at all. Trouble after that becomes part of the results.
+    """
+    losses = 0
+    while True:
+        done = len(reporter.run.cases)
+        reporter.ended = None
+        try:
+            ended = target.run([*arguments, f"--kvmnest-from={done}"], reporter.event)
+        except KvmnestError as error:
+            if not reporter.run.planned:
+                raise
+            reporter.problem(str(error).partition("\n")[0])
+            return
+        if reporter.ended is not None:
+            _check_end(reporter, ended)
+            return
+        if not reporter.run.planned:
+            raise _no_start(ended)
+        losses = 1 if reporter.finished_since_loss else losses + 1
+        reporter.lost(_why(ended))
+        if reporter.run.complete:
+            return
+        left = len(reporter.run.not_run())
+        if losses >= MOST_LOSSES:
+            reporter.problem(f"gave up after {losses} crashes in a row, {left} cases not run")
+            return
+        reporter.note(f"the cases' process was lost; starting again for {left} cases")
+
+
+def _check_end(reporter: Reporter, ended: Ended) -> None:
+    if reporter.broken:
+        for where, text in reporter.broken:
+            reporter.note(f"cannot collect {where}:\n{text}")
+        where, text = reporter.broken[0]
+        # pytest ends a traceback with lines that start with E.
+        lines = [line[2:].strip() for line in text.splitlines() if line.startswith("E ")]
+        reason = lines[-1] if lines else text.strip().partition("\n")[0]
+        raise HarnessError(f"cannot collect {where}: {reason}")
+    if reporter.ended == 4:
+        raise UsageError(_last_error(ended.output))
+    if reporter.ended == 3:
+        raise HarnessError(f"pytest broke down: {_last_error(ended.output)}")
+    if ended.status is None and not reporter.run.complete:
+        reporter.problem(ended.why)
+
+
+def _no_start(ended: Ended) -> KvmnestError:
+    if ended.status == 4:
+        return UsageError(_last_error(ended.output))
+    reason = ended.why or f"exit status {ended.status}"
+    return HarnessError(f"the cases' process did not start ({reason}): {_last_error(ended.output)}")
+
+
+def _last_error(output: str) -> str:
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
+    return errors[-1] if errors else lines[-1] if lines else "it said nothing"
+
+
+def _why(ended: Ended) -> str:
+    why = ended.why or f"the process ended with status {ended.status} in the middle"
+    return f"{why}\n{ended.output}".rstrip()

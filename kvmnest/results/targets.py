@@ -1,0 +1,187 @@
+"""Where cases run: this machine's /dev/kvm, or a kernel in the lab."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from kvmnest.errors import HarnessError
+
+_TAIL = 16_384
+
+OnEvent = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a process that ran cases came to its end.
+
+    ``status`` is its exit status, None if it was lost (signal, kernel panic, hang); ``why`` then
+    is what was seen, its first line short. ``output`` is the tail of stdout and stderr.
+    """
+
+    status: int | None
+    why: str = ""
+    output: str = ""
+
+
+class Target(Protocol):
+    """A place that can run the cases' process, again and again."""
+
+    name: str
+    #: Whether times measured there are not real time.
+    guest_clock: bool
+
+    def place(self, paths: Sequence[str]) -> list[str]:
+        """Make test files of the user available there; returns what they are called there."""
+        ...
+
+    def run(self, arguments: Sequence[str], on_event: OnEvent) -> Ended:
+        """Run ``python -m pytest ARGUMENTS --kvmnest-events ...`` and pass its events on.
+
+        Raises KvmnestError if the process cannot even be started there.
+        """
+        ...
+
+
+class LocalTarget:
+    """Runs the process on this machine.
+
+    ``patience`` is the time in seconds without any event after which it counts as hung: the
+    vCPU's own budget is much shorter, so this is for a process stuck in the kernel.
+    """
+
+    name = "kvm"
+    guest_clock = False
+
+    def __init__(self, patience: float = 120.0) -> None:
+        self._patience = patience
+        self._environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+
+    def place(self, paths: Sequence[str]) -> list[str]:
+        """Files are where they are."""
+        return list(paths)
+
+    def run(self, arguments: Sequence[str], on_event: OnEvent) -> Ended:
+        """Run the process; see Target."""
+        events, events_end = os.pipe()
+        output, output_end = os.pipe()
+        argv = [sys.executable, "-m", "pytest", *arguments, f"--kvmnest-events=fd:{events_end}"]
+        try:
+            # A session of its own: Ctrl-C is for us, who then end it in order.
+            process = subprocess.Popen(
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=output_end,
+                stderr=output_end,
+                pass_fds=[events_end],
+                env=self._environment,
+                start_new_session=True,
+            )
+        except OSError as error:
+            os.close(events)
+            os.close(output)
+            raise HarnessError(f"cannot start {sys.executable}: {error.strerror}") from error
+        finally:
+            os.close(events_end)
+            os.close(output_end)
+        streams = _Streams(events, output, on_event)
+        try:
+            hung = not streams.pump(self._patience)
+        finally:
+            # Also on Ctrl-C and when on_event raises: nothing of it may stay behind.
+            if process.poll() is None and streams.open:
+                _end(process)
+            streams.close()
+        status = process.wait()
+        tail = streams.tail.decode(errors="replace")
+        if hung:
+            return Ended(None, f"no sign of life for {self._patience:.0f} s, killed", tail)
+        if status < 0:
+            return Ended(None, f"killed by {signal.Signals(-status).name}", tail)
+        return Ended(status, output=tail)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    try:
+        process.wait(10)
+    except subprocess.TimeoutExpired as error:
+        raise HarnessError(
+            f"process {process.pid} is stuck in the kernel and does not end (see dmesg)"
+        ) from error
+
+
+class _Streams:
+    """The pipes of a running process."""
+
+    def __init__(self, events: int, output: int, on_event: OnEvent) -> None:
+        self._on_event = on_event
+        self._lines = LineEvents(on_event)
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(events, selectors.EVENT_READ, self._take_events)
+        self._selector.register(output, selectors.EVENT_READ, self._take_output)
+        self.tail = b""
+
+    @property
+    def open(self) -> bool:
+        """Whether a pipe has not come to its end."""
+        return bool(self._selector.get_map())
+
+    def pump(self, patience: float) -> bool:
+        """Read until both pipes end; False if nothing came for ``patience`` seconds."""
+        last = time.monotonic()
+        while self.open:
+            ready = self._selector.select(max(0.0, last + patience - time.monotonic()))
+            if not ready:
+                return False
+            last = time.monotonic()
+            for key, _ in ready:
+                data = os.read(key.fd, 65536)
+                if data:
+                    key.data(data)
+                else:
+                    self._selector.unregister(key.fd)
+                    os.close(key.fd)
+        return True
+
+    def close(self) -> None:
+        """Close what is still open."""
+        for key in list(self._selector.get_map().values()):
+            self._selector.unregister(key.fd)
+            os.close(key.fd)
+        self._selector.close()
+
+    def _take_events(self, data: bytes) -> None:
+        self._lines.feed(data)
+
+    def _take_output(self, data: bytes) -> None:
+        self.tail = (self.tail + data)[-_TAIL:]
+
+
+class LineEvents:
+    """Splits a byte stream into JSON lines; a last line without its end is dropped."""
+
+    def __init__(self, on_event: OnEvent) -> None:
+        self._on_event = on_event
+        self._pending = b""
+
+    def feed(self, data: bytes) -> None:
+        """Take bytes. Raises HarnessError for a line that is no JSON object."""
+        *lines, self._pending = (self._pending + data).split(b"\n")
+        for line in lines:
+            try:
+                event = json.loads(line)
+            except ValueError as error:
+                raise HarnessError(f"damaged event: {line[:200]!r}") from error
+            self._on_event(event)
