@@ -1,8 +1,8 @@
 """The ioctls: one row each, with direction, number, structure and capability.
 
 The number is computed from the row as the kernel's ``_IOC`` macro does it: direction in bits
-31:30, size in 29:16, type 0xAE in 15:8, number in 7:0. ``tests/kvm/test_kvm_uapi.py`` compares every
-row with the kernel's headers.
+31:30, size in 29:16, type 0xAE in 15:8, number in 7:0. ``tests/kvm/test_kvm_uapi.py`` compares
+every row with the kernel's headers.
 """
 
 from kvmnest.kvm.caps import Cap

@@ -33,3 +33,23 @@ class Guest:
         for name, value in registers.items():
             setattr(regs, name, value)
         self.vcpu.set_regs(regs)
+
+    def load_long(self, code: bytes, at: int = CODE, **registers: int) -> None:
+        """As load(), in 64-bit mode: the first 2 MiB are mapped 1:1, no IDT."""
+        self.memory.write(0x10000, (0x11003).to_bytes(8, "little"))  # PML4E: present, writable
+        self.memory.write(0x11000, (0x12003).to_bytes(8, "little"))  # PDPTE
+        self.memory.write(0x12000, (0x83).to_bytes(8, "little"))  # PDE of 2 MiB
+        self.load(code, at, **registers)
+        sregs = self.vcpu.get_sregs()
+        sregs.cr3 = 0x10000
+        sregs.cr4 |= 1 << 5  # PAE
+        sregs.cr0 |= 1 << 31 | 1  # PG, PE
+        sregs.efer |= 1 << 10 | 1 << 8  # LMA, LME
+        sregs.cs.type, sregs.cs.l, sregs.cs.db, sregs.cs.s = 11, 1, 0, 1
+        sregs.cs.present, sregs.cs.g, sregs.cs.limit, sregs.cs.selector = 1, 1, 0xFFFFFFFF, 8
+        for name in ("ds", "es", "fs", "gs", "ss"):
+            segment = getattr(sregs, name)
+            segment.type, segment.s, segment.present, segment.g = 3, 1, 1, 1
+            segment.db, segment.limit, segment.selector, segment.base = 1, 0xFFFFFFFF, 16, 0
+        sregs.idt.base = sregs.idt.limit = 0
+        self.vcpu.set_sregs(sregs)
