@@ -2,6 +2,7 @@
 
 import pytest
 
+from kvmnest.l1 import L1
 from kvmnest.l1.machine import VMX_MSRS
 from kvmnest.vmx import EntryCtl, ExitCtl, Field, Msr, PinCtl, ProcCtl, Vector
 from kvmnest.vmx.outcome import Fault, Succeed
@@ -26,11 +27,11 @@ DEFAULT1 = {
 }
 
 
-def _present(l1) -> list[int]:
+def _present(l1: L1) -> list[int]:
     return [msr for msr in VMX_MSRS if msr in l1.kvm.msr_feature_index_list()]
 
 
-def test_l1_reads_what_kvm_reports(l1):
+def test_l1_reads_what_kvm_reports(l1: L1) -> None:
     """RDMSR in L1 gives the values that KVM_GET_MSRS gives."""
     values = l1.vcpu.get_msrs(_present(l1))
     assert values
@@ -38,7 +39,7 @@ def test_l1_reads_what_kvm_reports(l1):
         assert l1.rdmsr(msr) == Succeed(value), hex(msr)
 
 
-def test_read_only(l1):
+def test_read_only(l1: L1) -> None:
     """WRMSR to a capability MSR gives #GP(0) and changes nothing."""
     for msr in _present(l1):
         value = l1.rdmsr(msr).value
@@ -47,7 +48,7 @@ def test_read_only(l1):
 
 
 @pytest.mark.parametrize("msr", TRUE, ids=lambda msr: msr.name)
-def test_allowed_0_within_allowed_1(l1, msr):
+def test_allowed_0_within_allowed_1(l1: L1, msr: Msr) -> None:
     """A control that must be 1 may be 1."""
     for which in (msr, TRUE[msr]):
         value = l1.rdmsr(which).value
@@ -55,7 +56,7 @@ def test_allowed_0_within_allowed_1(l1, msr):
 
 
 @pytest.mark.parametrize("msr", TRUE, ids=lambda msr: msr.name)
-def test_default1_controls(l1, msr):
+def test_default1_controls(l1: L1, msr: Msr) -> None:
     """The plain MSR reports each default1 control as 1; the TRUE one may relax it."""
     plain, true = l1.rdmsr(msr).value, l1.rdmsr(TRUE[msr]).value
     assert plain & DEFAULT1[msr] == DEFAULT1[msr]
@@ -64,13 +65,13 @@ def test_default1_controls(l1, msr):
     assert (plain ^ true) & 0xFFFFFFFF & ~DEFAULT1[msr] == 0
 
 
-def test_secondary_controls_may_all_be_0(l1):
+def test_secondary_controls_may_all_be_0(l1: L1) -> None:
     """Bits 31:0 of IA32_VMX_PROCBASED_CTLS2 are 0."""
     assert l1.rdmsr(Msr.IA32_VMX_PROCBASED_CTLS2).value & 0xFFFFFFFF == 0
 
 
 @pytest.mark.parametrize("register", ["CR0", "CR4"])
-def test_fixed_bits_are_consistent(l1, register):
+def test_fixed_bits_are_consistent(l1: L1, register: str) -> None:
     """A bit fixed to 1 in FIXED0 is 1 in FIXED1, too."""
     fixed0 = l1.rdmsr(Msr[f"IA32_VMX_{register}_FIXED0"]).value
     fixed1 = l1.rdmsr(Msr[f"IA32_VMX_{register}_FIXED1"]).value
@@ -78,7 +79,7 @@ def test_fixed_bits_are_consistent(l1, register):
     assert fixed0
 
 
-def test_vmcs_enum_covers_every_field(l1):
+def test_vmcs_enum_covers_every_field(l1: L1) -> None:
     """No field that L1 can read has a higher index than IA32_VMX_VMCS_ENUM says."""
     l1.launchable()
     highest = l1.caps.vmcs_enum_max_index
@@ -87,7 +88,7 @@ def test_vmcs_enum_covers_every_field(l1):
     assert max(field.index for field in readable) <= highest
 
 
-def test_controls_that_belong_together(l1):
+def test_controls_that_belong_together(l1: L1) -> None:
     """A save control comes with its load control, virtual NMIs with NMI exiting."""
     caps = l1.caps
     if caps.supports(ExitCtl.LOAD_EFER):

@@ -12,7 +12,7 @@ GP = Fault(Vector.GP, error_code=0, rip=0)
 
 
 @pytest.mark.sdm("Enabling and Entering VMX Operation")
-def test_vmxe_can_be_set_and_cleared_outside_vmx_operation(l1):
+def test_vmxe_can_be_set_and_cleared_outside_vmx_operation(l1: L1) -> None:
     """Outside VMX operation CR4.VMXE is an ordinary bit."""
     cr4 = l1.read_cr(4).value
     assert cr4 & Cr4.VMXE
@@ -22,7 +22,7 @@ def test_vmxe_can_be_set_and_cleared_outside_vmx_operation(l1):
     assert l1.read_cr(4) == Succeed(cr4)
 
 
-def test_vmxe_cannot_be_cleared_in_vmx_operation(l1):
+def test_vmxe_cannot_be_cleared_in_vmx_operation(l1: L1) -> None:
     """In VMX operation clearing CR4.VMXE gives #GP(0); after VMXOFF it is possible again."""
     l1.enter_vmx()
     cr4 = l1.read_cr(4).value
@@ -33,7 +33,7 @@ def test_vmxe_cannot_be_cleared_in_vmx_operation(l1):
 
 
 @pytest.mark.parametrize("bit", [Cr0.PE, Cr0.NE, Cr0.PG], ids=lambda bit: bit.name)
-def test_fixed_cr0_bits_cannot_be_cleared_in_vmx_operation(l1, bit):
+def test_fixed_cr0_bits_cannot_be_cleared_in_vmx_operation(l1: L1, bit: Cr0) -> None:
     """A CR0 bit that IA32_VMX_CR0_FIXED0 has set cannot be cleared: #GP(0)."""
     assert l1.caps.cr0_fixed0 & bit
     l1.enter_vmx()
@@ -42,7 +42,7 @@ def test_fixed_cr0_bits_cannot_be_cleared_in_vmx_operation(l1, bit):
     assert l1.read_cr(0) == Succeed(cr0)
 
 
-def test_cr0_ne_can_be_cleared_outside_vmx_operation(l1):
+def test_cr0_ne_can_be_cleared_outside_vmx_operation(l1: L1) -> None:
     """Outside VMX operation CR0.NE is not fixed."""
     cr0 = l1.read_cr(0).value
     assert l1.write_cr(0, cr0 & ~Cr0.NE) == Succeed()
@@ -50,7 +50,7 @@ def test_cr0_ne_can_be_cleared_outside_vmx_operation(l1):
 
 
 @pytest.mark.parametrize("bit", [Cr0.WP, Cr0.MP, Cr0.TS], ids=lambda bit: bit.name)
-def test_other_cr0_bits_stay_free_in_vmx_operation(l1, bit):
+def test_other_cr0_bits_stay_free_in_vmx_operation(l1: L1, bit: Cr0) -> None:
     """A CR0 bit that is not fixed can be changed in VMX operation."""
     l1.enter_vmx()
     cr0 = l1.read_cr(0).value
@@ -58,7 +58,7 @@ def test_other_cr0_bits_stay_free_in_vmx_operation(l1, bit):
     assert l1.read_cr(0) == Succeed(cr0 ^ bit)
 
 
-def test_cr4_bits_outside_fixed1_give_gp(l1: L1):
+def test_cr4_bits_outside_fixed1_give_gp(l1: L1) -> None:
     """A CR4 bit that IA32_VMX_CR4_FIXED1 has clear cannot be set in VMX operation: #GP(0)."""
     l1.enter_vmx()
     cr4 = l1.read_cr(4).value

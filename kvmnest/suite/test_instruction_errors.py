@@ -29,7 +29,7 @@ CAUSES = {
 
 
 @pytest.mark.parametrize("error", CAUSES, ids=lambda error: f"{error.value}-{error.name}")
-def test_error(l1, error):
+def test_error(l1: L1, error: VmxError) -> None:
     """The instruction fails with this number, and the number stays until the next failure."""
     if error is VmxError.INVALID_OPERAND_TO_INVEPT_INVVPID and not l1.caps.supports(
         EptVpidCap.INVEPT
@@ -42,7 +42,7 @@ def test_error(l1, error):
 
 
 @pytest.mark.parametrize("error", CAUSES, ids=lambda error: f"{error.value}-{error.name}")
-def test_error_without_current_vmcs(l1, error):
+def test_error_without_current_vmcs(l1: L1, error: VmxError) -> None:
     """Without a current VMCS the same failure is VMfailInvalid."""
     if error is VmxError.INVALID_OPERAND_TO_INVEPT_INVVPID and not l1.caps.supports(
         EptVpidCap.INVEPT
@@ -52,14 +52,14 @@ def test_error_without_current_vmcs(l1, error):
     assert CAUSES[error](l1) == VMfailInvalid()
 
 
-def test_error_5_vmresume_of_clear_vmcs(l1):
+def test_error_5_vmresume_of_clear_vmcs(l1: L1) -> None:
     """VMRESUME of a VMCS that was never launched."""
     l1.launchable()
     assert l1.vmresume() == VMfailValid(VmxError.VMRESUME_NONLAUNCHED_VMCS)
     assert l1.vmread(Field.VM_INSTRUCTION_ERROR) == Succeed(5)
 
 
-def test_error_7_control_field(l1):
+def test_error_7_control_field(l1: L1) -> None:
     """An entry with a reserved control bit."""
     vmcs = l1.launchable()
     vmcs[Field.PIN_BASED_VM_EXEC_CONTROL] = 0xFFFFFFFF
@@ -67,7 +67,7 @@ def test_error_7_control_field(l1):
     assert l1.vmread(Field.VM_INSTRUCTION_ERROR) == Succeed(7)
 
 
-def test_error_8_host_state_field(l1):
+def test_error_8_host_state_field(l1: L1) -> None:
     """An entry with a host CS selector of 0."""
     vmcs = l1.launchable()
     vmcs[Field.HOST_CS_SELECTOR] = 0
@@ -75,7 +75,7 @@ def test_error_8_host_state_field(l1):
     assert l1.vmread(Field.VM_INSTRUCTION_ERROR) == Succeed(8)
 
 
-def test_error_13_read_only_field(l1):
+def test_error_13_read_only_field(l1: L1) -> None:
     """VMWRITE to a read-only field, where IA32_VMX_MISC does not allow it."""
     l1.launchable()
     outcome = l1.vmwrite(Field.VM_EXIT_REASON, 0)
@@ -85,7 +85,7 @@ def test_error_13_read_only_field(l1):
         assert outcome == VMfailValid(VmxError.VMWRITE_READ_ONLY_COMPONENT)
 
 
-def test_success_keeps_the_number(l1):
+def test_success_keeps_the_number(l1: L1) -> None:
     """An instruction that succeeds leaves the VM-instruction error field alone."""
     l1.launchable()
     assert l1.vmresume() == VMfailValid(VmxError.VMRESUME_NONLAUNCHED_VMCS)
@@ -94,7 +94,7 @@ def test_success_keeps_the_number(l1):
     assert l1.vmread(Field.VM_INSTRUCTION_ERROR) == Succeed(5)
 
 
-def test_failure_belongs_to_the_current_vmcs(l1):
+def test_failure_belongs_to_the_current_vmcs(l1: L1) -> None:
     """The number is written to the VMCS that is current when the instruction fails."""
     first = l1.launchable()
     assert l1.vmresume() == VMfailValid(VmxError.VMRESUME_NONLAUNCHED_VMCS)

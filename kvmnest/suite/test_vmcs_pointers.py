@@ -1,10 +1,12 @@
 """VMCLEAR, VMPTRLD and VMPTRST: the VMCS pointer as an operand, and what they do to a VMCS."""
 
+from typing import Any
+
 import pytest
 
 from kvmnest.l1 import L1, Mode
 from kvmnest.vmx import ExitReason, Field, Vector, VmxError
-from kvmnest.vmx.outcome import Exit, Fault, Succeed, VMfailInvalid, VMfailValid
+from kvmnest.vmx.outcome import Exit, Fault, Outcome, Succeed, VMfailInvalid, VMfailValid
 
 NO_VMCS = 0xFFFFFFFFFFFFFFFF
 
@@ -32,10 +34,12 @@ VMXON_POINTER = {
 }
 
 
-def _do(l1: L1, name: str, address: int = 0, **how):
+def _do(l1: L1, name: str, address: int = 0, **how: Any) -> Outcome:
     if name == "vmptrst":
         return l1.vmptrst(**how)
-    return getattr(l1, name)(address, **how)
+    if name == "vmclear":
+        return l1.vmclear(address, **how)
+    return l1.vmptrld(address, **how)
 
 
 def _region(l1: L1, name: str = "vmcs_b") -> int:
@@ -46,14 +50,14 @@ def _region(l1: L1, name: str = "vmcs_b") -> int:
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_outside_vmx_operation(l1, name):
+def test_outside_vmx_operation(l1: L1, name: str) -> None:
     """#UD outside VMX operation, whatever the CPL."""
     assert _do(l1, name) == Fault(Vector.UD, error_code=0, rip=0)
     assert _do(l1, name, cpl=3) == Fault(Vector.UD, error_code=0, rip=0)
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_at_cpl_3(l1, name):
+def test_at_cpl_3(l1: L1, name: str) -> None:
     """#GP(0) at CPL 3, and the operand is not read: no #PF for an unmapped one."""
     l1.launchable()
     before = l1.vmptrst()
@@ -64,7 +68,7 @@ def test_at_cpl_3(l1, name):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_in_compatibility_mode(l1, name):
+def test_in_compatibility_mode(l1: L1, name: str) -> None:
     """#UD in compatibility mode."""
     l1.launchable()
     assert _do(l1, name, mode=Mode.COMPAT) == Fault(Vector.UD, error_code=0, rip=0)
@@ -74,7 +78,7 @@ def test_in_compatibility_mode(l1, name):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_operand_not_mapped(l1, name):
+def test_operand_not_mapped(l1: L1, name: str) -> None:
     """#PF at the operand's address; bit 1 of the error code tells a write."""
     l1.enter_vmx()
     write = 2 if name == "vmptrst" else 0
@@ -83,7 +87,7 @@ def test_operand_not_mapped(l1, name):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_operand_across_a_page_end(l1, name):
+def test_operand_across_a_page_end(l1: L1, name: str) -> None:
     """The operand has 64 bits: #PF at the second page when it is not mapped."""
     l1.enter_vmx()
     page = l1.alloc(2)
@@ -96,7 +100,7 @@ def test_operand_across_a_page_end(l1, name):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_operand_not_canonical(l1, name):
+def test_operand_not_canonical(l1: L1, name: str) -> None:
     """#GP(0) through DS, #SS(0) through SS."""
     l1.enter_vmx()
     at = 0x8000000000000000
@@ -105,7 +109,7 @@ def test_operand_not_canonical(l1, name):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_operand_through_ss(l1, name):
+def test_operand_through_ss(l1: L1, name: str) -> None:
     """An operand addressed through SS works like one through DS."""
     l1.enter_vmx()
     assert _do(l1, name, _region(l1), via_ss=True) == Succeed()
@@ -113,7 +117,7 @@ def test_operand_through_ss(l1, name):
 
 @pytest.mark.series(11)
 @pytest.mark.sdm("VMPTRST - Store Pointer to Virtual-Machine Control Structure")
-def test_vmptrst_to_a_read_only_page(l1):
+def test_vmptrst_to_a_read_only_page(l1: L1) -> None:
     """VMPTRST to a page that is not writable: #PF with P and W/R set, nothing is stored."""
     l1.enter_vmx()
     page = l1.alloc()
@@ -129,7 +133,7 @@ def test_vmptrst_to_a_read_only_page(l1):
 
 @pytest.mark.parametrize("name", BOTH)
 @pytest.mark.parametrize("offset", [1, 8, 0x800, 0xFFF], ids=hex)
-def test_pointer_not_aligned(l1, name, offset):
+def test_pointer_not_aligned(l1: L1, name: str, offset: int) -> None:
     """Bits 11:0 must be 0: error 2 or 9 with a current VMCS."""
     l1.launchable()
     outcome = _do(l1, name, _region(l1) + offset)
@@ -137,14 +141,14 @@ def test_pointer_not_aligned(l1, name, offset):
 
 
 @pytest.mark.parametrize("name", BOTH)
-def test_pointer_not_aligned_without_current_vmcs(l1, name):
+def test_pointer_not_aligned_without_current_vmcs(l1: L1, name: str) -> None:
     """Without a current VMCS there is no place for the number: VMfailInvalid."""
     l1.enter_vmx()
     assert _do(l1, name, _region(l1) + 8) == VMfailInvalid()
 
 
 @pytest.mark.parametrize("name", BOTH)
-def test_pointer_beyond_physical_address_width(l1, name):
+def test_pointer_beyond_physical_address_width(l1: L1, name: str) -> None:
     """A bit beyond the physical-address width: error 2 or 9."""
     l1.launchable()
     width = l1.cpuid(0x80000008).value[0] & 0xFF
@@ -154,7 +158,7 @@ def test_pointer_beyond_physical_address_width(l1, name):
 
 
 @pytest.mark.parametrize("name", BOTH)
-def test_pointer_is_the_vmxon_pointer(l1, name):
+def test_pointer_is_the_vmxon_pointer(l1: L1, name: str) -> None:
     """The VMXON region is no VMCS: error 3 or 10."""
     l1.launchable()
     outcome = _do(l1, name, l1.sym("vmxon_region"))
@@ -162,14 +166,14 @@ def test_pointer_is_the_vmxon_pointer(l1, name):
 
 
 @pytest.mark.parametrize("name", BOTH)
-def test_pointer_is_the_vmxon_pointer_without_current_vmcs(l1, name):
+def test_pointer_is_the_vmxon_pointer_without_current_vmcs(l1: L1, name: str) -> None:
     """The same without a current VMCS: VMfailInvalid."""
     l1.enter_vmx()
     assert _do(l1, name, l1.sym("vmxon_region")) == VMfailInvalid()
 
 
 @pytest.mark.parametrize("name", BOTH)
-def test_failure_keeps_the_current_vmcs(l1, name):
+def test_failure_keeps_the_current_vmcs(l1: L1, name: str) -> None:
     """A failed VMCLEAR or VMPTRLD leaves the current VMCS current, and launchable."""
     vmcs = l1.launchable()
     assert _do(l1, name, _region(l1) + 8) == VMfailValid(INVALID_ADDRESS[name])
@@ -185,7 +189,7 @@ def test_failure_keeps_the_current_vmcs(l1, name):
 class TestVmclear:
     """What VMCLEAR does to the current VMCS and to others."""
 
-    def test_of_the_current_vmcs(self, l1):
+    def test_of_the_current_vmcs(self, l1: L1) -> None:
         """The current-VMCS pointer becomes invalid."""
         vmcs = l1.launchable()
         assert l1.vmptrst() == Succeed(vmcs.address)
@@ -193,20 +197,20 @@ class TestVmclear:
         assert l1.vmptrst() == Succeed(NO_VMCS)
         assert l1.vmread(Field.GUEST_RIP) == VMfailInvalid()
 
-    def test_of_another_vmcs(self, l1):
+    def test_of_another_vmcs(self, l1: L1) -> None:
         """VMCLEAR of a VMCS that is not current leaves the current one."""
         vmcs = l1.launchable()
         assert l1.vmclear(_region(l1)) == Succeed()
         assert l1.vmptrst() == Succeed(vmcs.address)
         assert l1.vmlaunch() == Exit(ExitReason.VMCALL)
 
-    def test_does_not_look_at_the_revision(self, l1):
+    def test_does_not_look_at_the_revision(self, l1: L1) -> None:
         """VMCLEAR initialises a region whatever revision identifier it holds."""
         l1.enter_vmx()
         region = l1.prepare_region(l1.sym("vmcs_b"), 0x7FFFFFFF)
         assert l1.vmclear(region) == Succeed()
 
-    def test_without_a_current_vmcs(self, l1):
+    def test_without_a_current_vmcs(self, l1: L1) -> None:
         """VMCLEAR works without a current VMCS, and twice."""
         l1.enter_vmx()
         assert l1.vmclear(_region(l1)) == Succeed()
@@ -222,7 +226,7 @@ class TestVmclear:
 class TestVmptrld:
     """What VMPTRLD accepts and does."""
 
-    def test_makes_the_vmcs_current(self, l1):
+    def test_makes_the_vmcs_current(self, l1: L1) -> None:
         """VMPTRST shows the pointer that VMPTRLD loaded."""
         l1.enter_vmx()
         region = _region(l1)
@@ -231,21 +235,21 @@ class TestVmptrld:
         assert l1.vmptrst() == Succeed(region)
 
     @pytest.mark.parametrize("change", [1, 0x100, 0x40000000], ids=hex)
-    def test_other_revision(self, l1, change):
+    def test_other_revision(self, l1: L1, change: int) -> None:
         """The revision identifier must be the processor's: error 11."""
         vmcs = l1.launchable()
         region = l1.prepare_region(l1.sym("vmcs_b"), l1.caps.basic.revision_id ^ change)
         assert l1.vmptrld(region) == VMfailValid(VmxError.VMPTRLD_INCORRECT_REVISION_ID)
         assert l1.vmptrst() == Succeed(vmcs.address)
 
-    def test_other_revision_without_current_vmcs(self, l1):
+    def test_other_revision_without_current_vmcs(self, l1: L1) -> None:
         """The same without a current VMCS: VMfailInvalid."""
         l1.enter_vmx()
         region = l1.prepare_region(l1.sym("vmcs_b"), l1.caps.basic.revision_id ^ 1)
         assert l1.vmptrld(region) == VMfailInvalid()
         assert l1.vmptrst() == Succeed(NO_VMCS)
 
-    def test_keeps_the_vmcs_that_was_current(self, l1):
+    def test_keeps_the_vmcs_that_was_current(self, l1: L1) -> None:
         """The VMCS that was current before stays as it is and can be loaded again."""
         vmcs = l1.launchable()
         vmcs[Field.GUEST_RSP] = 0x1238
@@ -268,12 +272,12 @@ class TestVmptrld:
 class TestVmptrst:
     """What VMPTRST stores."""
 
-    def test_without_current_vmcs(self, l1):
+    def test_without_current_vmcs(self, l1: L1) -> None:
         """All ones when there is no current VMCS."""
         l1.enter_vmx()
         assert l1.vmptrst() == Succeed(NO_VMCS)
 
-    def test_stores_64_bits_only(self, l1):
+    def test_stores_64_bits_only(self, l1: L1) -> None:
         """Exactly 8 bytes are written."""
         vmcs = l1.launchable()
         page = l1.alloc()
@@ -284,7 +288,7 @@ class TestVmptrst:
         assert content[16:24] == vmcs.address.to_bytes(8, "little")
         assert content[24:] == b"\xa5" * 40
 
-    def test_follows_vmptrld(self, l1):
+    def test_follows_vmptrld(self, l1: L1) -> None:
         """Each VMPTRLD shows."""
         l1.enter_vmx()
         for name in ("vmcs_a", "vmcs_b", "vmcs_c"):

@@ -2,6 +2,7 @@
 
 import pytest
 
+from kvmnest.l1 import L1
 from kvmnest.vmx import ExitReason, Field, VmxError
 from kvmnest.vmx.outcome import Exit, Succeed, VMfailValid
 
@@ -9,7 +10,7 @@ pytestmark = [pytest.mark.series(5), pytest.mark.sdm("Format of the VMCS Region"
 
 
 @pytest.mark.sdm("Software Use of the VMCS and Related Structures")
-def test_region_size_and_memory_type(l1):
+def test_region_size_and_memory_type(l1: L1) -> None:
     """IA32_VMX_BASIC: 1 to 4096 bytes, write-back, a revision identifier that is not 0."""
     basic = l1.caps.basic
     assert 0 < basic.region_size <= 4096
@@ -18,7 +19,7 @@ def test_region_size_and_memory_type(l1):
     assert basic.revision_id != 0
 
 
-def test_vmclear_keeps_the_revision_identifier(l1):
+def test_vmclear_keeps_the_revision_identifier(l1: L1) -> None:
     """VMCLEAR writes the VMCS data back; the first four bytes stay as software wrote them."""
     vmcs = l1.launchable()
     assert l1.vmlaunch() == Exit(ExitReason.VMCALL)
@@ -26,7 +27,7 @@ def test_vmclear_keeps_the_revision_identifier(l1):
     assert l1.read_int(vmcs.address, 4) == l1.caps.basic.revision_id
 
 
-def test_vmcs_uses_no_more_than_its_region(l1):
+def test_vmcs_uses_no_more_than_its_region(l1: L1) -> None:
     """Nothing beyond the region that IA32_VMX_BASIC describes is written."""
     l1.enter_vmx()
     pages = l1.alloc(3)
@@ -41,7 +42,7 @@ def test_vmcs_uses_no_more_than_its_region(l1):
 
 
 @pytest.mark.sdm("VMCLEAR - Clear Virtual-Machine Control Structure")
-def test_vmcs_moves_with_its_memory(l1):
+def test_vmcs_moves_with_its_memory(l1: L1) -> None:
     """After VMCLEAR the region's bytes are the VMCS: a copy of them is the same VMCS."""
     vmcs = l1.launchable()
     vmcs[Field.GUEST_RSP] = 0x1238
@@ -55,7 +56,7 @@ def test_vmcs_moves_with_its_memory(l1):
     assert l1.vmlaunch() == Exit(ExitReason.VMCALL)
 
 
-def test_any_page_of_memory_can_hold_a_vmcs(l1):
+def test_any_page_of_memory_can_hold_a_vmcs(l1: L1) -> None:
     """Regions anywhere in RAM work alike."""
     l1.enter_vmx()
     for _ in range(4):

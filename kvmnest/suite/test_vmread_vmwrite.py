@@ -1,10 +1,12 @@
 """VMREAD and VMWRITE: operands, unsupported and read-only fields, faults."""
 
+from typing import Any
+
 import pytest
 
 from kvmnest.l1 import L1, Mode
 from kvmnest.vmx import ExitReason, Field, Misc, Vector, VmxError
-from kvmnest.vmx.outcome import Exit, Fault, Succeed, VMfailInvalid, VMfailValid
+from kvmnest.vmx.outcome import Exit, Fault, Outcome, Succeed, VMfailInvalid, VMfailValid
 
 SDM_READ = "VMREAD - Read Field from Virtual-Machine Control Structure"
 SDM_WRITE = "VMWRITE - Write Field to Virtual-Machine Control Structure"
@@ -22,7 +24,7 @@ FORMS = pytest.mark.parametrize("memory", [False, True], ids=["register", "memor
 UNSUPPORTED = [0x03FE, 0x2BFE, 0x4BFE, 0x6BFE, 0x1000 | Field.GUEST_RIP, 0x8000, 0xFFFFFFFF]
 
 
-def _do(l1: L1, name: str, field: int = Field.GUEST_RIP, **how):
+def _do(l1: L1, name: str, field: int = Field.GUEST_RIP, **how: Any) -> Outcome:
     if name == "vmread":
         return l1.vmread(field, **how)
     return l1.vmwrite(field, 0x1000, **how)
@@ -30,7 +32,7 @@ def _do(l1: L1, name: str, field: int = Field.GUEST_RIP, **how):
 
 @pytest.mark.parametrize("name", BOTH)
 @FORMS
-def test_outside_vmx_operation(l1, name, memory):
+def test_outside_vmx_operation(l1: L1, name: str, memory: bool) -> None:
     """#UD outside VMX operation, whatever the CPL."""
     assert _do(l1, name, memory=memory) == Fault(Vector.UD, error_code=0, rip=0)
     assert _do(l1, name, memory=memory, cpl=3) == Fault(Vector.UD, error_code=0, rip=0)
@@ -38,7 +40,7 @@ def test_outside_vmx_operation(l1, name, memory):
 
 @pytest.mark.parametrize("name", BOTH)
 @FORMS
-def test_at_cpl_3(l1, name, memory):
+def test_at_cpl_3(l1: L1, name: str, memory: bool) -> None:
     """#GP(0) at CPL 3."""
     l1.launchable()
     assert _do(l1, name, memory=memory, cpl=3) == Fault(Vector.GP, error_code=0, rip=0)
@@ -46,16 +48,15 @@ def test_at_cpl_3(l1, name, memory):
 
 @pytest.mark.parametrize("name", BOTH)
 @FORMS
-def test_in_compatibility_mode(l1, name, memory):
+def test_in_compatibility_mode(l1: L1, name: str, memory: bool) -> None:
     """#UD in compatibility mode."""
     l1.launchable()
-    how = {"memory": memory, "mode": Mode.COMPAT}
-    assert _do(l1, name, **how) == Fault(Vector.UD, error_code=0, rip=0)
+    assert _do(l1, name, memory=memory, mode=Mode.COMPAT) == Fault(Vector.UD, error_code=0, rip=0)
 
 
 @pytest.mark.parametrize("name", BOTH)
 @FORMS
-def test_without_current_vmcs(l1, name, memory):
+def test_without_current_vmcs(l1: L1, name: str, memory: bool) -> None:
     """VMfailInvalid without a current VMCS."""
     l1.enter_vmx()
     assert _do(l1, name, memory=memory) == VMfailInvalid()
@@ -74,7 +75,7 @@ def test_without_current_vmcs(l1, name, memory):
     ],
     ids=lambda v: v.name if isinstance(v, Field) else "",
 )
-def test_value_written_is_read(l1, memory, field, value):
+def test_value_written_is_read(l1: L1, memory: bool, field: Field, value: int) -> None:
     """Each width gives back what was written, zero-extended to 64 bits."""
     l1.launchable()
     assert l1.vmwrite(field, value, memory=memory) == Succeed()
@@ -84,7 +85,7 @@ def test_value_written_is_read(l1, memory, field, value):
 
 @FORMS
 @pytest.mark.sdm(SDM_WRITE)
-def test_narrow_fields_take_the_low_bits(l1, memory):
+def test_narrow_fields_take_the_low_bits(l1: L1, memory: bool) -> None:
     """A value wider than the field loses its upper bits."""
     l1.launchable()
     value = 0x123456789ABCDEF0
@@ -96,7 +97,7 @@ def test_narrow_fields_take_the_low_bits(l1, memory):
 @pytest.mark.parametrize("name", BOTH)
 @FORMS
 @pytest.mark.parametrize("field", UNSUPPORTED, ids=hex)
-def test_unsupported_field(l1, name, memory, field):
+def test_unsupported_field(l1: L1, name: str, memory: bool, field: Field) -> None:
     """A field that does not exist: error 12."""
     l1.launchable()
     expected = VMfailValid(VmxError.UNSUPPORTED_VMCS_COMPONENT)
@@ -104,7 +105,7 @@ def test_unsupported_field(l1, name, memory, field):
 
 
 @pytest.mark.parametrize("name", BOTH)
-def test_field_operand_has_64_bits(l1, name):
+def test_field_operand_has_64_bits(l1: L1, name: str) -> None:
     """In 64-bit mode a bit above 31 of the field operand makes it unsupported."""
     l1.launchable()
     expected = VMfailValid(VmxError.UNSUPPORTED_VMCS_COMPONENT)
@@ -119,7 +120,7 @@ def test_field_operand_has_64_bits(l1, name):
     [Field.VM_EXIT_REASON, Field.VM_INSTRUCTION_ERROR, Field.EXIT_QUALIFICATION],
     ids=lambda field: field.name,
 )
-def test_read_only_field(l1, memory, field):
+def test_read_only_field(l1: L1, memory: bool, field: Field) -> None:
     """VM-exit information fields: error 13, unless IA32_VMX_MISC allows to write them."""
     l1.launchable()
     outcome = l1.vmwrite(field, 0x5A, memory=memory)
@@ -131,7 +132,7 @@ def test_read_only_field(l1, memory, field):
 
 
 @pytest.mark.parametrize("name", BOTH)
-def test_operand_not_mapped(l1, name):
+def test_operand_not_mapped(l1: L1, name: str) -> None:
     """#PF at the memory operand; VMREAD writes it, VMWRITE reads it."""
     l1.launchable()
     write = 2 if name == "vmread" else 0
@@ -140,7 +141,7 @@ def test_operand_not_mapped(l1, name):
 
 
 @pytest.mark.parametrize("name", BOTH)
-def test_operand_not_canonical(l1, name):
+def test_operand_not_canonical(l1: L1, name: str) -> None:
     """#GP(0) through DS, #SS(0) through SS."""
     l1.launchable()
     at = 0x8000000000000000
@@ -149,7 +150,7 @@ def test_operand_not_canonical(l1, name):
 
 
 @pytest.mark.sdm(SDM_READ)
-def test_vmread_stores_64_bits(l1):
+def test_vmread_stores_64_bits(l1: L1) -> None:
     """In 64-bit mode the memory operand has 64 bits, whatever the field's width."""
     l1.launchable()
     page = l1.alloc()
@@ -160,7 +161,7 @@ def test_vmread_stores_64_bits(l1):
 
 
 @pytest.mark.sdm(SDM_READ)
-def test_failed_vmread_changes_nothing(l1):
+def test_failed_vmread_changes_nothing(l1: L1) -> None:
     """A VMREAD that fails leaves its destination alone."""
     l1.launchable()
     page = l1.alloc()
@@ -171,7 +172,7 @@ def test_failed_vmread_changes_nothing(l1):
 
 
 @pytest.mark.sdm(SDM_WRITE)
-def test_failed_vmwrite_changes_no_field(l1):
+def test_failed_vmwrite_changes_no_field(l1: L1) -> None:
     """A VMWRITE that faults on its operand leaves the field alone."""
     vmcs = l1.launchable()
     rip = vmcs[Field.GUEST_RIP]
@@ -182,7 +183,7 @@ def test_failed_vmwrite_changes_no_field(l1):
 
 
 @pytest.mark.sdm(SDM_WRITE)
-def test_high_half_of_a_64_bit_field(l1):
+def test_high_half_of_a_64_bit_field(l1: L1) -> None:
     """The odd encoding gives access to bits 63:32."""
     l1.launchable()
     assert l1.vmwrite(Field.TSC_OFFSET, 0x1111111122222222) == Succeed()

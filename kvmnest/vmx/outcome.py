@@ -43,8 +43,17 @@ def _show(value: object) -> str:
     return repr(value)
 
 
-class _Shown:
-    """A repr that leaves out what was not stated and writes numbers in hexadecimal."""
+class Outcome:
+    """What became of an instruction; one of the classes below.
+
+    The repr leaves out what was not stated and writes numbers in hexadecimal. Asking for a part
+    that this outcome does not have (the value of a VMREAD that failed) is an AssertionError.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        raise AssertionError(f"no {name}: the outcome is {self!r}")
 
     def __repr__(self) -> str:
         parts = []
@@ -56,7 +65,7 @@ class _Shown:
 
 
 @dataclass(frozen=True, repr=False)
-class Succeed(_Shown):
+class Succeed(Outcome):
     """The instruction completed; for a VMX instruction that is VMsucceed, flags checked.
 
     ``value`` is what a read instruction gave (VMREAD, RDMSR, MOV from CR...).
@@ -68,14 +77,14 @@ class Succeed(_Shown):
 
 
 @dataclass(frozen=True, repr=False)
-class VMfailInvalid(_Shown):
+class VMfailInvalid(Outcome):
     """CF set, the other five status flags clear (SDM, "Conventions" of the VMX instructions)."""
 
     rflags: int = field(default=0, compare=False)
 
 
-@dataclass(frozen=True)
-class VMfailValid:
+@dataclass(frozen=True, repr=False)
+class VMfailValid(Outcome):
     """ZF set, the other five status flags clear; ``error`` is the VM-instruction error."""
 
     error: Any
@@ -88,14 +97,14 @@ class VMfailValid:
 
 
 @dataclass(frozen=True, repr=False)
-class WrongFlags(_Shown):
+class WrongFlags(Outcome):
     """RFLAGS that no VMX instruction may leave: neither VMsucceed nor one of the two failures."""
 
     rflags: int
 
 
 @dataclass(frozen=True, repr=False)
-class Fault(_Shown):
+class Fault(Outcome):
     """An exception that L1 took at the instruction.
 
     ``error_code`` is 0 for a vector without one; ``cr2`` matters for #PF only; ``rip`` is the
@@ -111,7 +120,7 @@ class Fault(_Shown):
 
 
 @dataclass(frozen=True, repr=False)
-class Exit(_Shown):
+class Exit(Outcome):
     """A VM exit from L2, with the exit-information fields of the VMCS and L2's RIP.
 
     ``intr_info`` and ``intr_error`` are the VM-exit interruption fields, ``idt_info`` and
@@ -135,7 +144,7 @@ class Exit(_Shown):
 
 
 @dataclass(frozen=True, repr=False)
-class EntryFailure(_Shown):
+class EntryFailure(Outcome):
     """A VM exit with bit 31 of the exit reason set: the entry failed after the host was checked.
 
     ``reason`` is INVALID_GUEST_STATE, MSR_LOAD_FAIL or MCE_DURING_ENTRY.
@@ -147,15 +156,10 @@ class EntryFailure(_Shown):
 
 
 @dataclass(frozen=True, repr=False)
-class HostExit(_Shown):
+class HostExit(Outcome):
     """KVM_RUN returned to userspace while L1 or L2 was in the middle; ``exit`` is KVM's exit.
 
     The command is not finished: ``L1.resume`` goes on with it.
     """
 
     exit: Any
-
-
-Outcome = (
-    Succeed | VMfailInvalid | VMfailValid | WrongFlags | Fault | Exit | EntryFailure | HostExit
-)
