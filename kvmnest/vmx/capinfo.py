@@ -131,6 +131,7 @@ class Cpu:
     bus_lock_trap: bool = True
     sgx: bool = False
     cet: bool = False
+    lam: bool = False
 
     @classmethod
     def from_cpuid(cls, leaves: Mapping[tuple[int, int], tuple[int, int, int, int]]) -> Cpu:
@@ -172,4 +173,5 @@ class Cpu:
             bus_lock_trap=bus_lock,
             sgx=bool(ebx7 >> 2 & 1),
             cet=bool(ecx7 >> 7 & 1 or edx7 >> 20 & 1),
+            lam=bool(leaves.get((7, 1), zero)[0] >> 26 & 1),
         )

@@ -59,7 +59,7 @@ _REASON_FLAGS = (
 _ENTRY_FAILURE = {
     0: "a guest-state check",
     2: "loading the PDPTEs",
-    3: "NMI injection under blocking by NMI or MOV SS",
+    3: "NMI injection under blocking by STI",
     4: "the VMCS link pointer",
 }
 """Exit qualification of exit reason 33."""
