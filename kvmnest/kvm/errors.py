@@ -18,8 +18,9 @@ _HINTS = {
     ),
     ("KVM_SET_USER_MEMORY_REGION", errno.EEXIST): "the range overlaps another slot",
     ("KVM_GET_DIRTY_LOG", errno.ENOENT): "no slot of this number with log_dirty=True",
-    ("KVM_CLEAR_DIRTY_LOG", errno.ENXIO): (
-        "enable Cap.MANUAL_DIRTY_LOG_PROTECT2 before the slot is added"
+    ("KVM_CLEAR_DIRTY_LOG", errno.ENOENT): "no slot of this number with log_dirty=True",
+    ("KVM_CLEAR_DIRTY_LOG", errno.EINVAL): (
+        "first_page and num_pages are multiples of 64, or num_pages ends with the slot"
     ),
     ("KVM_SET_TSS_ADDR", errno.EINVAL): (
         "only kvm_intel implements it, for an address below 4 GiB minus 3 pages"

@@ -37,6 +37,10 @@ class Memory:
         self._check(offset, len(data))
         self._map[offset : offset + len(data)] = data
 
+    def discard(self, offset: int) -> None:
+        """Zero everything from ``offset`` (page-aligned) on by giving the pages back."""
+        self._map.madvise(mmap.MADV_DONTNEED, offset, self.size - offset)
+
     def _check(self, offset: int, length: int) -> None:
         if offset < 0 or length < 0 or offset + length > self.size:
             raise IndexError(

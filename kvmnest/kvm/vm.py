@@ -97,7 +97,10 @@ class Vm(KvmObject):
         return bytes(ffi.buffer(bitmap))[: (pages + 7) // 8]
 
     def clear_dirty_log(self, slot: int, bitmap: bytes, first_page: int, num_pages: int) -> None:
-        """Clear the dirty bits set in ``bitmap`` (bit 0 is ``first_page``, a multiple of 64)."""
+        """Clear the dirty bits that are set in ``bitmap``, whose bit 0 is ``first_page``.
+
+        ``first_page`` and ``num_pages`` are multiples of 64, or num_pages ends with the slot.
+        """
         padded = bitmap.ljust((num_pages + 63) // 64 * 8, b"\0")
         buffer = ffi.from_buffer(padded)
         request = ffi.new(ioctls.CLEAR_DIRTY_LOG.pointer, [slot, num_pages, first_page])

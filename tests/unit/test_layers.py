@@ -1,0 +1,103 @@
+"""Nothing imports upward: kvm <- l1, vmx <- l1, l1 <- plugin, suite, results, lab, cli."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import kvmnest
+
+ROOT = Path(kvmnest.__file__).parent
+
+# Layer -> the other parts of the package that it may import. Each may import kvmnest.errors.
+ALLOWED = {
+    "kvm": set(),
+    "vmx": set(),
+    "l1": {"kvm", "vmx"},
+}
+TOP = {"plugin", "suite", "results", "lab", "cli"}
+
+# What would make the architecture's data do I/O.
+IO_MODULES = {"os", "io", "socket", "subprocess", "mmap", "fcntl", "pathlib", "cffi", "ctypes"}
+
+
+def imports(source: str, package: tuple[str, ...]) -> set[str]:
+    """Absolute names of all that a source imports; ``from x import y`` as x and as x.y."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = package[: len(package) - node.level + 1]
+                base = ".".join((*parents, base) if base else parents)
+            names.add(base)
+            names.update(f"{base}.{alias.name}" for alias in node.names)
+    return names
+
+
+def imports_of(path: Path) -> set[str]:
+    return imports(path.read_text(), path.relative_to(ROOT.parent).with_suffix("").parts[:-1])
+
+
+def parts_used(path: Path) -> set[str]:
+    """Direct parts of the package that a file imports ("kvm", "vmx", ...)."""
+    parts = {path.name for path in ROOT.iterdir() if path.is_dir()}
+    used = {name.split(".")[1] for name in imports_of(path) if name.startswith("kvmnest.")}
+    return used & parts
+
+
+@pytest.mark.parametrize("layer", ALLOWED)
+def test_nothing_imports_upward(layer: str) -> None:
+    files = sorted((ROOT / layer).rglob("*.py"))
+    assert files
+    wrong = {
+        str(path.relative_to(ROOT)): sorted(parts_used(path) - ALLOWED[layer] - {layer})
+        for path in files
+    }
+    assert {name: parts for name, parts in wrong.items() if parts} == {}
+
+
+def test_every_part_has_a_place() -> None:
+    parts = {p.name for p in ROOT.iterdir() if p.is_dir() and any(p.glob("*.py"))}
+    assert parts <= ALLOWED.keys() | TOP
+
+
+def test_the_architecture_does_no_io() -> None:
+    for path in (ROOT / "vmx").rglob("*.py"):
+        used = {name.split(".")[0] for name in imports_of(path)} & IO_MODULES
+        assert not used, f"{path.relative_to(ROOT)} imports {used}"
+        calls = {
+            node.func.id
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+        }
+        assert not calls & {"open", "print", "input"}, path.relative_to(ROOT)
+
+
+def test_the_bindings_know_nothing_of_vmx() -> None:
+    # KVM's own interface (cdef, capability names) has names of it; the functions do not.
+    for path in (ROOT / "kvm").rglob("*.py"):
+        names = {
+            node.name.lower()
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.FunctionDef | ast.ClassDef)
+        }
+        assert not {n for n in names if "vmx" in n or "vmcs" in n}, path.name
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import kvmnest.l1.machine",
+        "from kvmnest.l1 import machine",
+        "from kvmnest import l1",
+        "from ..l1 import machine",
+        "from .. import l1",
+        "def f():\n    import kvmnest.l1",
+    ],
+)
+def test_every_spelling_of_an_import_is_seen(source: str) -> None:
+    found = imports(source, ("kvmnest", "kvm"))
+    assert any(name.split(".")[:2] == ["kvmnest", "l1"] for name in found)
