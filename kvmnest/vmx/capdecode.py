@@ -97,7 +97,7 @@ def decode(caps: Capabilities) -> list[tuple[Msr, str, str]]:
         ),
     ]
     lines += [
-        (Msr.IA32_VMX_BASIC, name, str(int(bool(basic.raw & mask))))
+        (Msr.IA32_VMX_BASIC, name, str(int(bool(basic & mask))))
         for mask, name in _names(BasicCap, 0)
     ]
     for msr, kind in _SPLIT:
@@ -110,7 +110,7 @@ def decode(caps: Capabilities) -> list[tuple[Msr, str, str]]:
         (Msr.IA32_VMX_MISC, "MSEG revision identifier", f"{misc.mseg_revision_id:#x}"),
     ]
     lines += [
-        (Msr.IA32_VMX_MISC, name, str(int(bool(misc.raw & mask)))) for mask, name in _names(Misc, 0)
+        (Msr.IA32_VMX_MISC, name, str(int(bool(misc & mask)))) for mask, name in _names(Misc, 0)
     ]
     lines += _fixed_lines(caps)
     lines.append((Msr.IA32_VMX_VMCS_ENUM, "highest index", str(caps.vmcs_enum_max_index)))

@@ -12,68 +12,62 @@ from kvmnest.vmx.controls import BasicCap, Misc
 from kvmnest.vmx.registers import ActivityState, DebugCtl, Efer
 
 
-@dataclass(frozen=True)
-class BasicInfo:
-    """IA32_VMX_BASIC."""
-
-    raw: int
+class BasicInfo(int):
+    """IA32_VMX_BASIC: the register's value with its parts as properties."""
 
     @property
     def revision_id(self) -> int:
         """VMCS revision identifier, 31 bits."""
-        return self.raw & 0x7FFFFFFF
+        return self & 0x7FFFFFFF
 
     @property
     def region_size(self) -> int:
         """Bytes to allocate for the VMXON region and for each VMCS (1 to 4096)."""
-        return self.raw >> 32 & 0x1FFF
+        return self >> 32 & 0x1FFF
 
     @property
     def memory_type(self) -> int:
         """Memory type to use for VMX structures: 6 is write-back, 0 uncacheable."""
-        return self.raw >> 50 & 0xF
+        return self >> 50 & 0xF
 
     @property
     def physical_32bit(self) -> bool:
         """Addresses of VMX structures are limited to 32 bits."""
-        return bool(self.raw & BasicCap.PHYSICAL_32BIT.value)
+        return bool(self & BasicCap.PHYSICAL_32BIT.value)
 
     @property
     def dual_monitor(self) -> bool:
         """Dual-monitor treatment of SMIs and SMM is supported."""
-        return bool(self.raw & BasicCap.DUAL_MONITOR.value)
+        return bool(self & BasicCap.DUAL_MONITOR.value)
 
     @property
     def ins_outs_info(self) -> bool:
         """VM exits due to INS and OUTS report VM-exit instruction information."""
-        return bool(self.raw & BasicCap.INS_OUTS_INFO.value)
+        return bool(self & BasicCap.INS_OUTS_INFO.value)
 
     @property
     def true_controls(self) -> bool:
         """The IA32_VMX_TRUE_*_CTLS MSRs exist."""
-        return bool(self.raw & BasicCap.TRUE_CONTROLS.value)
+        return bool(self & BasicCap.TRUE_CONTROLS.value)
 
     @property
     def error_code_optional(self) -> bool:
         """A hardware exception may be injected with or without error code, whatever it is."""
-        return bool(self.raw & BasicCap.ERROR_CODE_OPTIONAL.value)
+        return bool(self & BasicCap.ERROR_CODE_OPTIONAL.value)
 
 
-@dataclass(frozen=True)
-class MiscInfo:
-    """IA32_VMX_MISC."""
-
-    raw: int
+class MiscInfo(int):
+    """IA32_VMX_MISC: the register's value with its parts as properties."""
 
     @property
     def preemption_timer_rate(self) -> int:
         """The timer counts down by 1 each time this bit of the TSC changes."""
-        return self.raw & 0x1F
+        return self & 0x1F
 
     @property
     def save_efer_lma(self) -> bool:
         """VM exits store IA32_EFER.LMA into the "IA-32e mode guest" VM-entry control."""
-        return bool(self.raw & Misc.SAVE_EFER_LMA.value)
+        return bool(self & Misc.SAVE_EFER_LMA.value)
 
     @property
     def activity_states(self) -> frozenset[ActivityState]:
@@ -81,33 +75,33 @@ class MiscInfo:
         return frozenset(
             state
             for state in ActivityState
-            if state is ActivityState.ACTIVE or self.raw >> (5 + state.value) & 1
+            if state is ActivityState.ACTIVE or self >> (5 + state.value) & 1
         )
 
     @property
     def cr3_targets(self) -> int:
         """Number of CR3-target values."""
-        return self.raw >> 16 & 0x1FF
+        return self >> 16 & 0x1FF
 
     @property
     def msr_list_max(self) -> int:
         """Recommended maximum of entries in each MSR area: 512 * (N + 1)."""
-        return 512 * ((self.raw >> 25 & 7) + 1)
+        return 512 * ((self >> 25 & 7) + 1)
 
     @property
     def vmwrite_any_field(self) -> bool:
         """VMWRITE may write the read-only (exit information) fields."""
-        return bool(self.raw & Misc.VMWRITE_ANY_FIELD.value)
+        return bool(self & Misc.VMWRITE_ANY_FIELD.value)
 
     @property
     def zero_length_injection(self) -> bool:
         """Software events may be injected with an instruction length of 0."""
-        return bool(self.raw & Misc.ZERO_LENGTH_INJECTION.value)
+        return bool(self & Misc.ZERO_LENGTH_INJECTION.value)
 
     @property
     def mseg_revision_id(self) -> int:
         """MSEG revision identifier for the SMM-transfer monitor."""
-        return self.raw >> 32
+        return self >> 32
 
 
 _DEBUGCTL_BASE = 0x1FC3  # LBR, BTF, TR, BTS, BTINT, BTS_OFF_*, FREEZE_*: bits 0, 1, 6-12

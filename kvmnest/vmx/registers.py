@@ -8,7 +8,7 @@ and IDT-vectoring information fields.
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
 class Cr0(enum.IntFlag):
@@ -257,8 +257,7 @@ class PendingDebug(enum.IntFlag):
     RTM = 1 << 16
 
 
-@dataclass(frozen=True)
-class AccessRights:
+class AccessRights(NamedTuple):
     """A segment's access rights as the VMCS holds them (SDM "Guest Register State").
 
     ``type`` is the 4-bit descriptor type, ``s`` is 1 for code and data, ``l`` is 64-bit code,
