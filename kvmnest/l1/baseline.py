@@ -68,7 +68,23 @@ def baseline(
     fields = _controls(caps, payload, mode, ept, unrestricted)
     fields |= _host(caps, payload, cpu)
     fields |= _guest(caps, payload, mode, ept)
-    return {field: value for field, value in fields.items() if caps.field_exists(field)}
+    return {field: int(value) for field, value in fields.items() if caps.field_exists(field)}
+
+
+_cache: dict[tuple[int, int, L2Mode, bool | None, int], dict[Field, int]] = {}
+_cached: list[object] = []
+
+
+def cached_baseline(
+    caps: Capabilities, payload: Payload, mode: L2Mode, ept: bool | None, cpu: int
+) -> dict[Field, int]:
+    """Return ``baseline``, computed once for the same capability and payload objects."""
+    key = (id(caps), id(payload), mode, ept, cpu)
+    if key not in _cache:
+        _cache[key] = baseline(caps, payload, mode=mode, ept=ept, cpu=cpu)
+        # An object that is kept does not give its id to another one.
+        _cached.extend((caps, payload))
+    return _cache[key]
 
 
 def _controls(

@@ -139,7 +139,7 @@ class Cpu:
     @property
     def vcpu(self) -> Any:
         """The KVM vCPU; a new object after a round trip of the VM."""
-        return self.l1.vcpus[self.index]
+        return self.l1._vcpus[self.index]
 
     @property
     def vmcs(self) -> Vmcs | None:
@@ -257,9 +257,8 @@ class Cpu:
         if len(entries) > self.list_entries:
             raise HarnessError(f"{len(entries)} entries, a list holds {self.list_entries}")
         view, address = self.l1.memory.view, self.list
-        for key, value in entries:
-            LIST_ENTRY.pack_into(view, address, key, value & 0xFFFFFFFFFFFFFFFF, 0)
-            address += LIST_ENTRY.size
+        flat = [part for key, value in entries for part in (key, value & 0xFFFFFFFFFFFFFFFF, 0)]
+        struct.pack_into(f"<{len(flat)}Q", view, address, *flat)
         return Command(self.l1.payload[op], self.list, op.removeprefix("OP_"), cs=len(entries))
 
     def read_list(self, count: int) -> list[tuple[int, int, int]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from kvmnest.errors import HarnessError
-from kvmnest.l1.baseline import L2Mode, baseline
+from kvmnest.l1.baseline import L2Mode, cached_baseline
 from kvmnest.l1.cpu import Cpu
 from kvmnest.l1.instructions import Instructions
 from kvmnest.l1.vmcs import Vmcs
@@ -41,7 +41,7 @@ class L1(Instructions):
         self.prepare_region(address)
         self._expect(self.vmclear(address, cpu=cpu), "VMCLEAR")
         self._expect(self.vmptrld(address, cpu=cpu), "VMPTRLD")
-        fields = baseline(self.caps, self.payload, mode=mode, ept=ept, cpu=cpu.index)
+        fields = cached_baseline(self.caps, self.payload, mode, ept, cpu.index)
         vmcs = Vmcs(self, address, fields)
         self.vmcss[address] = vmcs
         if l2 is not None:

@@ -23,7 +23,9 @@ from kvmnest.vmx.outcome import (
 )
 from kvmnest.vmx.reasons import EXIT_REASON_ENTRY_FAILURE
 
-_STATUS_FLAGS = Rflags.CF | Rflags.PF | Rflags.AF | Rflags.ZF | Rflags.SF | Rflags.OF
+#: Plain integers: this is the hot path, and flag enumerations are slow.
+_CF, _ZF = int(Rflags.CF), int(Rflags.ZF)
+_STATUS_FLAGS = int(Rflags.CF | Rflags.PF | Rflags.AF | Rflags.ZF | Rflags.SF | Rflags.OF)
 
 #: Read after each VM exit; VM_INSTRUCTION_ERROR comes first, since a VMREAD that fails changes it.
 _EXIT_FIELDS = (
@@ -189,9 +191,9 @@ class Instructions(Machine):
         flags = result.rflags & _STATUS_FLAGS
         if flags == 0:
             return Succeed(regs=result.regs, rflags=result.rflags)
-        if flags == Rflags.CF:
+        if flags == _CF:
             return VMfailInvalid(rflags=result.rflags)
-        if flags == Rflags.ZF:
+        if flags == _ZF:
             return VMfailValid(self.instruction_error(cpu), rflags=result.rflags)
         return WrongFlags(flags)
 
@@ -321,7 +323,7 @@ class Instructions(Machine):
         values = [value for _, value, _ in cpu.read_list(len(_EXIT_FIELDS))]
         if result.status != self.payload["STATUS_VMEXIT"]:
             flags = result.rflags & _STATUS_FLAGS
-            if self.is_done(result.vector, result.rip) and flags == Rflags.ZF:
+            if self.is_done(result.vector, result.rip) and flags == _ZF:
                 return VMfailValid(_known(VmxError, values[0]), rflags=result.rflags)
             return self._judge(cpu, cpu.commands[0], result)
         reason = values[1]

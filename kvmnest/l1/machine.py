@@ -15,6 +15,7 @@ from kvmnest.l1 import payload as payload_module
 from kvmnest.l1 import roundtrip
 from kvmnest.l1.cpu import Cpu, check_layout
 from kvmnest.l1.payload import Payload
+from kvmnest.l1.roundtrip import VcpuState
 from kvmnest.l1.vmcs import Vmcs
 from kvmnest.vmx import Capabilities, Cr0, Cr4, Efer, FeatureControl, Field, Msr, Vector
 
@@ -25,11 +26,18 @@ _CR0 = Cr0.PE | Cr0.MP | Cr0.ET | Cr0.NE | Cr0.WP | Cr0.PG
 _CR4 = Cr4.PAE | Cr4.OSFXSR | Cr4.OSXMMEXCPT
 _EFER = Efer.LME | Efer.LMA | Efer.NXE
 _CPUID_1_ECX_VMX = 1 << 5
+#: Where ``alloc`` begins.
+_FIRST_FREE = 0x100000
 
 
 @functools.lru_cache(maxsize=8)
 def _capabilities(msrs: tuple[tuple[int, int], ...]) -> Capabilities:
     return Capabilities.from_msrs(dict(msrs))
+
+
+@functools.lru_cache(maxsize=2)
+def _vmx_msrs(kvm: Kvm) -> tuple[int, ...]:
+    return tuple(sorted(set(kvm.msr_feature_index_list()) & set(VMX_MSRS)))
 
 
 @functools.cache
@@ -80,21 +88,22 @@ class Machine:
         self._armed = False
         #: VMCSs that have a baseline, by region address.
         self.vmcss: dict[int, Vmcs] = {}
-        #: MSRs that a round trip moves; found at the first one.
-        self.migrated_msrs: list[int] | None = None
-        self._free = 0x100000
+        self._free = _FIRST_FREE
         self._cpuid = kvm.supported_cpuid()
         self.has_vmx = bool(_cpuid_1_ecx(self._cpuid) & _CPUID_1_ECX_VMX)
         self._feature_control = feature_control if self.has_vmx else None
         self._vmxe = vmxe and self.has_vmx
         self.memory = Memory(self.payload["RAM_SIZE"])
-        self.vcpus: list[Vcpu] = []
         self.cpus: list[Cpu] = []
-        self.vm: Vm
+        self._vcpus: list[Vcpu] = []
+        self._caps: Capabilities | None = None
+        #: True once a case took hold of the VM or a vCPU itself: ``reset`` cannot know then
+        #: what it changed.
+        self.touched = False
+        self._powered_on: VcpuState | None = None
         try:
-            for address, content in self.payload.segments:
-                self.memory.write(address, content)
-            self.vm = self.create_vm()
+            self._load_payload()
+            self._vm = self.create_vm()
             self.add_cpu()
         except BaseException:
             self.close()
@@ -127,14 +136,14 @@ class Machine:
         index = len(self.cpus)
         if index >= self.payload["CPUS"]:
             raise HarnessError(f"L1 has at most {self.payload['CPUS']} vCPUs")
-        self.vcpus.append(self.create_vcpu(self.vm, index))
+        self._vcpus.append(self.create_vcpu(self._vm, index))
         cpu = Cpu(self, index)
         self.cpus.append(cpu)
         self._power_on(cpu)
         return cpu
 
     def _power_on(self, cpu: Cpu) -> None:
-        vcpu, payload = self.vcpus[cpu.index], self.payload
+        vcpu, payload = self._vcpus[cpu.index], self.payload
         sregs = vcpu.get_sregs()
         _segment(sregs.cs, payload["SEL_CODE64"], 0xB, long=1)
         for register in (sregs.ss, sregs.ds, sregs.es, sregs.fs, sregs.gs):
@@ -159,11 +168,11 @@ class Machine:
     def close(self) -> None:
         """Destroy the VM and free its memory. Closing twice is allowed."""
         self._disarm()
-        for vcpu in self.vcpus:
+        for vcpu in self._vcpus:
             vcpu.close()
-        self.vcpus, self.cpus = [], []
-        if hasattr(self, "vm"):
-            self.vm.close()
+        self._vcpus, self.cpus = [], []
+        if hasattr(self, "_vm"):
+            self._vm.close()
         self.memory.close()
 
     def __enter__(self) -> Self:
@@ -178,6 +187,48 @@ class Machine:
     ) -> None:
         """Close."""
         self.close()
+
+    @property
+    def resettable(self) -> bool:
+        """Whether ``reset`` can bring this VM back: not lost, suspended, changed or grown."""
+        return not (
+            self.touched
+            or self.nested_roundtrip
+            or self.expired
+            or len(self.cpus) != 1
+            or self.cpu.suspended
+        )
+
+    def reset(self) -> None:
+        """Bring VM, vCPU and memory back to the moment after creation; HarnessError if it cannot.
+
+        Much cheaper than a new VM: no file descriptor is made or closed, and the pages stay.
+        """
+        if not self.resettable:
+            raise HarnessError("this VM was changed in ways that a reset does not undo")
+        self._disarm()
+        if self._powered_on is None:
+            raise HarnessError("reset needs keep_state()")
+        vcpu, payload = self._vcpus[0], self.payload
+        # Leaving VMX operation comes first: other state is refused while L2 runs.
+        if self._powered_on.nested is not None:
+            vcpu.set_nested_state(self._powered_on.nested)
+        self.memory.write(0, bytes(payload["work_end"]))
+        self.memory.discard(payload["work_end"])
+        self._load_payload()
+        roundtrip.restore(vcpu, self._powered_on)
+        self.log.clear()
+        self.vmcss.clear()
+        self._caps, self._free = None, _FIRST_FREE
+        self.cpus = [Cpu(self, 0)]
+
+    def keep_state(self) -> None:
+        """Remember the vCPU's state for ``reset``; to be called before the first command."""
+        self._powered_on = roundtrip.save(self, self._vcpus[0])
+
+    def _load_payload(self) -> None:
+        for address, content in self.payload.segments:
+            self.memory.write(address, content)
 
     # --- the budget of a case ---
 
@@ -194,7 +245,7 @@ class Machine:
         self.expired = True
         for cpu in self.cpus:
             if cpu.suspended:
-                self.vcpus[cpu.index].kick()
+                self._vcpus[cpu.index].kick()
 
     def _disarm(self) -> None:
         if self._armed:
@@ -210,6 +261,19 @@ class Machine:
         return self.cpus[0]
 
     @property
+    def vm(self) -> Vm:
+        """The KVM VM."""
+        self.touched = True
+        return self._vm
+
+    @property
+    def vcpus(self) -> list[Vcpu]:
+        """The KVM vCPUs."""
+        self.touched = True
+        self._caps = None
+        return self._vcpus
+
+    @property
     def vcpu(self) -> Vcpu:
         """The KVM vCPU of ``cpu``."""
         return self.vcpus[0]
@@ -219,8 +283,10 @@ class Machine:
         """VMX capabilities as the vCPU's MSRs state them; HarnessError without VMX."""
         if not self.has_vmx:
             raise HarnessError("KVM offers no VMX to this guest: there are no VMX capabilities")
-        known = set(self.kvm.msr_feature_index_list()) & set(VMX_MSRS)
-        return _capabilities(tuple(sorted(self.vcpu.get_msrs(sorted(known)).items())))
+        if self._caps is None:
+            values = self._vcpus[0].get_msrs(_vmx_msrs(self.kvm))
+            self._caps = _capabilities(tuple(values.items()))
+        return self._caps
 
     def sym(self, name: str) -> int:
         """Guest-physical (and linear) address of a label of the payload."""

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
-from kvmnest.kvm import Cap, KvmError, Vcpu
+from kvmnest.kvm import Cap, Kvm, KvmError, Vcpu
 
 if TYPE_CHECKING:
     from kvmnest.l1.machine import Machine
@@ -29,6 +30,9 @@ class VcpuState:
     mp_state: Any
     lapic: Any
     nested: bytes | None
+
+
+_migrated_msrs: WeakKeyDictionary[Kvm, list[int]] = WeakKeyDictionary()
 
 
 def save(l1: Machine, vcpu: Vcpu) -> VcpuState:
@@ -70,21 +74,23 @@ def restore(vcpu: Vcpu, state: VcpuState) -> None:
 
 def round_trip(l1: Machine) -> None:
     """Replace ``l1.vm`` and its vCPUs by new ones in the same state."""
-    states = [save(l1, vcpu) for vcpu in l1.vcpus]
-    for vcpu in l1.vcpus:
+    states = [save(l1, vcpu) for vcpu in l1._vcpus]
+    for vcpu in l1._vcpus:
         vcpu.close()
-    l1.vm.close()
-    l1.vm = l1.create_vm()
-    l1.vcpus[:] = [l1.create_vcpu(l1.vm, index) for index in range(len(states))]
-    for vcpu, state in zip(l1.vcpus, states, strict=True):
+    l1._vm.close()
+    l1._vm = l1.create_vm()
+    l1._vcpus[:] = [l1.create_vcpu(l1._vm, index) for index in range(len(states))]
+    for vcpu, state in zip(l1._vcpus, states, strict=True):
         restore(vcpu, state)
 
 
 def _read_msrs(l1: Machine, vcpu: Vcpu) -> dict[int, int]:
     """Read each MSR of the index list that this vCPU lets read and write back."""
-    if l1.migrated_msrs is None:
-        l1.migrated_msrs = [index for index in l1.kvm.msr_index_list() if _movable(vcpu, index)]
-    return dict(vcpu.get_msrs(l1.migrated_msrs))
+    # The list depends on the kernel only, and finding it out takes two ioctls an MSR.
+    if l1.kvm not in _migrated_msrs:
+        indices = [index for index in l1.kvm.msr_index_list() if _movable(vcpu, index)]
+        _migrated_msrs[l1.kvm] = indices
+    return dict(vcpu.get_msrs(_migrated_msrs[l1.kvm]))
 
 
 def _movable(vcpu: Vcpu, index: int) -> bool:

@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from kvmnest.l1.cpu import Cpu
     from kvmnest.l1.instructions import Instructions
 
+#: Plain integers: this is the hot path, and flag enumerations are slow.
+_ZF = int(Rflags.ZF)
+_FAILED = int(Rflags.CF | Rflags.ZF)
+
 
 class Vmcs:
     """The VMCS in the region at physical ``address``.
@@ -25,7 +29,7 @@ class Vmcs:
         self._l1 = l1
         self.address = address
         self.baseline = dict(baseline)
-        self._pending: dict[int, int] = {int(field): value for field, value in baseline.items()}
+        self._pending: dict[int, int] = dict(self.baseline)  # type: ignore[arg-type]
         self._written: dict[int, int] = {}
 
     def __setitem__(self, field: int, value: int) -> None:
@@ -49,7 +53,7 @@ class Vmcs:
         self.flush()
         values = []
         for field, value, rflags in self._l1.vmread_list(self._l1.cpu, fields):
-            if rflags & (Rflags.CF | Rflags.ZF):
+            if rflags & _FAILED:
                 raise HarnessError(f"VMREAD of {field_name(field)} failed")
             values.append(value)
         return tuple(values)
@@ -71,9 +75,9 @@ class Vmcs:
         if results[0].status != self._l1.payload["STATUS_LIST_DONE"]:
             raise HarnessError(f"VMWRITE faulted with vector {results[0].vector}")
         for (field, value), (_, _, rflags) in zip(part, cpu.read_list(len(part)), strict=True):
-            if rflags & (Rflags.CF | Rflags.ZF):
+            if rflags & _FAILED:
                 error = "VMfailInvalid"
-                if rflags & Rflags.ZF:
+                if rflags & _ZF:
                     error = str(self._l1.instruction_error(cpu))
                 raise HarnessError(f"VMWRITE of {field_name(field)} <- {value:#x} failed: {error}")
             self._written[field] = value

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 import pytest
 
 from kvmnest.plugin import policy
-from kvmnest.plugin.fixtures import MACHINE, kvm, l1, vm
+from kvmnest.plugin.fixtures import MACHINE, kvm, l1, l1_pool, vm
 from kvmnest.plugin.outcomes import judge
 
 if TYPE_CHECKING:
     from kvmnest.plugin.stream import EventStream
 
-__all__ = ["kvm", "l1", "vm"]
+__all__ = ["kvm", "l1", "l1_pool", "vm"]
 
 STREAM: pytest.StashKey[EventStream] = pytest.StashKey()
 
@@ -31,6 +31,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--nested-roundtrip",
         action="store_true",
         help="save, destroy, rebuild and restore the VM between the commands of every case",
+    )
+    group.addoption(
+        "--fresh-vm",
+        action="store_true",
+        help="make a new VM for each case instead of resetting the one before",
     )
     group.addoption(
         "--kvmnest-budget",

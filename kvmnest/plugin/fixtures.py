@@ -12,6 +12,7 @@ from kvmnest.plugin.machine import Machine
 if TYPE_CHECKING:
     from kvmnest.kvm import Kvm, Vm
     from kvmnest.l1 import L1
+    from kvmnest.l1.pool import L1Pool
 
 MACHINE = pytest.StashKey[Machine]()
 
@@ -48,14 +49,32 @@ def vm(kvm: Kvm) -> Iterator[Vm]:
         yield new
 
 
-@pytest.fixture
-def l1(kvm: Kvm, pytestconfig: pytest.Config) -> Iterator[L1]:
-    """A new L1 (``kvmnest.l1.L1``) in its command loop, outside VMX operation."""
-    from kvmnest.l1 import L1
+@pytest.fixture(scope="session")
+def l1_pool(kvm: Kvm, pytestconfig: pytest.Config) -> Iterator[L1Pool]:
+    """Where the cases' L1s come from; ``--fresh-vm`` makes a new VM for each case."""
+    from kvmnest.l1.pool import L1Pool
 
-    with L1(
+    pool = L1Pool(
         kvm,
         budget=pytestconfig.getoption("--kvmnest-budget"),
         nested_roundtrip=pytestconfig.getoption("--nested-roundtrip"),
-    ) as new:
+    )
+    yield pool
+    pool.close()
+
+
+@pytest.fixture
+def l1(
+    l1_pool: L1Pool, pytestconfig: pytest.Config, request: pytest.FixtureRequest
+) -> Iterator[L1]:
+    """An L1 (``kvmnest.l1.L1``) as new: in its command loop, outside VMX operation.
+
+    After a case that passed, its VM is reset for the next one; after any other it is thrown away.
+    """
+    failed = request.session.testsfailed
+    new = l1_pool.take()
+    try:
         yield new
+    finally:
+        fresh = pytestconfig.getoption("--fresh-vm")
+        l1_pool.give_back(new, reuse=not fresh and request.session.testsfailed == failed)
