@@ -21,7 +21,7 @@ def is_outcome(value: object) -> bool:
 
 def decode(outcome: Any) -> str:
     """An outcome in words, or "" where its repr says everything."""
-    from kvmnest.vmx import explain
+    from kvmnest.vmx import EXIT_REASON_ENTRY_FAILURE, explain
     from kvmnest.vmx.outcome import ANY, EntryFailure, Exit
 
     if not isinstance(outcome, Exit | EntryFailure) or outcome.reason is ANY:
@@ -34,6 +34,8 @@ def decode(outcome: Any) -> str:
     reason = given.get("reason")
     if reason is None:
         return ""
+    if isinstance(outcome, EntryFailure):
+        reason |= EXIT_REASON_ENTRY_FAILURE
     parts = [explain.explain_reason(reason)]
     if "qualification" in given:
         parts.append(explain.explain_qualification(reason, given["qualification"]))

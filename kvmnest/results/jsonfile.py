@@ -25,6 +25,7 @@ def document(run: Run) -> dict[str, Any]:
         "complete": run.complete,
         "started": run.started,
         "finished": run.finished,
+        "seconds": run.seconds,
         "running": run.running,
         "planned": len(run.planned),
         "not_run": run.not_run() if run.finished else [],

@@ -73,6 +73,7 @@ class Run:
         no_longer: (id, reason) of listed deviations that passed.
         problems: lines about what went wrong outside of cases.
         complete: every planned case ended.
+        seconds: host time from the first collected case to now, boots included.
     """
 
     target: str
@@ -86,6 +87,7 @@ class Run:
     no_longer: list[tuple[str, str]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     complete: bool = False
+    seconds: float = 0.0
 
     @property
     def kernel(self) -> str:

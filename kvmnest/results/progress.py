@@ -147,6 +147,5 @@ def last_line(run: Run) -> str:
     """Counts, time and place of a run in one line."""
     counts = run.summary()
     shown = ", ".join(f"{counts[name]} {name}" for name in OUTCOMES if counts[name])
-    seconds = sum(case.seconds for case in run.cases)
     where = f"{run.target}, kernel {run.kernel or 'unknown'}"
-    return f"{shown or 'nothing ran'} in {seconds:.1f} s ({where})"
+    return f"{shown or 'nothing ran'} in {run.seconds:.1f} s ({where})"

@@ -55,7 +55,7 @@ class Reporter:
         self._own_clock = own_clock
         self._known: known.Known | None = None
         self._current: Event = {}
-        self._began = 0.0
+        self._began = self._started = time.monotonic()
         self._kernel_log = ""
         self._series: dict[str, int | None] = {}
         self._junit_path = junit_path
@@ -101,6 +101,7 @@ class Reporter:
         if event["first"] == 0:
             self.run.planned = [case[0] for case in event["cases"]]
             self._series = {case[0]: case[1] for case in event["cases"]}
+            self._started = time.monotonic()
             self.progress.planned(len(self.run.planned))
         elif event["count"] != len(self.run.planned):
             raise HarnessError(
@@ -196,6 +197,7 @@ class Reporter:
         return exit_code(self.run, strict_known=self.strict_known)
 
     def _write(self) -> None:
+        self.run.seconds = round(time.monotonic() - self._started, 3)
         if self._json:
             self._json.write(self.run)
 

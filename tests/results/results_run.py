@@ -1,0 +1,35 @@
+"""Run test files through the real child process and reporter: results_run.py OUT FILE..."""
+
+import signal
+import sys
+from pathlib import Path
+
+from kvmnest.results.model import Run
+from kvmnest.results.progress import Progress
+from kvmnest.results.reporter import Reporter
+from kvmnest.results.runner import Plan, pytest_arguments, run_cases
+from kvmnest.results.targets import LocalTarget
+
+
+def run(out: Path, *files: str, patience: float = 30.0, **options) -> tuple[int, Run]:
+    """Run ``files``, writing OUT.json and OUT.xml; returns exit code and results."""
+    reporter = Reporter(
+        Run("kvm"),
+        Progress(sys.stdout),
+        json_path=out.with_suffix(".json"),
+        junit_path=out.with_suffix(".xml"),
+        rerun=lambda case_id: f"again {case_id}",
+        **options,
+    )
+    arguments = pytest_arguments(Plan(), "kvm", [], list(files))
+    try:
+        run_cases(LocalTarget(patience), arguments, reporter)
+    except KeyboardInterrupt:
+        reporter.finish()
+        raise
+    return reporter.finish(), reporter.run
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.exit(run(Path(sys.argv[1]), *sys.argv[2:])[0])

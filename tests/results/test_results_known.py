@@ -1,0 +1,131 @@
+"""The record of known deviations."""
+
+import pytest
+
+from kvmnest import known
+from kvmnest.errors import HarnessError
+
+KERNEL = "6.1.0-56-cloud-amd64"
+
+
+@pytest.mark.parametrize(
+    ("release", "numbers"),
+    [
+        (KERNEL, (6, 1, 0, 56)),
+        ("6.12.117+deb13-amd64", (6, 12, 117)),
+        ("6.18.44-fc-v657", (6, 18, 44)),
+        ("5.10", (5, 10)),
+        ("next", ()),
+    ],
+)
+def test_kernel_version(release, numbers):
+    assert known.kernel_version(release) == numbers
+
+
+@pytest.mark.parametrize(
+    ("condition", "met"),
+    [
+        ("any", True),
+        (">=6.1", True),
+        (">=6.1,<6.13", True),
+        ("<6.1", False),
+        ("<=6.1", True),
+        ("==6.1", True),
+        ("==6.1.0-56", True),
+        ("==6.1.0-55", False),
+        (">6.1", False),
+        (">6.1.0-55", True),
+        (">=6.1.0-57", False),
+        (">= 5.10, < 6.2", True),
+    ],
+)
+def test_kernel_in_range(condition, met):
+    assert known.kernel_in_range(KERNEL, condition) is met
+
+
+@pytest.mark.parametrize("condition", ["", "6.1", ">=six", ">=6.1;<7", ">=6.1,"])
+def test_kernel_range_that_cannot_be_read(condition):
+    with pytest.raises(ValueError, match="kernel range"):
+        known.kernel_in_range(KERNEL, condition)
+
+
+@pytest.mark.parametrize(
+    ("have", "wanted", "same"),
+    [
+        ("Y", True, True),
+        ("Y", 1, True),
+        ("Y", "1", True),
+        ("Y", "y", True),
+        ("1", "Y", True),
+        ("N", False, True),
+        ("0", "N", True),
+        ("N", True, False),
+        ("128", 128, True),
+        ("128", "127", False),
+        ("never", "never", True),
+        (None, "N", False),
+    ],
+)
+def test_same_parameter(have, wanted, same):
+    assert known.same_parameter(have, wanted) is same
+
+
+def _load(tmp_path, text, target="lab", params=None):
+    path = tmp_path / "known.toml"
+    path.write_text(text)
+    return known.load(target, KERNEL, params or {}, path)
+
+
+ENTRY = '[[deviation]]\ncase = "test_a.py::test_b[*]"\nreason = "r"\n'
+
+
+def test_match(tmp_path):
+    record = _load(tmp_path, ENTRY)
+    assert record.match("test_a.py::test_b[0-x]").reason == "r"
+    assert record.match("test_a.py::test_b") is None
+    # Brackets are text, not a character class.
+    assert record.match("test_a.py::test_bz") is None
+
+
+@pytest.mark.parametrize(
+    ("extra", "applies"),
+    [
+        ("", True),
+        ('target = "lab"', True),
+        ('target = "kvm"', False),
+        ('kernels = "<6.1"', False),
+        ('kernels = ">=6.1,<6.2"', True),
+        ('params = { ept = "N" }', False),
+        ('params = { ept = true, nested = "1" }', True),
+    ],
+)
+def test_applies(tmp_path, extra, applies):
+    record = _load(tmp_path, ENTRY + extra, params={"ept": "Y", "nested": "Y"})
+    assert bool(record.match("test_a.py::test_b[1]")) is applies
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("[[deviation", "known.toml: "),
+        ('[[deviation]]\ncase = "x"\n', "deviation 1: missing 1 required"),
+        (ENTRY + "colour = 1", "unexpected keyword argument 'colour'"),
+        (ENTRY + 'kernels = "new"', "kernel range 'new'"),
+        (ENTRY + 'target = "moon"', "target is"),
+        ('[[deviation]]\ncase = "x"\nreason = " "', "needs a reason"),
+    ],
+)
+def test_wrong_records_are_named(tmp_path, text, complaint):
+    with pytest.raises(HarnessError) as caught:
+        _load(tmp_path, text)
+    assert complaint in str(caught.value)
+    assert "known.toml" in str(caught.value)
+
+
+def test_no_file_is_an_empty_record(tmp_path):
+    assert known.load("lab", KERNEL, {}, tmp_path / "none").match("x") is None
+
+
+def test_the_shipped_record_loads():
+    for target in ("kvm", "lab"):
+        known.load(target, KERNEL, {})

@@ -1,0 +1,305 @@
+"""Whole runs: real child processes that pass, fail, crash, hang and are interrupted."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+from results_run import run
+
+from kvmnest import known
+from kvmnest.errors import HarnessError, KvmnestError, UsageError
+from kvmnest.results import jsonfile
+from kvmnest.results.model import Run
+
+SCRIPT = str(Path(__file__).with_name("results_run.py"))
+ROOT = str(Path(__file__).resolve().parents[2])
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", ROOT)
+
+    def writer(text, name="test_sample.py"):
+        (tmp_path / name).write_text("import os, signal, time\nimport pytest\n" + text)
+        return name
+
+    return writer
+
+
+def outcomes(found: Run) -> dict[str, str]:
+    return {case.id.partition("::")[2]: case.outcome for case in found.cases}
+
+
+def test_all_outcomes(write, tmp_path, capsys):
+    name = write(
+        """
+@pytest.mark.series(3)
+@pytest.mark.sdm("A section")
+def test_good(): assert 1
+def test_bad(): assert 1 == 2, "one is not two\\x00 \\u2603"
+@pytest.mark.skip(reason="no such bit")
+def test_left(): pass
+@pytest.fixture
+def broken(): raise ValueError("in setup")
+def test_setup(broken): pass
+"""
+    )
+    code, found = run(tmp_path / "out", name)
+    assert code == 1
+    assert outcomes(found) == {
+        "test_good": "passed",
+        "test_bad": "failed",
+        "test_left": "skipped",
+        "test_setup": "error",
+    }
+    document = json.loads((tmp_path / "out.json").read_text())
+    assert document["schema"] == 1
+    assert document["target"] == "kvm"
+    assert document["kernel"] == os.uname().release
+    assert document["complete"] is True
+    assert document["running"] is None
+    assert document["summary"] == {"passed": 1, "failed": 1, "skipped": 1, "known": 0, "error": 1}
+    good, bad, left, _ = document["cases"]
+    assert good["id"] == "test_sample.py::test_good"
+    assert (good["series"], good["sdm"]) == (3, "A section")
+    assert set(good) >= {"id", "series", "sdm", "outcome", "seconds", "detail"}
+    assert "one is not two" in bad["detail"]
+    assert bad["rerun"] == "again test_sample.py::test_bad"
+    assert left["detail"] == "no such bit"
+    assert jsonfile.load(tmp_path / "out.json") == document
+
+    suite = ET.parse(tmp_path / "out.xml").getroot()[0]
+    assert [suite.get(n) for n in ("tests", "failures", "errors", "skipped")] == list("4111")
+    cases = {case.get("name"): case for case in suite.iter("testcase")}
+    assert cases["test_bad"].find("failure").text.endswith("again test_sample.py::test_bad")
+    assert cases["test_left"].find("skipped").get("message") == "no such bit"
+
+    out = capsys.readouterr().out
+    assert "FAILED test_sample.py::test_bad" in out
+    assert "  3 VMXON and VMXOFF" in out
+    assert out.rstrip().splitlines()[-1].startswith("1 passed, 1 failed, 1 skipped, 1 error in ")
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ("def test_a(): assert 1", 0),
+        ("@pytest.mark.skip(reason='x')\ndef test_a(): pass", 4),
+        ("@pytest.fixture\ndef f(): raise ValueError\ndef test_a(f): pass", 3),
+        ("", 4),
+    ],
+)
+def test_exit_codes(write, tmp_path, text, code):
+    assert run(tmp_path / "out", write(text))[0] == code
+
+
+def test_a_crash_costs_one_case(write, tmp_path, capsys):
+    name = write(
+        """
+def test_a(): assert 1
+def test_b():
+    print("last words", flush=True)
+    os.kill(os.getpid(), signal.SIGSEGV)
+def test_c(): assert 1
+def test_d(): os._exit(0)
+def test_e(): assert 1
+"""
+    )
+    code, found = run(tmp_path / "out", name)
+    assert code == 3
+    assert outcomes(found) == {
+        "test_a": "passed",
+        "test_b": "error",
+        "test_c": "passed",
+        "test_d": "error",
+        "test_e": "passed",
+    }
+    assert found.cases[1].summary == "crashed: killed by SIGSEGV"
+    assert found.cases[3].summary == "crashed: the process ended with status 0 in the middle"
+    assert found.complete
+    assert "starting again for 3 cases" in capsys.readouterr().out
+
+
+def test_a_crash_in_the_last_case(write, tmp_path):
+    code, found = run(tmp_path / "out", write("def test_a(): os._exit(1)"))
+    assert (code, outcomes(found)) == (3, {"test_a": "error"})
+
+
+def test_three_crashes_in_a_row_are_enough(write, tmp_path, capsys):
+    name = write(
+        "def test_0(): assert 1\n"
+        '@pytest.mark.parametrize("n", range(5))\ndef test_a(n): os._exit(7)\n'
+    )
+    code, found = run(tmp_path / "out", name)
+    assert code == 3
+    assert [case.outcome for case in found.cases] == ["passed", "error", "error", "error"]
+    assert found.not_run() == ["test_sample.py::test_a[3]", "test_sample.py::test_a[4]"]
+    assert "gave up after 3 crashes in a row, 2 cases not run" in capsys.readouterr().out
+    document = json.loads((tmp_path / "out.json").read_text())
+    assert document["not_run"] == found.not_run()
+    assert document["complete"] is False
+
+
+def test_a_hang_has_a_name(write, tmp_path):
+    name = write("def test_a(): time.sleep(1000)\ndef test_b(): assert 1\n")
+    found = run(tmp_path / "out", name, patience=2.0)[1]
+    assert outcomes(found) == {"test_a": "error", "test_b": "passed"}
+    assert found.cases[0].summary == "crashed: no sign of life for 2 s, killed"
+
+
+def test_known_deviations(write, tmp_path, monkeypatch, capsys):
+    record = tmp_path / "known.toml"
+    record.write_text('[[deviation]]\ncase = "test_sample.py::test_l*"\nreason = "seen"\n')
+    monkeypatch.setattr(known, "KNOWN_FILE", record)
+    name = write(
+        "def test_l_fails(): assert 0\ndef test_l_crashes(): os._exit(1)\n"
+        "def test_l_passes(): assert 1\n"
+    )
+    code, found = run(tmp_path / "out", name)
+    assert code == 0
+    assert outcomes(found) == {
+        "test_l_fails": "known",
+        "test_l_crashes": "known",
+        "test_l_passes": "passed",
+    }
+    assert found.cases[0].detail.startswith("seen\n")
+    document = json.loads((tmp_path / "out.json").read_text())
+    assert document["no_longer_known"] == [
+        {"id": "test_sample.py::test_l_passes", "reason": "seen"}
+    ]
+    assert "no longer happen" in capsys.readouterr().out
+    assert run(tmp_path / "out", name, strict_known=True)[0] == 1
+
+
+def test_a_file_that_does_not_load(write, tmp_path):
+    name = write("import no_such_module_at_all\n")
+    with pytest.raises(HarnessError, match=r"test_sample.py: .*no_such_module_at_all"):
+        run(tmp_path / "out", name)
+
+
+def test_a_case_that_does_not_exist(write, tmp_path):
+    with pytest.raises(UsageError, match="test_nothing"):
+        run(tmp_path / "out", write("def test_a(): pass") + "::test_nothing")
+
+
+def _start(tmp_path, name):
+    return subprocess.Popen(
+        [sys.executable, SCRIPT, str(tmp_path / "out"), name],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def _wait_for_cases(path, count):
+    end = time.monotonic() + 30
+    while time.monotonic() < end:
+        if path.exists() and len(json.loads(path.read_text())["cases"]) >= count:
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"{path} never had {count} cases")
+
+
+SLOW = 'def test_pid(): open("pid", "w").write(str(os.getpid()))\n' + (
+    '@pytest.mark.parametrize("n", range(100))\ndef test_a(n): time.sleep(0.05)\n'
+)
+
+
+def _gone(pid):
+    for _ in range(200):
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_killed_in_the_middle(write, tmp_path):
+    process = _start(tmp_path, write(SLOW))
+    _wait_for_cases(tmp_path / "out.json", 5)
+    process.kill()
+    process.communicate()
+    document = json.loads((tmp_path / "out.json").read_text())
+    assert len(document["cases"]) >= 5
+    assert document["complete"] is False
+    assert document["finished"] is None
+    # Nobody listens to the child any more.
+    assert _gone(int((tmp_path / "pid").read_text()))
+
+
+def test_interrupted(write, tmp_path):
+    process = _start(tmp_path, write(SLOW))
+    _wait_for_cases(tmp_path / "out.json", 5)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=30)
+    document = json.loads((tmp_path / "out.json").read_text())
+    assert len(document["cases"]) >= 5
+    assert document["finished"]
+    assert document["not_run"]
+    assert "not run: " in output
+    assert _gone(int((tmp_path / "pid").read_text()))
+
+
+@pytest.mark.parametrize("where", ["no/such/folder/out", "."])
+def test_unwritable_results_are_an_error_at_the_start(write, tmp_path, where):
+    name = write('def test_a(): open("ran", "w")')
+    path = tmp_path / where
+    with pytest.raises(HarnessError, match="cannot write results to"):
+        jsonfile.JsonFile(path).start(Run("kvm"))
+    if where != ".":
+        with pytest.raises(HarnessError, match="cannot write"):
+            run(path, name)
+        assert not (tmp_path / "ran").exists()
+
+
+def test_full_disk_keeps_what_was_written(tmp_path, capsys):
+    from kvmnest.results.model import Case
+
+    path = tmp_path / "out.json"
+    file, found = jsonfile.JsonFile(path), Run("kvm")
+    file.start(found)
+    found.cases.append(Case("a", 1, "s", "passed", 0.1))
+    file.write(found)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # The kernel refuses the write as it does on a full disk, with another errno.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (512, limits[1]))
+    try:
+        found.cases.append(Case("b", 1, "s", "failed", 0.1, "x" * 4096))
+        file.write(found)
+        file.write(found)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [case["id"] for case in json.loads(path.read_text())["cases"]] == ["a"]
+    assert file.problem == f"cannot write results to {path}: File too large"
+    assert capsys.readouterr().err.count("cannot write") == 1
+    assert list(tmp_path.iterdir()) == [path]
+    file.write(found)
+    assert file.problem == ""
+    assert len(json.loads(path.read_text())["cases"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        (None, "cannot read"),
+        ("{", "is not JSON"),
+        ("[]", "is not a results file"),
+        ('{"schema": 2, "cases": []}', "has schema 2, this kvmnest reads schema 1"),
+        ('{"schema": 1, "cases": [{"id": "a", "outcome": "great"}]}', "without a known outcome"),
+    ],
+)
+def test_results_that_cannot_be_read(tmp_path, text, complaint):
+    path = tmp_path / "in.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(KvmnestError, match=complaint):
+        jsonfile.load(path)
