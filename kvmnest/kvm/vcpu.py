@@ -3,7 +3,7 @@
 import errno
 import mmap
 import os
-from _thread import allocate_lock, get_native_id
+from _thread import RLock, get_native_id
 from typing import TYPE_CHECKING, Any
 
 from kvmnest.kvm import ioctls
@@ -36,7 +36,8 @@ class Vcpu(VcpuState):
         self._run = ffi.from_buffer("struct kvm_run *", mapping)
         self._pages: Any = mapping
         self._tid = 0
-        self._kick_lock = allocate_lock()
+        # Reentrant: a Python signal handler may kick while this thread clears a kick.
+        self._kick_lock = RLock()
 
     @property
     def kvm_run(self) -> CData:

@@ -14,6 +14,7 @@ from kvm_guest import HLT, SPIN, Guest
 
 from kvmnest.kvm import KvmError, Memory, Vcpu, Vm
 from kvmnest.kvm.exits import Exit, HltExit, IntrExit, IoExit
+from kvmnest.kvm.kick import kick_signal
 
 OUT_LOOP = b"\xe6\x10\xeb\xfc"  # out %al, $0x10; jmp back
 
@@ -97,6 +98,56 @@ def test_each_kick_is_seen_exactly_once(guest: Guest, code: bytes) -> None:
         guest.vcpu.kick()
     # The last one may find the thread between two runs, on its way out.
     assert count - kicks in (0, 1)
+
+
+def test_a_slow_kicker_does_not_kick_twice(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The vCPU sees immediate_exit long before the signal is sent: the signal must not end a
+    # later run.
+    def slow() -> int:
+        time.sleep(0.02)
+        return kick_signal()
+
+    def kick() -> None:
+        time.sleep(0.01)  # now the vCPU's thread is inside, most of the time
+        guest.vcpu.kick()
+
+    monkeypatch.setattr("kvmnest.kvm.vcpu.kick_signal", slow)
+    guest.load(OUT_LOOP)
+    for _ in range(5):
+        with running(kick):
+            while isinstance(guest.vcpu.run(), IoExit):
+                pass
+            end = time.monotonic() + 0.04
+            while time.monotonic() < end:
+                assert isinstance(guest.vcpu.run(), IoExit)
+
+
+def test_a_signal_handler_may_kick(guest: Guest) -> None:
+    # It runs in the thread that runs the vCPU, at any point of run() and clear_kick().
+    count = 0
+
+    def handler(number: int, frame: object) -> None:
+        nonlocal count
+        count += 1
+        guest.vcpu.kick()
+
+    guest.load(SPIN)
+    before = signal.signal(signal.SIGUSR1, handler)
+    try:
+        main = threading.main_thread().ident or 0
+        stop = threading.Event()
+
+        def fire() -> None:
+            while not stop.is_set():
+                signal.pthread_kill(main, signal.SIGUSR1)
+                time.sleep(1e-4)
+
+        with running(fire):
+            while count < 500:
+                assert guest.vcpu.run() == IntrExit()
+            stop.set()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 def test_kick_reaches_only_its_vcpu(vm: Vm) -> None:

@@ -2,12 +2,13 @@
 
 import errno
 import os
+import threading
 
 import pytest
 from kvm_guest import HLT, NOP, SPIN, Guest
 
 from kvmnest.kvm import Cap, Kvm, KvmError, Memory, Vm
-from kvmnest.kvm.exits import IO_OUT, HltExit, IoExit, MmioExit
+from kvmnest.kvm.exits import IO_OUT, HltExit, IntrExit, IoExit, MmioExit
 from kvmnest.kvm.vm import irqchip_route, msi_route
 
 PAGE = 4096
@@ -259,9 +260,19 @@ def test_disable_exits(vm: Vm) -> None:
     hlt = 2
     if not need(vm, Cap.X86_DISABLE_EXITS) & hlt:
         pytest.skip("HLT exits cannot be disabled")
-    vm.enable_cap(Cap.X86_DISABLE_EXITS, hlt)
     with pytest.raises(KvmError, match="KVM_ENABLE_CAP"):
         vm.enable_cap(Cap.X86_DISABLE_EXITS, 1 << 60)
+    vm.enable_cap(Cap.X86_DISABLE_EXITS, hlt)
+    guest = Guest(vm)
+    guest.load_long(HLT)
+    # The processor halts in the guest: no exit but the kick's.
+    timer = threading.Timer(0.1, guest.vcpu.kick)
+    timer.start()
+    outcome = guest.vcpu.run()
+    timer.join()
+    if outcome == HltExit():
+        pytest.skip("this KVM emulates the guest, HLT included")
+    assert outcome == IntrExit()
 
 
 def test_vcpu_ids(vm: Vm) -> None:
