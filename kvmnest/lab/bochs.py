@@ -28,7 +28,7 @@ IPS = 100_000_000
 _PR_SET_PDEATHSIG = 1
 
 _CONFIG = """\
-cpu: model={model}, count={cpus}, ips={ips}, reset_on_triple_fault=0
+cpu: model={model}, count={cpus}, ips={ips}, reset_on_triple_fault=0, msrs=msrs.def
 memory: guest={memory}, host={memory}
 romimage: file=boot.rom
 optramimage1: file=memory.img, address={info:#x}
@@ -45,6 +45,13 @@ error: action=report
 info: action=ignore
 debug: action=ignore
 port_e9_hack: enabled=1
+"""
+
+# MSRs that a PC's firmware leaves behind and Bochs does not have: address, type, reset value,
+# reserved and ignored bits (each high, low half). Without "fast strings" the kernel copies memory
+# by loops; without a recent microcode revision it does not trust the TSC deadline timer.
+_MSRS = """\
+0x008b 0 02000065 00000000 00000000 00000000 ffffffff ffffffff
 """
 
 
@@ -125,6 +132,7 @@ class Bochs:
         config = _CONFIG.format(model=CPU_MODEL, cpus=cpus, ips=IPS, memory=layout.memory,
                                 info=INFO, display=self.emulator.display)  # fmt: skip
         (self.folder / "bochsrc").write_text(config)
+        (self.folder / "msrs.def").write_text(_MSRS)
         (self.folder / "debugger").write_text("c\n")
         argv = [self.emulator.path, "-q", "-f", "bochsrc"]
         if self.emulator.debugger:

@@ -181,7 +181,7 @@ def main() -> None:
     port = Port()
     try:
         _run(port)
-    except BaseException as e:  # noqa: BLE001 - PID 1 has nobody above it to report to
+    except BaseException as e:
         at = e.__traceback__
         while at is not None and at.tb_next is not None:
             at = at.tb_next

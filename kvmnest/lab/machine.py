@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvmnest.errors import UsageError
-from kvmnest.lab import bochs, cache, channel, guest, image, kernels, modules, rootfs
+from kvmnest.lab import bochs, cache, channel, image, kernels, modules, rootfs
 from kvmnest.lab.errors import (
     KernelSpecError,
     LabHang,
@@ -22,13 +22,20 @@ from kvmnest.lab.errors import (
     LabSetupError,
 )
 
+# Start code that costs much here and serves nothing that a KVM test uses: tracing, BTF for BPF,
+# certificates, debug directories. Names that a kernel does not know are ignored by it.
+_SKIPPED_INITCALLS = (
+    "trace_eval_init", "init_trace_printk_function_export", "init_kprobe_trace",
+    "ftrace_check_for_weak_functions", "tracer_init_tracefs", "load_system_certificate_list",
+    "hugetlb_init", "xenbus_probe_backend_init", "slab_sysfs_init", "cubictcp_register",
+    "bpf_rstat_kfunc_init", "bpf_key_sig_kfuncs_init", "kfunc_init", "bpf_prog_test_run_init",
+    "bpf_tcp_ca_kfunc_init", "crypto_kdf108_init",
+)  # fmt: skip
 CMDLINE = (
     "console=ttyS0,115200 quiet mitigations=off nokaslr tsc=reliable tsc_early_khz=100000 "
     "no_timer_check lpj=400000 random.trust_cpu=on panic=-1 reboot=t cryptomgr.notests "
     # XSAVEC and XSAVES (Bochs reports a size that Linux warns about), FSRM, APERFMPERF
-    "clearcpuid=580,321,323,124 "
-    "initcall_blacklist=trace_eval_init,init_trace_printk_function_export,init_kprobe_trace,"
-    "load_system_certificate_list,hugetlb_init,xenbus_probe_backend_init"
+    "clearcpuid=580,321,323,124 initcall_blacklist=" + ",".join(_SKIPPED_INITCALLS)
 )
 BOOT_LIMIT = 60.0
 _GUEST_ENV = {

@@ -229,9 +229,11 @@ def site_layer() -> bytes:
     for _, dist in sorted(_requirements(ROOTS).items()):
         for file in dist.files or ():
             name = str(file)
-            if name.endswith(".py") and not _matches(name, _SITE_DROP[1:]):
-                files[name] = Path(str(dist.locate_file(file)))
-            elif _matches(name, _SITE_KEEP) or not _matches(name, _SITE_DROP):
+            if (
+                (name.endswith(".py") and not _matches(name, _SITE_DROP[1:]))
+                or _matches(name, _SITE_KEEP)
+                or not _matches(name, _SITE_DROP)
+            ):
                 files[name] = Path(str(dist.locate_file(file)))
 
     def build(folder: Path) -> None:
