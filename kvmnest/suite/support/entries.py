@@ -1,0 +1,162 @@
+"""VM entries with a few fields changed: which ones are refused, how, and which succeed."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable, Iterator, Mapping
+
+from kvmnest.l1 import L1, L2Mode
+from kvmnest.l1.vmcs import field_name
+from kvmnest.vmx import (
+    EntryCtl,
+    ExitCtl,
+    ExitReason,
+    Field,
+    PinCtl,
+    Proc2Ctl,
+    Proc3Ctl,
+    ProcCtl,
+    VmxError,
+)
+from kvmnest.vmx.outcome import EntryFailure, Exit, HostExit, Outcome, Succeed, VMfailValid
+
+#: A check on the VM-execution, VM-exit or VM-entry controls failed.
+BAD_CONTROL = VMfailValid(VmxError.ENTRY_INVALID_CONTROL_FIELD)
+#: A check on the host-state area failed.
+BAD_HOST = VMfailValid(VmxError.ENTRY_INVALID_HOST_STATE_FIELD)
+#: A check on the guest-state area failed.
+BAD_GUEST = EntryFailure(ExitReason.INVALID_GUEST_STATE, qualification=0)
+#: IA32_PAT with a byte that is no memory type, each byte in turn.
+BAD_PATS = tuple(
+    0x0007040600070406 & ~(0xFF << 8 * byte) | bad << 8 * byte
+    for byte in range(8)
+    for bad in ((2, 3) if byte else (2, 3, 8, 0x46, 0x80, 0xFF))
+)
+
+Changes = Mapping[Field, int]
+
+#: The field that holds each kind of controls.
+WORDS: dict[type[enum.IntFlag], Field] = {
+    PinCtl: Field.PIN_BASED_VM_EXEC_CONTROL,
+    ProcCtl: Field.CPU_BASED_VM_EXEC_CONTROL,
+    Proc2Ctl: Field.SECONDARY_VM_EXEC_CONTROL,
+    Proc3Ctl: Field.TERTIARY_VM_EXEC_CONTROL,
+    ExitCtl: Field.VM_EXIT_CONTROLS,
+    EntryCtl: Field.VM_ENTRY_CONTROLS,
+}
+
+
+class Entries:
+    """VM entries of the current VMCS; each has some fields changed, which are then put back.
+
+    VMLAUNCH is used until L2 ran once, then VMRESUME: an entry that fails and yet changes the
+    launch state makes the next one fail with error 4.
+    """
+
+    def __init__(self, l1: L1) -> None:
+        self.l1 = l1
+        self.vmcs = l1.vmcs
+        self.launched = False
+
+    def __call__(self, changes: Changes, **regs: int) -> Outcome:
+        """Enter with these fields; L2's general registers are ``regs``."""
+        known = self.vmcs.fields()
+        before = {field: known.get(field, 0) for field in changes}
+        self.vmcs.update(changes)
+        enter = self.l1.vmresume if self.launched else self.l1.vmlaunch
+        outcome = enter(regs=regs)
+        assert not isinstance(outcome, HostExit), f"{describe(changes)}: {outcome!r}"
+        self.launched |= isinstance(outcome, Exit)
+        self.vmcs.update({Field(field): value for field, value in before.items()})
+        return outcome
+
+    def using(self, *flags: enum.IntFlag, without: enum.IntFlag | None = None) -> dict[Field, int]:
+        """Changes that add controls to the present ones, and take some of one kind away."""
+        known = self.vmcs.fields()
+        words: dict[Field, int] = {}
+        extra: list[enum.IntFlag] = []
+        if any(isinstance(flag, Proc2Ctl) for flag in flags):
+            extra.append(ProcCtl.ACTIVATE_SECONDARY_CONTROLS)
+        for flag in (*flags, *extra):
+            field = WORDS[type(flag)]
+            words[field] = words.get(field, known.get(field, 0)) | flag.value
+        if without is not None:
+            field = WORDS[type(without)]
+            words[field] = words.get(field, known.get(field, 0)) & ~without.value
+        return words
+
+    def vmcall(self, changes: Changes | None = None) -> Exit:
+        """Return the exit of an entry that reaches L2's first instruction, a VMCALL."""
+        rip = (changes or {}).get(Field.GUEST_RIP, self.vmcs.fields()[Field.GUEST_RIP])
+        return Exit(ExitReason.VMCALL, qualification=0, rip=rip, length=3, intr_info=0, idt_info=0)
+
+
+def entries(
+    l1: L1,
+    *,
+    l2: str | bytes | None = None,
+    mode: L2Mode = L2Mode.LONG,
+    ept: bool | None = None,
+) -> Entries:
+    """Return ``Entries`` of a new VMCS; arguments as for ``L1.load_vmcs``."""
+    l1.launchable(l2=l2, mode=mode, ept=ept)
+    return Entries(l1)
+
+
+def expect_refused(tries: Entries, expected: Outcome, cases: Iterable[Changes]) -> None:
+    """Assert that every change makes VM entry fail so, and that L2 can be entered after all."""
+    wrong = [
+        f"{describe(changes)}: {outcome!r}"
+        for changes in cases
+        if (outcome := tries(changes)) != expected
+    ]
+    assert not wrong, f"expected {expected!r}, but:\n" + "\n".join(wrong)
+    expect_accepted(tries, [{}])
+
+
+def expect_accepted(tries: Entries, cases: Iterable[Changes]) -> None:
+    """Assert that with every change L2 is entered and executes its VMCALL."""
+    wrong = [
+        f"{describe(changes)}: {outcome!r}"
+        for changes in cases
+        if (outcome := tries(changes)) != tries.vmcall(changes)
+    ]
+    assert not wrong, "expected that L2 executes VMCALL, but:\n" + "\n".join(wrong)
+
+
+def describe(changes: Changes) -> str:
+    """Write changes as ``GUEST_RFLAGS=0x0 GUEST_CR0=0x21``."""
+    names = " ".join(f"{field_name(field)}={value:#x}" for field, value in changes.items())
+    return names or "nothing changed"
+
+
+def each(field: Field, values: Iterable[int], more: Changes | None = None) -> Iterator[Changes]:
+    """One change for each value of a field, with ``more`` in all of them."""
+    return ({**(more or {}), field: value} for value in values)
+
+
+def flips(value: int, bits: Iterable[int]) -> list[int]:
+    """Return ``value`` with one bit after the other inverted."""
+    return [value ^ 1 << bit for bit in bits]
+
+
+def address_bits(l1: L1) -> tuple[int, int]:
+    """Return the widths of L1's physical and linear addresses (CPUID leaf 80000008H)."""
+    outcome = l1.cpuid(0x80000008)
+    assert isinstance(outcome, Succeed)
+    eax: int = outcome.value[0]
+    return eax & 0xFF, eax >> 8 & 0xFF
+
+
+def bad_pages(l1: L1, page: int) -> list[int]:
+    """Values for a field that holds the address of a page: unaligned or too wide."""
+    physical, _ = address_bits(l1)
+    return flips(page, range(12)) + [page | 1 << bit for bit in range(physical, 64)]
+
+
+def not_canonical(l1: L1) -> list[int]:
+    """Linear addresses that are not canonical: at the borders and far from them."""
+    _, linear = address_bits(l1)
+    top = 1 << linear - 1
+    full = (1 << 64) - 1
+    return [top, full ^ top, 2 * top, full ^ 2 * top, 1 << 62, full >> 1, 1 << 63]
