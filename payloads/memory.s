@@ -5,7 +5,7 @@
         .macro  PAGES name:req, count=1
         .balign 4096
         .globl  \name
-\name:  .skip   4096 * \count
+\name:  .skip   4096 * (\count)
         .endm
 
 # Command slots and lists of each vCPU; a block sits on top of its three stacks.

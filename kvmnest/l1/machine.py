@@ -161,6 +161,9 @@ class Machine:
         if self._feature_control is not None:
             vcpu.set_msrs({Msr.IA32_FEATURE_CONTROL: self._feature_control})
         vcpu.set_sregs(sregs)
+        if cpu.index:
+            # A second vCPU waits for INIT and SIPI; Python starts it itself.
+            vcpu.set_mp_state(0)  # KVM_MP_STATE_RUNNABLE
         regs = vcpu.get_regs()
         regs.rip, regs.rsp, regs.rflags = payload.entry, cpu.block, 0x2
         vcpu.set_regs(regs)

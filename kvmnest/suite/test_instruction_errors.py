@@ -99,6 +99,6 @@ def test_failure_belongs_to_the_current_vmcs(l1: L1) -> None:
     first = l1.launchable()
     assert l1.vmresume() == VMfailValid(VmxError.VMRESUME_NONLAUNCHED_VMCS)
     l1.load_vmcs("vmcs_b")
-    assert l1.vmcall() == VMfailValid(VmxError.VMCALL_IN_ROOT)
+    assert l1.vmxon() == VMfailValid(VmxError.VMXON_IN_ROOT)
     assert l1.vmptrld(first.address) == Succeed()
     assert l1.vmread(Field.VM_INSTRUCTION_ERROR) == Succeed(5)
