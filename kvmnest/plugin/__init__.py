@@ -133,7 +133,7 @@ def pytest_runtest_makereport(
 
 def pytest_assertrepr_compare(op: str, left: object, right: object) -> list[str] | None:
     """Explain ``==`` between outcomes; the outcome that came from L1 stands on the left."""
-    from kvmnest.plugin import explain
+    from kvmnest.cases import explain
 
     if op == "==" and (explain.is_outcome(left) or explain.is_outcome(right)):
         return explain.compare(left, right)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from kvmnest.plugin.machine import Machine
+from kvmnest.cases.machine import Machine
 
 if TYPE_CHECKING:
     from kvmnest.kvm import Kvm, Vm

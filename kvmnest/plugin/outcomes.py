@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 import pytest
 
+from kvmnest.cases import verdict
 from kvmnest.plugin import policy
 
 #: Attribute of a report: "failed" or "error".
@@ -14,24 +16,6 @@ KIND = "kvmnest_kind"
 SUMMARY = "kvmnest_summary"
 
 _EMPTY_REASONS = ("", "unconditional skip", "Skipped")
-
-
-def kind(error: BaseException, when: str) -> str:
-    """Classify an exception of a case.
-
-    The loss of the VM is a failure of the case in any phase, an assertion or anything else that
-    the case itself raises too; errors of the harness and of the environment, and whatever happens
-    in setup and teardown, are errors.
-    """
-    from kvmnest.errors import HarnessError
-    from kvmnest.kvm.errors import KvmUnavailable
-    from kvmnest.l1 import VmLost
-
-    if isinstance(error, VmLost):
-        return "failed"
-    if isinstance(error, HarnessError | KvmUnavailable) or when != "call":
-        return "error"
-    return "failed"
 
 
 def judge(item: pytest.Item, call: pytest.CallInfo[None], report: Any) -> pytest.TestReport:
@@ -44,14 +28,15 @@ def judge(item: pytest.Item, call: pytest.CallInfo[None], report: Any) -> pytest
             setattr(report, KIND, "failed")
             setattr(report, SUMMARY, report.longrepr)
     elif report.failed and call.excinfo is not None and _ours(item):
-        from kvmnest.plugin import explain
+        from kvmnest.cases import explain
 
-        setattr(report, KIND, kind(call.excinfo.value, call.when))
-        setattr(report, SUMMARY, _first_line(call.excinfo))
+        setattr(report, KIND, verdict.kind(call.excinfo.value, call.when))
+        setattr(report, SUMMARY, verdict.summary(call.excinfo.value))
         # kvmnest run names its own command.
         direct = not item.config.getoption("--kvmnest-events")
-        rerun = explain.rerun_command(item) if direct else ""
-        report.sections.append(("kvmnest", explain.context(item, rerun)))
+        rerun = f"pytest {shlex.quote(item.nodeid)}" if direct else ""
+        values = getattr(item, "funcargs", {}).values()
+        report.sections.append(("kvmnest", explain.context(values, rerun)))
     return report  # type: ignore[no-any-return]
 
 
@@ -64,11 +49,3 @@ def skip_reason(report: pytest.TestReport) -> str:
     if isinstance(report.longrepr, tuple):
         return report.longrepr[2].removeprefix("Skipped: ").strip()
     return str(report.longrepr).strip()
-
-
-def _first_line(excinfo: pytest.ExceptionInfo[BaseException]) -> str:
-    text = str(excinfo.value).strip()
-    first = text.splitlines()[0] if text else ""
-    if excinfo.errisinstance(AssertionError) or excinfo.typename == "Failed":
-        return first or excinfo.typename
-    return f"{excinfo.typename}: {first}" if first else excinfo.typename

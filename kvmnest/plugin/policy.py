@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import enum
 import types
 from pathlib import Path
 
 import pytest
 
 import kvmnest
-from kvmnest import host
-from kvmnest.known import same_parameter
+from kvmnest.cases.needs import why_skipped
 from kvmnest.plugin.asserts import asserts
 from kvmnest.plugin.fixtures import machine, open_kvm
 
@@ -83,32 +83,34 @@ def note_assertions(items: list[pytest.Item]) -> None:
         item.stash[ASSERTS] = known[function]
 
 
-def require(item: pytest.Item) -> None:
-    """Skip the case with the exact reason if this machine lacks what it needs."""
-    config = item.config
+def needed_flags(item: pytest.Item) -> list[enum.Enum]:
+    """Capability flags of all ``needs`` markers."""
+    return [flag for mark in item.iter_markers("needs") for flag in mark.args]
+
+
+def needed_params(item: pytest.Item) -> dict[str, object]:
+    """Module parameters of all ``kvm_param`` markers."""
     wanted: dict[str, object] = {}
     for mark in item.iter_markers("kvm_param"):
         wanted.update(mark.kwargs)
-    present = host.kvm_intel_params() if wanted else {}
-    for name, value in wanted.items():
-        have = present.get(name)
-        if not same_parameter(have, value):
-            shown = f"kvm_intel.{name}={have}" if have is not None else f"no kvm_intel.{name} here"
-            pytest.skip(f"needs kvm_intel.{name}={_shown(value)}: {shown}")
-    flags = [flag for mark in item.iter_markers("needs") for flag in mark.args]
-    if flags:
-        open_kvm(config)
-        missing = machine(config).missing(*flags)
-        if missing:
-            pytest.skip("needs " + "; ".join(missing))
-    if in_suite(item) and "nested" not in wanted:
-        open_kvm(config)
-        if not machine(config).vmx:
-            pytest.skip(f"KVM offers no VMX to guests: {host.no_vmx_reason()}")
+    return wanted
 
 
-def _shown(value: object) -> str:
-    return {True: "Y", False: "N"}[value] if isinstance(value, bool) else str(value)
+def needs_vmx(item: pytest.Item) -> bool:
+    """Whether the case needs VMX: all of the suite but those about the parameter nested."""
+    return in_suite(item) and "nested" not in needed_params(item)
+
+
+def require(item: pytest.Item) -> None:
+    """Skip the case with the exact reason if this machine lacks what it needs."""
+    flags, params, vmx = needed_flags(item), needed_params(item), needs_vmx(item)
+    if not (flags or params or vmx):
+        return
+    if flags or vmx:
+        open_kvm(item.config)
+    reason = why_skipped(machine(item.config), flags, params, vmx=vmx)
+    if reason:
+        pytest.skip(reason)
 
 
 def uses_kvmnest(item: pytest.Item) -> bool:

@@ -10,15 +10,15 @@ import pytest
 
 import kvmnest
 from kvmnest import host
+from kvmnest.cases.events import EventWriter
 from kvmnest.plugin import policy
-from kvmnest.plugin.events import EventWriter
 from kvmnest.plugin.outcomes import KIND, SUMMARY, skip_reason
 
 _LONGEST_DETAIL = 20_000
 
 
 class EventStream:
-    """A plugin object that reports a session as events (see ``kvmnest.plugin.events``)."""
+    """A plugin object that reports a session as events (see ``kvmnest.cases.events``)."""
 
     def __init__(self, config: pytest.Config, spec: str) -> None:
         self._config = config

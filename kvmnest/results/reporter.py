@@ -15,7 +15,7 @@ from kvmnest.results.jsonfile import JsonFile
 from kvmnest.results.model import Case, Run
 from kvmnest.results.progress import Progress
 
-#: Events and their content: see ``kvmnest.plugin.events``.
+#: Events and their content: see ``kvmnest.cases.events``.
 Event = dict[str, Any]
 
 

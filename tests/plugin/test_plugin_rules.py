@@ -102,7 +102,7 @@ def test_needs_accepts_what_kvm_has_and_names_what_it_lacks(module):
     folder = module(
         """
 from kvmnest.kvm import Cap
-from kvmnest.plugin.machine import Machine
+from kvmnest.cases.machine import Machine
 from kvmnest.vmx import ProcCtl
 @pytest.mark.needs(Cap.NR_VCPUS)
 def test_there(): assert 1

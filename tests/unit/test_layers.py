@@ -14,6 +14,7 @@ ALLOWED = {
     "kvm": set(),
     "vmx": set(),
     "l1": {"kvm", "vmx"},
+    "cases": {"kvm", "vmx", "l1"},
 }
 TOP = {"plugin", "suite", "results", "lab", "cli"}
 

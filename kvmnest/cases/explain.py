@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import shlex
+from collections.abc import Iterable
 from typing import Any
-
-import pytest
 
 from kvmnest import host
 
@@ -68,22 +66,20 @@ def _number(value: object) -> str:
     return getattr(value, "name", None) or repr(value)
 
 
-def context(item: pytest.Item, rerun: str) -> str:
-    """What to know about a failed case besides the failure: lines of text."""
+def context(values: Iterable[object], rerun: str) -> str:
+    """What to know about a failed case besides the failure: lines of text.
+
+    ``values`` are what the case was called with; the L1s among them tell what they did.
+    """
     lines: list[str] = []
-    for l1 in getattr(item, "funcargs", {}).values():
-        if type(l1).__name__ == "L1" and type(l1).__module__.startswith("kvmnest.l1"):
-            lines += _vmcs(l1) + _commands(l1)
+    for value in values:
+        if type(value).__name__ == "L1" and type(value).__module__.startswith("kvmnest.l1"):
+            lines += _vmcs(value) + _commands(value)
     lines.append(f"kernel {host.kernel()}, {host.cpu_model()}")
     lines.append(host.params_text(host.kvm_intel_params()))
     if rerun:
         lines.append(f"rerun: {rerun}")
     return "\n".join(lines)
-
-
-def rerun_command(item: pytest.Item) -> str:
-    """Command that runs one case again under pytest."""
-    return "pytest " + shlex.quote(item.nodeid)
 
 
 def _vmcs(l1: Any) -> list[str]:

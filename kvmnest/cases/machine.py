@@ -34,7 +34,10 @@ class Machine:
         from kvmnest.vmx import Capabilities
 
         indices = [i for i in self.kvm.msr_feature_index_list() if 0x480 <= i <= 0x493]
-        return Capabilities.from_msrs(self.kvm.feature_msrs(indices))
+        # A vCPU's own MSRs: some controls depend on its CPUID ("enable XSAVES/XRSTORS" does).
+        with self.kvm.create_vm() as vm, vm.create_vcpu() as vcpu:
+            vcpu.set_cpuid(self.kvm.supported_cpuid())
+            return Capabilities.from_msrs(vcpu.get_msrs(indices))
 
     def missing(self, *flags: enum.Enum) -> list[str]:
         """What of ``flags`` is not there, one text each with the bit and where it is reported.

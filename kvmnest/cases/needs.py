@@ -1,0 +1,37 @@
+"""Can a case run on this machine? If not, the exact reason."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping, Sequence
+
+from kvmnest import host
+from kvmnest.cases.machine import Machine
+from kvmnest.known import same_parameter
+
+
+def why_skipped(
+    machine: Machine,
+    flags: Sequence[enum.Enum],
+    params: Mapping[str, object],
+    *,
+    vmx: bool,
+) -> str:
+    """Reason to skip a case, "" if it can run.
+
+    ``flags`` are capability flags that it needs (see Machine.missing), ``params`` values of
+    kvm_intel's parameters; ``vmx`` says that it needs VMX as such. Raises KvmUnavailable.
+    """
+    present = host.kvm_intel_params() if params else {}
+    for name, value in params.items():
+        have = present.get(name)
+        if not same_parameter(have, value):
+            shown = f"kvm_intel.{name}={have}" if have is not None else f"no kvm_intel.{name} here"
+            wanted = {True: "Y", False: "N"}[value] if isinstance(value, bool) else value
+            return f"needs kvm_intel.{name}={wanted}: {shown}"
+    missing = machine.missing(*flags) if flags else []
+    if missing:
+        return "needs " + "; ".join(missing)
+    if vmx and not machine.vmx:
+        return f"KVM offers no VMX to guests: {host.no_vmx_reason()}"
+    return ""
