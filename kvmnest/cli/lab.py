@@ -17,8 +17,13 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     add_options(parser)
     parser.add_argument("--cpus", type=int, default=1, metavar="N", help="CPUs of the guest")
-    parser.add_argument("--idle-limit", type=float, default=120, metavar="SECONDS",
-                        help="give up after so long without output (default 120)")  # fmt: skip
+    parser.add_argument(
+        "--idle-limit",
+        type=float,
+        default=120,
+        metavar="SECONDS",
+        help="give up after so long without output (default 120)",
+    )
     parser.add_argument("--limit", type=float, metavar="SECONDS", help="give up after so long")
     parser.add_argument("-v", "--verbose", action="store_true", help="kernel log and times")
     parser.add_argument("command", nargs="+", metavar="COMMAND")
@@ -26,11 +31,17 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Options that say which lab to boot; shared with ``kvmnest run``."""
-    parser.add_argument("--kernel", metavar="SPEC",
-                        help="Debian version (6.1.0-56, 6.12), .deb, or kernel directory")  # fmt: skip
+    parser.add_argument(
+        "--kernel", metavar="SPEC", help="Debian version (6.1.0-56, 6.12), .deb, or folder"
+    )
     parser.add_argument("--kvm-modules", metavar="DIR", help="take kvm*.ko from DIR")
-    parser.add_argument("--kvm-param", action="append", default=[], metavar="NAME=VALUE",
-                        help="module parameter of kvm_intel or kvm (repeatable)")  # fmt: skip
+    parser.add_argument(
+        "--kvm-param",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="module parameter of kvm_intel or kvm (repeatable)",
+    )
     parser.add_argument("--bochs", metavar="PATH", help="the Bochs to use")
 
 
@@ -53,8 +64,9 @@ def run(args: argparse.Namespace) -> int:
         sys.stderr.buffer.write(data)
         sys.stderr.buffer.flush()
 
-    with Lab(args.kernel, parameters(args.kvm_param), args.kvm_modules, args.cpus,
-             args.bochs) as lab:  # fmt: skip
+    with Lab(
+        args.kernel, parameters(args.kvm_param), args.kvm_modules, args.cpus, args.bochs
+    ) as lab:
         status = lab.run(
             args.command,
             on_error=show_error,
@@ -64,6 +76,9 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.verbose:
         times = lab.times
-        print(f"kernel {lab.info['release']}: prepared in {times.prepare:.2f} s, booted in "
-              f"{times.boot:.2f} s, total {times.total:.2f} s", file=sys.stderr)  # fmt: skip
+        print(
+            f"kernel {lab.info['release']}: prepared in {times.prepare:.2f} s, booted in "
+            f"{times.boot:.2f} s, total {times.total:.2f} s",
+            file=sys.stderr,
+        )
     return status if status >= 0 else 128 - status

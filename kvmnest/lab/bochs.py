@@ -6,6 +6,7 @@ interface. The terminal display gets a pseudo terminal of ours, and the guest ne
 
 import contextlib
 import ctypes
+import fcntl
 import os
 import pty
 import shutil
@@ -26,6 +27,7 @@ from kvmnest.lab.image import INFO, Layout
 CPU_MODEL = "corei7_skylake_x"
 IPS = 100_000_000
 _PR_SET_PDEATHSIG = 1
+_PREFIX = "kvmnest-lab-"
 
 _CONFIG = """\
 cpu: model={model}, count={cpus}, ips={ips}, reset_on_triple_fault=0, msrs=msrs.def
@@ -75,8 +77,13 @@ def locate(path: str | None = None) -> Emulator:
         hint = "no such program" if path else "apt-get install bochs bochs-term"
         raise LabSetupError(f"{program} not found: {hint}")
     try:
-        done = subprocess.run([found, "--help"], capture_output=True, timeout=20, check=False,
-                              stdin=subprocess.DEVNULL)  # fmt: skip
+        done = subprocess.run(
+            [found, "--help"],
+            capture_output=True,
+            timeout=20,
+            check=False,
+            stdin=subprocess.DEVNULL,
+        )
     except (OSError, subprocess.TimeoutExpired) as e:
         raise LabSetupError(f"{found} does not run: {e}") from e
     text = (done.stdout + done.stderr).decode(errors="replace")
@@ -101,6 +108,20 @@ def _die_with_parent() -> Callable[[], None]:
     return setup
 
 
+def _sweep() -> None:
+    """Remove folders whose owner was killed: the lock inside is free again."""
+    for folder in Path(tempfile.gettempdir()).glob(_PREFIX + "*"):
+        with contextlib.suppress(OSError):
+            if folder.stat().st_uid != os.getuid():
+                continue
+            fd = os.open(folder / "lock", os.O_RDWR | os.O_CLOEXEC)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(fd)
+
+
 class Bochs:
     """One emulator in a private folder: write ``memory.img`` and ``boot.rom`` there, start it.
 
@@ -114,7 +135,10 @@ class Bochs:
         self.output = -1
         self._process: subprocess.Popen[bytes] | None = None
         try:
-            self.folder = Path(tempfile.mkdtemp(prefix="kvmnest-lab-"))
+            _sweep()
+            self.folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
+            self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
         except OSError as e:
             raise LabSetupError(cache.describe(e, "making the lab's folder")) from e
 
@@ -126,11 +150,18 @@ class Bochs:
         """Stop the emulator and remove its folder."""
         self.stop()
         shutil.rmtree(self.folder, ignore_errors=True)
+        os.close(self._lock)
 
     def start(self, layout: Layout, cpus: int) -> None:
         """Start emulating. Raises LabSetupError if the program cannot be started."""
-        config = _CONFIG.format(model=CPU_MODEL, cpus=cpus, ips=IPS, memory=layout.memory,
-                                info=INFO, display=self.emulator.display)  # fmt: skip
+        config = _CONFIG.format(
+            model=CPU_MODEL,
+            cpus=cpus,
+            ips=IPS,
+            memory=layout.memory,
+            info=INFO,
+            display=self.emulator.display,
+        )
         (self.folder / "bochsrc").write_text(config)
         (self.folder / "msrs.def").write_text(_MSRS)
         (self.folder / "debugger").write_text("c\n")
@@ -146,11 +177,20 @@ class Bochs:
             termios.tcsetattr(terminal, termios.TCSANOW, attributes)
             with open(self.folder / "stderr.log", "wb") as errors:
                 self._process = subprocess.Popen(
-                    argv, cwd=self.folder, stdin=terminal, stdout=terminal, stderr=errors,
-                    env={"PATH": os.environ.get("PATH", os.defpath), "TERM": "vt100",
-                         "HOME": str(self.folder), "LANG": "C"},
-                    start_new_session=True, preexec_fn=_die_with_parent(),
-                )  # fmt: skip
+                    argv,
+                    cwd=self.folder,
+                    stdin=terminal,
+                    stdout=terminal,
+                    stderr=errors,
+                    env={
+                        "PATH": os.environ.get("PATH", os.defpath),
+                        "TERM": "vt100",
+                        "HOME": str(self.folder),
+                        "LANG": "C",
+                    },
+                    start_new_session=True,
+                    preexec_fn=_die_with_parent(),
+                )
         except OSError as e:
             raise LabSetupError(f"cannot start {self.emulator.path}: {e.strerror}") from e
         finally:

@@ -2,7 +2,6 @@
 
 import hashlib
 import re
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterable
@@ -65,11 +64,13 @@ class Apt:
     def record(self, release: str) -> dict[str, str]:
         """The package's newest index record (signed, through the archive's Release file)."""
         package = f"linux-image-{release}"
-        done = tools.run(["apt-cache", *self._options, "--no-all-versions", "show", package],
-                         f"apt-cache show {package}")  # fmt: skip
+        done = tools.run(
+            ["apt-cache", *self._options, "--no-all-versions", "show", package],
+            f"apt-cache show {package}",
+        )
         lines = done.stdout.decode(errors="replace").split("\n\n")[0].splitlines()
-        return {key: value.strip() for key, sep, value in
-                (line.partition(":") for line in lines if not line.startswith(" ")) if sep}  # fmt: skip
+        pairs = [line.partition(":") for line in lines if not line.startswith(" ")]
+        return {key: value.strip() for key, _, value in pairs}
 
     def download(self, release: str, folder: Path) -> Path:
         """Fetch the image package into ``folder``; apt refuses it if it is not authenticated.
@@ -83,8 +84,11 @@ class Apt:
         done = subprocess.run(command, cwd=folder, capture_output=True, check=False)
         files = list(folder.glob("*.deb"))
         if done.returncode or not files:
-            errors = [line for line in done.stderr.decode(errors="replace").splitlines()
-                      if line.startswith("E:")]  # fmt: skip
+            errors = [
+                line
+                for line in done.stderr.decode(errors="replace").splitlines()
+                if line.startswith("E:")
+            ]
             reason = errors[0][2:].strip() if errors else f"status {done.returncode}"
             raise LabSetupError(f"apt cannot download {package}: {reason}")
         actual = hashlib.sha256(files[0].read_bytes()).hexdigest()
@@ -102,12 +106,59 @@ def unpack(deb: Path, folder: Path) -> None:
         raise KernelSpecError(f"{deb} is not a usable Debian package: {lines[-1]}")
 
 
+_KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
+_SOURCE = re.compile(r"'(\S+)/dists/([a-z]+)(-security|-updates|-backports)?/InRelease'")
+
+
+def system_stamp() -> str:
+    """What tells that the system's apt may now know other packages: times of its lists."""
+    lists = Path("/var/lib/apt/lists")
+    try:
+        return f"{lists.stat().st_mtime_ns}"
+    except OSError:
+        return "none"
+
+
+def private_apt(folder: Path) -> Apt:
+    """An apt of our own with lists in ``folder``, brought up to date; needs no root.
+
+    It uses the mirrors that the system is set up for, with security and backports added, and
+    trusts Debian's archive keyring only. Raises LabSetupError if there is no Debian mirror, no
+    keyring, or no connection.
+    """
+    if not _KEYRING.is_file():
+        raise LabSetupError(f"{_KEYRING} not found: apt-get install debian-archive-keyring")
+    done = tools.run(["apt-get", "update", "--print-uris"], "apt-get update --print-uris")
+    bases: dict[str, tuple[str, str]] = {}
+    for uri, codename, kind in _SOURCE.findall(done.stdout.decode(errors="replace")):
+        if "debian" in uri:
+            bases["security" if kind == "-security" else "main"] = (uri, codename)
+    if "main" not in bases:
+        raise LabSetupError("apt has no Debian mirror set up (see sources.list(5))")
+    uri, codename = bases["main"]
+    sources = [(uri, codename + suffix) for suffix in ("", "-updates", "-backports")]
+    if "security" in bases:
+        sources.append((bases["security"][0], f"{codename}-security"))
+    for sub in ("state/lists/partial", "cache/archives/partial"):
+        (folder / sub).mkdir(parents=True, exist_ok=True)
+    lines = [f"deb [signed-by={_KEYRING}] {uri} {suite} main\n" for uri, suite in sources]
+    (folder / "sources.list").write_text("".join(lines))
+    (folder / "status").touch()
+    options = (
+        f"-oDir::Etc::sourcelist={folder}/sources.list",
+        "-oDir::Etc::sourceparts=/dev/null",
+        f"-oDir::State={folder}/state",
+        f"-oDir::State::lists={folder}/state/lists",
+        f"-oDir::State::status={folder}/status",
+        f"-oDir::Cache={folder}/cache",
+        "-oAPT::Sandbox::User=",
+        "-oAcquire::Languages=none",
+    )
+    tools.run(["apt-get", *_SECURE, *options, "-q", "update"], "apt-get update")
+    return Apt(options)
+
+
 def fetch(apt: Apt, release: str, target: Path) -> None:
     """Download and unpack the image package of ``release`` into ``target``."""
     with tempfile.TemporaryDirectory(prefix="kvmnest-") as scratch:
         unpack(apt.download(release, Path(scratch)), target)
-
-
-def free_space(path: Path) -> int:
-    """Bytes free on the disk of ``path``."""
-    return shutil.disk_usage(path).free

@@ -9,6 +9,7 @@ import ctypes
 import lzma
 import struct
 import zlib
+from typing import Any
 
 from kvmnest.lab.errors import KernelSpecError, LabSetupError
 
@@ -83,17 +84,23 @@ def decompress(data: bytes) -> bytes:
 
     Bytes after the compressed stream are ignored. Raises KernelSpecError if it is corrupt.
     """
-    try:
-        if data[:2] == b"\x1f\x8b":
-            return zlib.decompressobj(31).decompress(data)
-        if data[:6] == _XZ:
-            return lzma.LZMADecompressor(lzma.FORMAT_XZ).decompress(data)
-        if data[:3] == b"\x5d\x00\x00":
-            return lzma.LZMADecompressor(lzma.FORMAT_ALONE).decompress(data)
-        if data[:3] == b"BZh":
-            return bz2.BZ2Decompressor().decompress(data)
-    except (zlib.error, lzma.LZMAError, OSError) as e:
-        raise KernelSpecError(f"the compressed data is corrupt ({e})") from e
+    stream: Any = None
+    if data[:2] == b"\x1f\x8b":
+        stream = zlib.decompressobj(31)
+    elif data[:6] == _XZ:
+        stream = lzma.LZMADecompressor(lzma.FORMAT_XZ)
+    elif data[:3] == b"\x5d\x00\x00":
+        stream = lzma.LZMADecompressor(lzma.FORMAT_ALONE)
+    elif data[:3] == b"BZh":
+        stream = bz2.BZ2Decompressor()
+    if stream is not None:
+        try:
+            content: bytes = stream.decompress(data)
+        except (zlib.error, lzma.LZMAError, OSError) as e:
+            raise KernelSpecError(f"the compressed data is corrupt ({e})") from e
+        if not stream.eof:
+            raise KernelSpecError("the compressed data is cut short")
+        return content
     if data[:4] == _LZ4_LEGACY:
         return lz4_legacy(data)
     if data[:4] == _ZSTD:

@@ -10,6 +10,8 @@ class LabSetupError(LabError):
 class KernelSpecError(LabSetupError):
     """A kernel SPEC that names nothing usable: unknown version, corrupt package, wrong file."""
 
+    exit_code = 2
+
 
 class LabRunError(LabError):
     """The lab ended without the command's exit status.

@@ -37,9 +37,9 @@ class Kernel:
 
 def _load(folder: Path) -> Kernel:
     meta = marshal.loads((folder / "meta").read_bytes())
-    image = KernelImage(
-        (folder / "image").read_bytes(), *meta["image"], (folder / "setup").read_bytes()
-    )
+    base, end, entry = meta["image"]
+    data, setup = (folder / "image").read_bytes(), (folder / "setup").read_bytes()
+    image = KernelImage(data, base, end, entry, setup)
     files = modules.find(folder / "modules")
     return Kernel(meta["release"], image, files, frozenset(meta["builtin"]))
 
@@ -53,8 +53,9 @@ def _release_in(image: bytes, vmlinux: bytes) -> str:
     return banner[1].decode(errors="replace") if banner else "unknown"
 
 
-def _store(kernel_file: Path, found: Mapping[str, Path], builtin: frozenset[str],
-           folder: Path) -> None:  # fmt: skip
+def _store(
+    kernel_file: Path, found: Mapping[str, Path], builtin: frozenset[str], folder: Path
+) -> None:
     """Fill a cache entry: flattened kernel, the KVM modules and what they depend on."""
     raw = kernel_file.read_bytes()
     vmlinux, setup = vmlinux_of(raw)
@@ -96,8 +97,8 @@ def _from_folder(folder: Path) -> Kernel:
     existing = [place for place in places if place.is_dir()]
     for place in existing or [folder]:
         found |= modules.find(place)
-    listings = [p for p in (folder / "modules.builtin", *folder.glob("**/modules/*/modules.builtin"))
-                if p.is_file()]  # fmt: skip
+    candidates = (folder / "modules.builtin", *folder.glob("**/modules/*/modules.builtin"))
+    listings = [p for p in candidates if p.is_file()]
     builtin = modules.builtin_names(listings[0].read_text() if listings else "")
     wanted = {n: p for n, p in found.items() if n in MODULES or not existing or len(found) < 64}
     contents = [hashlib.sha256(p.read_bytes()).digest() for _, p in sorted(wanted.items())]
@@ -126,23 +127,43 @@ def _store_unpacked(package: Path, to: Path) -> None:
 def _cached_releases() -> dict[str, str]:
     """Release -> cache key of the Debian kernels fetched before."""
     folder = cache.root() / "debian"
-    return (
-        {p.name: p.read_text() for p in folder.glob("*") if p.is_file()} if folder.is_dir() else {}
-    )
+    keys = {p.name: p.read_text() for p in folder.glob("*-amd64")} if folder.is_dir() else {}
+    return {r: k for r, k in keys.items() if (cache.root() / "kernels" / k / "meta").is_file()}
+
+
+def _choose(spec: str) -> tuple[debian.Apt, str] | None:
+    """The apt that knows ``spec`` and the release it means; None if nobody does.
+
+    The system's apt comes first; one of our own, with backports, when it does not know. Raises
+    LabSetupError when neither can be asked.
+    """
+    apt = debian.Apt()
+    release = debian.match(spec, apt.releases())
+    if release is None:
+        with cache.locked("apt"):
+            apt = debian.private_apt(cache.root() / "apt")
+        release = debian.match(spec, apt.releases())
+    return None if release is None else (apt, release)
 
 
 def _from_version(spec: str) -> Kernel:
-    apt = debian.Apt()
+    # Asking apt takes a second, so its last answer holds until its lists change.
+    notes = cache.root() / "debian"
+    notes.mkdir(mode=0o700, exist_ok=True)
+    answer = notes / f"answer-{cache.digest([spec, debian.system_stamp()])}"
+    cached = _cached_releases()
+    if answer.is_file() and answer.read_text() in cached:
+        return _load(cache.entry("kernels", cached[answer.read_text()], _gone))
     try:
-        release = debian.match(spec, apt.releases())
-        problem = f"apt knows no kernel {spec} (apt-get update may help)"
+        chosen = _choose(spec)
     except LabSetupError as e:
-        release, problem = None, str(e)
-    if release is None:
-        release = debian.match(spec, _cached_releases())
+        release = debian.match(spec, cached)
         if release is None:
-            raise KernelSpecError(f"no kernel {spec}: {problem}")
-        return _load(cache.root() / "kernels" / _cached_releases()[release])
+            raise KernelSpecError(f"no kernel {spec} in the cache, and {e}") from e
+        return _load(cache.entry("kernels", cached[release], _gone))
+    if chosen is None:
+        raise KernelSpecError(f"no kernel {spec} in Debian's archive (apt-get update may help)")
+    apt, release = chosen
     key = cache.digest([_FORMAT, apt.record(release).get("SHA256", release)])
 
     def build(to: Path) -> None:
@@ -150,11 +171,17 @@ def _from_version(spec: str) -> Kernel:
             debian.fetch(apt, release, Path(scratch))
             _store_unpacked(Path(scratch), to)
 
-    folder = cache.entry("kernels", key, build)
-    notes = cache.root() / "debian"
-    notes.mkdir(mode=0o700, exist_ok=True)
+    kernel = _load(cache.entry("kernels", key, build))
     (notes / release).write_text(key)
-    return _load(folder)
+    for old in notes.glob("answer-*"):
+        if old.read_text() == release:
+            old.unlink(missing_ok=True)
+    answer.write_text(release)
+    return kernel
+
+
+def _gone(_: Path) -> None:
+    raise LabSetupError("another process emptied the lab's cache; run again")
 
 
 def resolve(spec: str | None = None) -> Kernel:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from kvmnest.errors import UsageError
 from kvmnest.lab import bochs, cache, channel, image, kernels, modules, rootfs
+from kvmnest.lab.cpio import Cpio
 from kvmnest.lab.errors import (
     KernelSpecError,
     LabHang,
@@ -29,7 +30,8 @@ _SKIPPED_INITCALLS = (
     "ftrace_check_for_weak_functions", "tracer_init_tracefs", "load_system_certificate_list",
     "hugetlb_init", "xenbus_probe_backend_init", "slab_sysfs_init", "cubictcp_register",
     "bpf_rstat_kfunc_init", "bpf_key_sig_kfuncs_init", "kfunc_init", "bpf_prog_test_run_init",
-    "bpf_tcp_ca_kfunc_init", "crypto_kdf108_init",
+    "bpf_tcp_ca_kfunc_init", "crypto_kdf108_init", "jent_mod_init",
+    "bpf_dummy_struct_ops_init", "slab_late_init",
 )  # fmt: skip
 CMDLINE = (
     "console=ttyS0,115200 quiet mitigations=off nokaslr tsc=reliable tsc_early_khz=100000 "
@@ -142,16 +144,18 @@ class Lab:
             "argv": list(argv),
             "env": _GUEST_ENV | dict(env or {}),
             "cwd": "/root",
-            "modules": [(f"/modules/{m.name}.ko", self._arguments.get(m.name, ""))
-                        for m in self._modules],
+            "modules": [
+                (f"/modules/{m.name}.ko", self._arguments.get(m.name, "")) for m in self._modules
+            ],
             "log_level": 4,
-        }  # fmt: skip
+        }
         layers = [*self._layers, rootfs.job_layer(job, dict(files or {}))]
         with bochs.Bochs(self.emulator) as emulator:
             try:
                 with open(emulator.folder / "memory.img", "wb") as f:
-                    layout = image.write(f, self.kernel.image, layers, self._command_line(),
-                                         self.cpus, self.memory)  # fmt: skip
+                    layout = image.write(
+                        f, self.kernel.image, layers, self._command_line(), self.cpus, self.memory
+                    )
                 shutil.copyfile(_rom(), emulator.folder / "boot.rom")
             except OSError as e:
                 raise LabSetupError(cache.describe(e, "writing the lab's memory image")) from e
@@ -160,8 +164,12 @@ class Lab:
 
     def _command_line(self) -> str:
         loaded = {m.name for m in self._modules}
-        builtin = [f"{name}.{setting}" for name, line in self._arguments.items()
-                   if name not in loaded for setting in line.split()]  # fmt: skip
+        builtin = [
+            f"{name}.{setting}"
+            for name, line in self._arguments.items()
+            if name not in loaded
+            for setting in line.split()
+        ]
         return " ".join([CMDLINE, *builtin, f"rdinit=/{rootfs.PYTHON} -- -I -S /kvmnest/init.py"])
 
 
@@ -220,7 +228,7 @@ def _module_layer(order: Sequence[modules.Module]) -> bytes:
     key = cache.digest([1, *(part for item in contents.items() for part in item)])
 
     def build(folder: Path) -> None:
-        archive = rootfs.Cpio()
+        archive = Cpio()
         for module in order:
             archive.file(f"modules/{module.name}.ko", modules.lean(module.path))
         (folder / "layer.cpio").write_bytes(archive.finish())
@@ -231,8 +239,9 @@ def _module_layer(order: Sequence[modules.Module]) -> bytes:
 class _Session:
     """Follows one running guest to its end."""
 
-    def __init__(self, lab: Lab, on_event: Sink, on_output: Sink, on_error: Sink,
-                 on_kernel: Sink) -> None:  # fmt: skip
+    def __init__(
+        self, lab: Lab, on_event: Sink, on_output: Sink, on_error: Sink, on_kernel: Sink
+    ) -> None:
         self._lab = lab
         self._sinks = {channel.STDOUT: on_output, channel.STDERR: on_error}
         self._on_event, self._on_kernel = on_event, on_kernel
@@ -303,8 +312,9 @@ class _Session:
                 f"{name} did not load: {os.strerror(error)}", "\n".join(lines[-3:])
             )
         else:
-            raise LabRunError(f"the lab's guest failed: {payload.decode(errors='replace')}",
-                              self._tail())  # fmt: skip
+            raise LabRunError(
+                f"the lab's guest failed: {payload.decode(errors='replace')}", self._tail()
+            )
 
     def _check_panic(self) -> None:
         console = self._emulator.console()
@@ -315,8 +325,9 @@ class _Session:
         lines = self._emulator.console()[console.rfind("\n", 0, at) + 1 :].splitlines()
         raise LabPanic("the guest kernel panicked", "\n".join(lines[:20]))
 
-    def _check_time(self, now: float, last_sign: float, idle: float | None,
-                    limit: float | None) -> None:  # fmt: skip
+    def _check_time(
+        self, now: float, last_sign: float, idle: float | None, limit: float | None
+    ) -> None:
         if not self._lab.info and now - self._started > BOOT_LIMIT * self._lab.cpus:
             raise LabHang(f"the guest did not boot within {BOOT_LIMIT:.0f} s", self._tail())
         if idle is not None and now - last_sign > idle:

@@ -70,8 +70,9 @@ def find(folder: Path) -> dict[str, Path]:
     return found
 
 
-def load_order(wanted: Sequence[str], files: Mapping[str, Path], builtin: frozenset[str],
-               where: str) -> list[Module]:  # fmt: skip
+def load_order(
+    wanted: Sequence[str], files: Mapping[str, Path], builtin: frozenset[str], where: str
+) -> list[Module]:
     """The modules to load for ``wanted``, dependencies first, what is built in left out.
 
     Raises KernelSpecError for a module that is neither in ``files`` nor built in.
@@ -104,8 +105,10 @@ def lean(path: Path) -> bytes:
         source, target = Path(folder) / "in.ko", Path(folder) / "out.ko"
         source.write_bytes(decompress(path.read_bytes()))
         drop = [f"--remove-section={name}" for name in _DROP]
-        tools.run(["objcopy", "--strip-unneeded", *drop, str(source), str(target)],
-                  f"stripping {path.name}")  # fmt: skip
+        tools.run(
+            ["objcopy", "--strip-unneeded", *drop, str(source), str(target)],
+            f"stripping {path.name}",
+        )
         return target.read_bytes()
 
 

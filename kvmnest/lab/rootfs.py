@@ -20,7 +20,7 @@ from pathlib import Path
 
 import kvmnest
 from kvmnest.lab import cache, tools
-from kvmnest.lab.cpio import Cpio
+from kvmnest.lab.cpio import Cpio, names
 from kvmnest.lab.errors import LabSetupError
 
 FORMAT = 1  # bump when the content of a layer changes for the same inputs
@@ -88,7 +88,7 @@ def compile_sources(jobs: list[tuple[str, str, int]]) -> list[bytes]:
     for share in range(shares):
         worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert worker.stdin is not None
-        marshal.dump(jobs[share::shares], worker.stdin)  # type: ignore[arg-type]
+        marshal.dump(jobs[share::shares], worker.stdin)
         worker.stdin.close()
         workers.append(worker)
     results = [b""] * len(jobs)
@@ -102,6 +102,46 @@ def compile_sources(jobs: list[tuple[str, str, int]]) -> list[bytes]:
         results[share::shares] = marshal.loads(output)
     header = importlib.util.MAGIC_NUMBER + b"\1\0\0\0" + bytes(8)
     return [header + code if code else b"" for code in results]
+
+
+_REWRITER = """
+import ast, marshal, sys
+from _pytest.assertion.rewrite import PYC_TAIL, rewrite_asserts
+done = []
+for path, name, mtime in marshal.load(sys.stdin.buffer):
+    with open(path, "rb") as f:
+        source = f.read()
+    tree = ast.parse(source, filename=name)
+    rewrite_asserts(tree, source, name)
+    code = marshal.dumps(compile(tree, name, "exec", dont_inherit=True))
+    stamp = mtime.to_bytes(4, "little") + (len(source) & 0xFFFFFFFF).to_bytes(4, "little")
+    done.append((stamp, code))
+marshal.dump((PYC_TAIL, done), sys.stdout.buffer)
+"""
+
+
+def rewritten(files: list[tuple[Path, str]]) -> dict[str, bytes]:
+    """Compile (path, guest path) as pytest rewrites it: cache file name -> content.
+
+    Rewriting the suite's assertions in the guest takes ten times as long as running it. A pytest
+    that does not offer the function this needs gives {}, and the guest rewrites.
+    """
+    jobs = [(str(path), name, int(path.stat().st_mtime) & 0xFFFFFFFF) for path, name in files]
+    done = subprocess.run(
+        [sys.executable, "-X", "no_debug_ranges", "-c", _REWRITER],
+        input=marshal.dumps(jobs),
+        capture_output=True,
+        check=False,
+    )
+    if done.returncode:
+        return {}
+    tail, results = marshal.loads(done.stdout)
+    header = importlib.util.MAGIC_NUMBER + bytes(4)
+    caches = {}
+    for (path, name), (stamp, code) in zip(files, results, strict=True):
+        folder = name.rpartition("/")[0]
+        caches[f"{folder}/__pycache__/{path.stem}{tail}"] = header + stamp + code
+    return caches
 
 
 def _stripped(path: Path) -> bytes:
@@ -185,8 +225,9 @@ def python_layer() -> bytes:
         archive.file(PYTHON, _stripped(exe), 0o755)
         archive.symlink("usr/bin/python", "python3")
         archive.symlink(f"usr/bin/{Path(_STDLIB).name}", "python3")
-        libraries = {lib.name: lib for binary in (exe, *extensions)
-                     for lib in _libraries(loader, binary)}  # fmt: skip
+        libraries = {
+            lib.name: lib for binary in (exe, *extensions) for lib in _libraries(loader, binary)
+        }
         for name, path in sorted(libraries.items()):
             archive.file(f"lib/{name}", _stripped(path.resolve()), 0o755)
         for path in extensions:
@@ -229,11 +270,8 @@ def site_layer() -> bytes:
     for _, dist in sorted(_requirements(ROOTS).items()):
         for file in dist.files or ():
             name = str(file)
-            if (
-                (name.endswith(".py") and not _matches(name, _SITE_DROP[1:]))
-                or _matches(name, _SITE_KEEP)
-                or not _matches(name, _SITE_DROP)
-            ):
+            source = name.endswith(".py") and not _matches(name, _SITE_DROP[1:])
+            if source or _matches(name, _SITE_KEEP) or not _matches(name, _SITE_DROP):
                 files[name] = Path(str(dist.locate_file(file)))
 
     def build(folder: Path) -> None:
@@ -247,7 +285,7 @@ def site_layer() -> bytes:
                 libraries |= {lib.name: lib for lib in _libraries(loader, path)}
             elif not name.endswith(".py"):
                 archive.file(f"{SITE}/{name}", path.read_bytes())
-        inside = {Path(n).name for n in files}
+        inside = {Path(n).name for n in files} | {Path(n).name for n in names(python_layer())}
         for name, path in sorted(libraries.items()):
             if name not in inside:
                 archive.file(f"lib/{name}", _stripped(path.resolve()), 0o755)
@@ -274,6 +312,10 @@ def kvmnest_layer() -> bytes:
             where = path.parent.relative_to(base)
             cached = Path(importlib.util.cache_from_source(path.name)).name
             archive.file(f"{SITE}/kvmnest/{where}/__pycache__/{cached}".replace("/./", "/"), pyc)
+        by_pytest = [p for p in sources if p.relative_to(base).parts[0] in ("suite", "plugin")]
+        asserts = [(p, f"/{SITE}/kvmnest/{p.relative_to(base)}") for p in by_pytest]
+        for name, pyc in rewritten(asserts).items():
+            archive.file(name.lstrip("/"), pyc)
         archive.file("kvmnest/init.py", _INIT)
         _save(folder, archive)
 
@@ -291,7 +333,7 @@ main()
 def job_layer(job: dict[str, object], files: dict[str, bytes]) -> bytes:
     """What this run does: the marshalled ``job`` and extra ``files`` (guest path -> content)."""
     archive = Cpio()
-    archive.file("kvmnest/job", marshal.dumps(job))  # type: ignore[arg-type]
+    archive.file("kvmnest/job", marshal.dumps(job))
     for name, content in files.items():
         archive.file(name.lstrip("/"), content)
     return archive.finish()

@@ -1,0 +1,280 @@
+"""The lab's parts that need no emulator: archives, frames, kernel images, SPECs, modules."""
+
+import bz2
+import ctypes
+import gzip
+import io
+import lzma
+import os
+import random
+import struct
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from kvmnest.lab import build, cache, channel, debian, image, modules, tools
+from kvmnest.lab.cpio import Cpio, names
+from kvmnest.lab.decompress import decompress, vmlinux_of
+from kvmnest.lab.errors import KernelSpecError, LabSetupError
+from kvmnest.lab.image import INFO, KernelImage
+
+RELEASES = [
+    "6.1.0-47-cloud-amd64",
+    "6.1.0-56-amd64",
+    "6.1.0-56-cloud-amd64",
+    "6.1.0-56-rt-amd64",
+    "6.12.100+deb12-cloud-amd64",
+    "6.12.99+deb12-cloud-amd64",
+    "6.12.117+deb12-amd64",
+]
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "kvmnest"
+
+
+def test_cpio_round_trip_with_parents_and_modes():
+    archive = Cpio()
+    archive.file("a/b/c.txt", b"hello", 0o755, mtime=5)
+    archive.symlink("a/link", "b/c.txt")
+    archive.directory("empty")
+    archive.device("dev/console", 5, 1)
+    other = Cpio()
+    other.file("later", b"x")
+    data = archive.finish()
+    found = names(data + other.finish())
+    assert found["later"] == (0o100644, b"x")
+    assert found["a/b/c.txt"] == (0o100755, b"hello")
+    assert found["a/link"] == (0o120777, b"b/c.txt")
+    assert found["a/b"][0] == 0o040755
+    assert found["dev/console"][0] == 0o020600
+    assert len(data) % 512 == 0
+
+
+def test_cpio_is_what_the_cpio_format_says(tmp_path):
+    archive = Cpio()
+    archive.file("f", b"abc")
+    header = archive.finish()[:110]
+    fields = [int(header[6 + 8 * i : 14 + 8 * i], 16) for i in range(13)]
+    assert header[:6] == b"070701"
+    assert fields[6] == 3  # file size
+    assert fields[11] == 2  # name with its NUL
+
+
+def test_frames_survive_noise_and_any_split():
+    payloads = [(channel.STDOUT, b"x" * n) for n in (0, 1, 500, channel.MAX_PAYLOAD)]
+    noise = [b"Next at t=0\n", b"\x1e\x02K", b"", b"\x1b[?2004h"]
+    stream = b"".join(n + channel.frame(*p) for n, p in zip(noise, payloads, strict=True))
+    rng = random.Random(1)
+    for _ in range(20):
+        decoder, got, at = channel.Decoder(), [], 0
+        while at < len(stream):
+            step = rng.choice((1, 3, 17, 4096))
+            got += list(decoder.feed(stream[at : at + step]))
+            at += step
+        assert got == payloads
+        assert decoder.noise.startswith(b"Next at t=0\n")
+
+
+def test_a_damaged_frame_is_an_error():
+    data = bytearray(channel.frame(channel.EVENT, b"result"))
+    data[-1] ^= 1
+    with pytest.raises(channel.ChannelError, match="checksum"):
+        list(channel.Decoder().feed(bytes(data)))
+
+
+@pytest.mark.parametrize(
+    ("spec", "release"),
+    [
+        ("6.1.0-56", "6.1.0-56-cloud-amd64"),
+        ("6.1", "6.1.0-56-cloud-amd64"),
+        ("6.1.0-5", None),
+        ("6.12", "6.12.100+deb12-cloud-amd64"),
+        ("6.12.117", "6.12.117+deb12-amd64"),
+        ("6.1.0-56-rt-amd64", "6.1.0-56-rt-amd64"),
+        ("6.1.0-56-amd64", "6.1.0-56-amd64"),
+        ("5.10", None),
+    ],
+)
+def test_spec_names_the_newest_cloud_kernel(spec, release):
+    assert debian.match(spec, RELEASES) == release
+
+
+def _lz4_legacy(data: bytes) -> bytes:
+    lib = ctypes.CDLL("liblz4.so.1")
+    out = b"\x02\x21\x4c\x18"
+    for at in range(0, len(data), 8 << 20):
+        block = data[at : at + (8 << 20)]
+        buffer = ctypes.create_string_buffer(len(block) + len(block) // 200 + 64)
+        size = lib.LZ4_compress_default(block, buffer, len(block), len(buffer))
+        out += struct.pack("<I", size) + buffer.raw[:size]
+    return out + struct.pack("<I", len(data))
+
+
+def _zstd(data: bytes) -> bytes:
+    return subprocess.run(["zstd", "-q", "-c"], input=data, capture_output=True, check=True).stdout
+
+
+@pytest.mark.parametrize(
+    "pack",
+    [gzip.compress, lzma.compress, bz2.compress, _lz4_legacy, _zstd, bytes],
+    ids=["gzip", "xz", "bzip2", "lz4", "zstd", "none"],
+)
+def test_decompress_what_kernels_use(pack):
+    data = b"kernel" * 300_000 + bytes(9 << 20)
+    assert decompress(pack(data) + b"tail" * (pack is not bytes)).removesuffix(b"tail") == data
+
+
+def test_lzma_alone_stream():
+    data = b"payload" * 1000
+    assert decompress(lzma.compress(data, lzma.FORMAT_ALONE)) == data
+
+
+@pytest.mark.parametrize(
+    "pack", [gzip.compress, lzma.compress, bz2.compress, _zstd], ids=["gz", "xz", "bz2", "zstd"]
+)
+def test_damaged_streams_are_named(pack):
+    data = pack(os.urandom(5_000) + bytes(50_000))
+    with pytest.raises(KernelSpecError, match="cut short"):
+        decompress(data[:-2000])
+    with pytest.raises(KernelSpecError, match="corrupt"):
+        decompress(data[:12] + b"\xff" * 200 + data[212:])
+
+
+def test_a_damaged_lz4_block_is_named():
+    data = _lz4_legacy(bytes(50_000))
+    with pytest.raises(KernelSpecError, match="corrupt"):
+        decompress(data[:10] + b"\xff" * 60 + data[70:])
+
+
+def _elf(paddr: int = 0x1000000, content: bytes = b"text") -> bytes:
+    header = struct.pack(
+        "<16sHHIQQQIHHHHHH",
+        b"\x7fELF\x02\x01\x01", 2, 62, 1, paddr, 64, 0, 0, 64, 56, 1, 0, 0, 0,
+    )  # fmt: skip
+    segment = struct.pack("<IIQQQQQQ", 1, 5, 120, 0, paddr, len(content), 0x5000, 0x200000)
+    return header + segment + content
+
+
+def test_bzimage_payload_is_found():
+    payload = gzip.compress(_elf(), mtime=0) + bytes(2048)
+    head = bytearray(0x600)
+    head[0x1F1] = 2
+    head[0x202:0x206] = b"HdrS"
+    struct.pack_into("<II", head, 0x248, 0x10, len(payload))
+    vmlinux, setup = vmlinux_of(bytes(head) + bytes(0x10) + payload)
+    assert vmlinux == _elf()
+    assert setup == bytes(head[:0x400])
+
+
+@pytest.mark.parametrize("data", [b"", b"MZ" + bytes(5000), os.urandom(5000)])
+def test_what_is_no_kernel_is_refused(data):
+    with pytest.raises(KernelSpecError, match="neither"):
+        vmlinux_of(data)
+
+
+def test_flatten_by_physical_address():
+    flat = image.flatten(_elf(0x1020000), b"")
+    assert (flat.base, flat.end, flat.data) == (0x1020000, 0x1025000, b"text")
+    with pytest.raises(KernelSpecError, match="linked to run"):
+        image.flatten(_elf(0x100000), b"")
+
+
+def test_memory_picture_is_one_contiguous_range():
+    kernel = KernelImage(b"K" * 70_000, 0x1000000, 0x1200123, 0x1000000, b"")
+    out = io.BytesIO()
+    layout = image.write(out, kernel, [b"one", b"second"], "quiet", cpus=2)
+    data = out.getvalue()
+    start, size = layout.initrd
+    assert start % 0x200000 == 0
+    assert start >= kernel.end
+    assert data[0x1000000 - INFO :][:70_000] == kernel.data
+    assert data[start - INFO :][:size] == b"one\0second\0\0"
+    assert len(data) == layout.blocks * image.BLOCK
+    assert data[-4:] == data[0x9000:0x9004] == struct.pack("<I", image.MAGIC)
+    assert struct.unpack_from("<II", data, 0x218) == (start, size)
+    assert data[0x1000:0x1006] == b"quiet\0"
+
+
+def test_acpi_tables_have_right_checksums():
+    tables = image.acpi_tables(2, 0xFE2000)
+    assert sum(tables[:20]) % 256 == sum(tables[:36]) % 256 == 0
+    for signature in (b"XSDT", b"APIC"):
+        at = tables.index(signature, 1)
+        length = struct.unpack_from("<I", tables, at + 4)[0]
+        assert sum(tables[at : at + length]) % 256 == 0
+    assert tables.count(bytes([0, 8])) >= 2
+
+
+def test_rom_is_64k_with_a_jump_at_the_reset_vector():
+    rom = build.build().read_bytes()
+    assert len(rom) == 0x10000
+    assert rom[0xFFF0] in (0xE9, 0xEB)
+
+
+def test_constants_are_those_of_the_assembly():
+    source = build.SOURCE.read_text()
+    assert f".set LAB_INFO, {INFO:#x}" in source
+    assert f".set LAB_BLOCK, {image.BLOCK:#x}" in source
+    assert f".set MAGIC, {image.MAGIC:#x}" in source
+
+
+def test_cache_entry_is_whole_or_absent(own_cache):
+    def fails(folder: Path) -> None:
+        (folder / "half").write_text("x")
+        raise LabSetupError("no")
+
+    with pytest.raises(LabSetupError):
+        cache.entry("kind", "key", fails)
+    assert not (own_cache / "kind" / "key").exists()
+    calls = []
+    for _ in range(2):
+        folder = cache.entry("kind", "key", lambda to: calls.append((to / "f").write_text("1")))
+    assert (folder / "f").read_text() == "1"
+    assert len(calls) == 1
+    assert own_cache.stat().st_mode & 0o777 == 0o700
+
+
+def test_cache_keeps_the_latest_entries_only(own_cache):
+    for i in range(12):
+        folder = cache.entry("kind", f"{i:02}", lambda to: None)
+        os.utime(folder, (i, i))
+    assert "11" in os.listdir(own_cache / "kind")
+    assert len(os.listdir(own_cache / "kind")) < 9
+
+
+def test_a_full_disk_is_named(own_cache):
+    def build_it(folder: Path) -> None:
+        raise OSError(28, "No space left on device", str(folder / "image"))
+
+    with pytest.raises(LabSetupError, match="no space left on the disk"):
+        cache.entry("kind", "key", build_it)
+
+
+def test_an_unusable_cache_folder_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(LabSetupError, match="cannot use cache directory"):
+        cache.root()
+
+
+def test_a_missing_tool_names_its_package(monkeypatch):
+    monkeypatch.setenv("PATH", "/nonexistent")
+    with pytest.raises(LabSetupError, match="apt-get install binutils"):
+        tools.find("objcopy")
+
+
+def test_module_names_and_builtin_list():
+    assert modules.canonical("kvm-intel.ko.xz") == "kvm_intel"
+    listing = "kernel/virt/lib/irqbypass.ko\nkernel/arch/x86/kvm/kvm-intel.ko\n"
+    assert modules.builtin_names(listing) == {"irqbypass", "kvm_intel"}
+
+
+def test_what_is_no_module_is_refused(tmp_path):
+    for content in (b"text", _elf()):
+        (tmp_path / "kvm.ko").write_bytes(content)
+        with pytest.raises(KernelSpecError, match="no kernel module"):
+            modules.read(tmp_path / "kvm.ko")
