@@ -5,6 +5,8 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterable, Iterator, Mapping
 
+import pytest
+
 from kvmnest.l1 import L1, L2Mode
 from kvmnest.l1.vmcs import field_name
 from kvmnest.vmx import (
@@ -32,6 +34,18 @@ BAD_PATS = tuple(
     for byte in range(8)
     for bad in ((2, 3) if byte else (2, 3, 8, 0x46, 0x80, 0xFF))
 )
+
+#: Runs a case with EPT and without: KVM then checks other things itself.
+EPT_OR_NOT = pytest.mark.parametrize(
+    "ept",
+    [
+        pytest.param(True, id="ept", marks=pytest.mark.needs(Proc2Ctl.ENABLE_EPT)),
+        pytest.param(False, id="no-ept"),
+    ],
+)
+
+#: How many unexpected outcomes a failure lists.
+_SHOWN = 8
 
 Changes = Mapping[Field, int]
 
@@ -110,7 +124,7 @@ def expect_refused(tries: Entries, expected: Outcome, cases: Iterable[Changes]) 
         for changes in cases
         if (outcome := tries(changes)) != expected
     ]
-    assert not wrong, f"expected {expected!r}, but:\n" + "\n".join(wrong)
+    assert not wrong, shown(f"expected {expected!r}", wrong)
     expect_accepted(tries, [{}])
 
 
@@ -121,7 +135,14 @@ def expect_accepted(tries: Entries, cases: Iterable[Changes]) -> None:
         for changes in cases
         if (outcome := tries(changes)) != tries.vmcall(changes)
     ]
-    assert not wrong, "expected that L2 executes VMCALL, but:\n" + "\n".join(wrong)
+    assert not wrong, shown("expected that L2 executes VMCALL", wrong)
+
+
+def shown(expected: str, wrong: list[str]) -> str:
+    """Text of a failed assertion: what was expected, and the first of what came instead."""
+    more = len(wrong) - _SHOWN
+    rest = [f"and {more} more"] if more > 0 else []
+    return "\n".join([f"{expected}, but:", *wrong[:_SHOWN], *rest])
 
 
 def describe(changes: Changes) -> str:
