@@ -1,0 +1,234 @@
+"""Real boots of Debian's kernel in Bochs. Each takes some ten seconds, so each shows much."""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from kvmnest.errors import UsageError
+from kvmnest.lab import bochs, kernels, modules
+from kvmnest.lab.errors import (
+    KernelSpecError,
+    LabHang,
+    LabLost,
+    LabModuleError,
+    LabPanic,
+    LabSetupError,
+)
+from kvmnest.lab.guest import EVENTS_PATH
+from kvmnest.lab.machine import Lab
+
+pytestmark = pytest.mark.skipif(shutil.which("bochs") is None, reason="bochs is not installed")
+
+COMMAND = f"""
+import fcntl, os, sys
+kvm = os.open("/dev/kvm", os.O_RDWR)
+vm = fcntl.ioctl(kvm, 0xAE01, 0)
+with open("{EVENTS_PATH}", "w") as events:
+    for i in range(3):
+        print("event", i, file=events, flush=True)
+    print("x" * 70000, file=events, flush=True)
+print("api", fcntl.ioctl(kvm, 0xAE00), os.environ["EXTRA"], open("/root/extra").read())
+print("to stderr", file=sys.stderr)
+import kvmnest.vmx, kvmnest.kvm, pytest, elftools
+sys.exit(7)
+"""
+
+
+def children_of(pid: int) -> list[int]:
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = status.read_text().rpartition(")")[2].split()
+            if int(fields[1]) == pid:
+                found.append(int(status.parent.name))
+    return found
+
+
+def bochs_of(pid: int, wait: float = 30.0) -> int:
+    limit = time.monotonic() + wait
+    while time.monotonic() < limit:
+        for child in children_of(pid):
+            with contextlib.suppress(OSError):
+                if b"bochsrc" in Path(f"/proc/{child}/cmdline").read_bytes():
+                    return child
+        time.sleep(0.05)
+    raise AssertionError("no bochs process appeared")
+
+
+def listening_inodes() -> set[str]:
+    found = set()
+    for table in ("tcp", "tcp6", "udp", "udp6", "unix"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            found.add(fields[6] if table == "unix" else fields[9])
+    return found
+
+
+def test_a_command_in_the_guest_reaches_kvm_and_all_its_streams_come_out():
+    lab = Lab(kvm_params={"nested": "1", "enable_shadow_vmcs": "0"})
+    events: list[bytes] = []
+    out: list[bytes] = []
+    err: list[bytes] = []
+    sockets: list[str] = []
+
+    def look(line: bytes) -> None:
+        events.append(line)
+        for fd in Path(f"/proc/{bochs_of(os.getpid())}/fd").iterdir():
+            target = os.readlink(fd)
+            if target.startswith("socket:") and target[8:-1] in listening_inodes():
+                sockets.append(target)
+
+    code = lab.run(
+        ["python3", "-c", COMMAND],
+        on_event=look,
+        on_output=out.append,
+        on_error=err.append,
+        env={"EXTRA": "from the host"},
+        files={"/root/extra": b"a file"},
+    )
+    assert code == 7
+    assert events == [b"event 0", b"event 1", b"event 2", b"x" * 70000]
+    assert b"".join(out) == b"api 12 from the host a file\n"
+    assert b"".join(err) == b"to stderr\n"
+    assert sockets == []
+    params = lab.info["params"]
+    assert isinstance(params, dict)
+    assert (params["kvm_intel"]["nested"], params["kvm_intel"]["enable_shadow_vmcs"]) == ("Y", "N")
+    assert lab.info["release"] == lab.kernel.release
+    assert not children_of(os.getpid())
+
+
+def test_a_guest_panic_is_named_with_its_first_lines():
+    started = time.monotonic()
+    with pytest.raises(LabPanic, match="sysrq triggered crash") as caught:
+        Lab().run(["python3", "-c", "open('/proc/sysrq-trigger', 'w').write('c')"])
+    assert "Call Trace" in caught.value.console
+    assert time.monotonic() - started < 60
+
+
+def test_a_silent_guest_is_a_hang_and_a_killed_emulator_is_lost():
+    lab = Lab()
+    with pytest.raises(LabHang, match="nothing for 2 s"):
+        lab.run(["python3", "-c", "while True: pass"], idle_limit=2)
+
+    def kill(_: bytes) -> None:
+        os.kill(bochs_of(os.getpid()), signal.SIGKILL)
+
+    started = time.monotonic()
+    with pytest.raises(LabLost, match="SIGKILL"):
+        lab.run(["python3", "-uc", "print(1)\nwhile True: pass"], on_output=kill)
+    assert time.monotonic() - started < 60
+
+
+def test_interrupt_leaves_nothing_behind(tmp_path):
+    command = [sys.executable, "-m", "kvmnest", "lab", "run", "--", "python3", "-uc",
+               "print('up')\nwhile True: pass"]  # fmt: skip
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment)
+    assert process.stdout is not None
+    timer = threading.Timer(90, process.kill)
+    timer.start()
+    assert process.stdout.readline() == b"up\n"
+    emulator = bochs_of(process.pid)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(10) == 130
+    timer.cancel()
+    assert not Path(f"/proc/{emulator}").exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_run_leaves_no_emulator(tmp_path):
+    command = [sys.executable, "-m", "kvmnest", "lab", "run", "--", "python3", "-c", "1"]
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    process = subprocess.Popen(command, env=environment)
+    emulator = bochs_of(process.pid)
+    process.kill()
+    process.wait()
+    limit = time.monotonic() + 10
+    while Path(f"/proc/{emulator}/exe").exists() and time.monotonic() < limit:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{emulator}/exe").exists()
+    # The next run removes what the killed one left.
+    assert [p.name[:12] for p in tmp_path.iterdir()] == ["kvmnest-lab-"]
+    code = "from kvmnest.lab import bochs\nwith bochs.Bochs(bochs.locate()): pass"
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_module_for_another_kernel_is_refused_before_the_boot(tmp_path):
+    kernel = kernels.resolve()
+    for name in ("kvm", "kvm_intel"):
+        content = kernel.modules[name].read_bytes()
+        vermagic = b"vermagic=" + kernel.release.encode()
+        assert vermagic in content
+        wrong = vermagic.replace(b"6.1.0", b"6.0.0")
+        (tmp_path / f"{name}.ko").write_bytes(content.replace(vermagic, wrong))
+    with pytest.raises(KernelSpecError, match=r"was built for 6\.0\.0-"):
+        Lab(kvm_modules=tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(KernelSpecError, match="has no kvm"):
+        Lab(kvm_modules=tmp_path / "empty")
+
+
+def test_a_module_that_does_not_load_is_named(tmp_path):
+    kernel = kernels.resolve()
+    for name in ("kvm", "kvm_intel"):
+        shutil.copy(kernel.modules[name], tmp_path / kernel.modules[name].name)
+    # A symbol that no kernel has, of the same length: the module asks for it in vain.
+    path = tmp_path / kernel.modules["kvm_intel"].name
+    path.write_bytes(path.read_bytes().replace(b"\0kvm_init\0", b"\0kvm_1n1t\0"))
+    with pytest.raises(LabModuleError, match=r"kvm_intel\.ko did not load") as caught:
+        Lab(kvm_modules=tmp_path).run(["true"])
+    assert "kvm_1n1t" in caught.value.console
+
+
+def test_a_directory_is_a_kernel_too(tmp_path):
+    kernel = kernels.resolve()
+    folder = tmp_path / "kernel"
+    (folder / "modules").mkdir(parents=True)
+    # an unpacked package is what the cache was made from; a bare folder must do as well
+    for path in kernel.modules.values():
+        shutil.copy(path, folder / "modules")
+    with pytest.raises(KernelSpecError, match="holds no bzImage"):
+        kernels.resolve(str(folder))
+    assert [m.name for m in modules.load_order(
+        kernels.MODULES, modules.find(folder), frozenset(), "x")][-1] == "kvm_intel"  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("spec", "text"),
+    [
+        ("missing.deb", "no such file"),
+        ("/nonexistent/dir", "no such directory"),
+        ("latest", "no Debian kernel version"),
+    ],
+)
+def test_wrong_kernel_specs(spec, text):
+    with pytest.raises(KernelSpecError, match=text):
+        kernels.resolve(spec)
+
+
+def test_a_corrupt_package_is_named(tmp_path):
+    package = tmp_path / "linux-image.deb"
+    package.write_bytes(b"!<arch>\ndebian-binary   garbage")
+    with pytest.raises(KernelSpecError, match="not a usable Debian package"):
+        kernels.resolve(str(package))
+
+
+def test_wrong_settings_are_refused():
+    with pytest.raises(UsageError, match="has no parameter nestedd"):
+        Lab(kvm_params={"nestedd": "1"})
+    with pytest.raises(UsageError, match="1 to 8 CPUs"):
+        Lab(cpus=0)
+    with pytest.raises(LabSetupError, match="no such program"):
+        bochs.locate("/nonexistent/bochs")
+    with pytest.raises(LabSetupError, match="is no Bochs"):
+        bochs.locate("/bin/true")
