@@ -105,17 +105,30 @@ def compile_sources(jobs: list[tuple[str, str, int]]) -> list[bytes]:
 
 
 _REWRITER = """
-import ast, marshal, sys
-from _pytest.assertion.rewrite import PYC_TAIL, rewrite_asserts
+import ast, importlib.util, marshal, os, sys, tempfile
+from pathlib import Path
+from _pytest.assertion.rewrite import PYC_TAIL, _read_pyc, rewrite_asserts
+
+def formats(source, mtime):
+    # pytest checks the source by its hash (from 9 on) or by time and size.
+    yield (3).to_bytes(4, "little") + importlib.util.source_hash(source)
+    size = (len(source) & 0xFFFFFFFF).to_bytes(4, "little")
+    yield bytes(4) + mtime.to_bytes(4, "little") + size
+
+def accepted(path, pyc):
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder, "x.pyc")
+        target.write_bytes(pyc)
+        return _read_pyc(Path(path), target) is not None
+
 done = []
 for path, name, mtime in marshal.load(sys.stdin.buffer):
-    with open(path, "rb") as f:
-        source = f.read()
+    source = Path(path).read_bytes()
     tree = ast.parse(source, filename=name)
     rewrite_asserts(tree, source, name)
     code = marshal.dumps(compile(tree, name, "exec", dont_inherit=True))
-    stamp = mtime.to_bytes(4, "little") + (len(source) & 0xFFFFFFFF).to_bytes(4, "little")
-    done.append((stamp, code))
+    pycs = (importlib.util.MAGIC_NUMBER + stamp + code for stamp in formats(source, mtime))
+    done.append(next(pyc for pyc in pycs if accepted(path, pyc)))
 marshal.dump((PYC_TAIL, done), sys.stdout.buffer)
 """
 
@@ -136,12 +149,10 @@ def rewritten(files: list[tuple[Path, str]]) -> dict[str, bytes]:
     if done.returncode:
         return {}
     tail, results = marshal.loads(done.stdout)
-    header = importlib.util.MAGIC_NUMBER + bytes(4)
-    caches = {}
-    for (path, name), (stamp, code) in zip(files, results, strict=True):
-        folder = name.rpartition("/")[0]
-        caches[f"{folder}/__pycache__/{path.stem}{tail}"] = header + stamp + code
-    return caches
+    return {
+        f"{name.rpartition('/')[0]}/__pycache__/{path.stem}{tail}": pyc
+        for (path, name), pyc in zip(files, results, strict=True)
+    }
 
 
 def _stripped(path: Path) -> bytes:
