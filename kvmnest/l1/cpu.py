@@ -188,6 +188,8 @@ class Cpu:
     def _run(self) -> list[Result] | Any:
         l1 = self.l1
         if l1.nested_roundtrip:
+            # The time that a round trip takes is no time of the guest.
+            l1.stop_budget()
             l1.round_trip()
         l1.arm_budget()
         self.suspended = True

@@ -170,7 +170,7 @@ class Machine:
 
     def close(self) -> None:
         """Destroy the VM and free its memory. Closing twice is allowed."""
-        self._disarm()
+        self.stop_budget()
         for vcpu in self._vcpus:
             vcpu.close()
         self._vcpus, self.cpus = [], []
@@ -209,7 +209,7 @@ class Machine:
         """
         if not self.resettable:
             raise HarnessError("this VM was changed in ways that a reset does not undo")
-        self._disarm()
+        self.stop_budget()
         if self._powered_on is None:
             raise HarnessError("reset needs keep_state()")
         vcpu, payload = self._vcpus[0], self.payload
@@ -250,7 +250,8 @@ class Machine:
             if cpu.suspended:
                 self._vcpus[cpu.index].kick()
 
-    def _disarm(self) -> None:
+    def stop_budget(self) -> None:
+        """Stop the clock; the next command starts it anew."""
         if self._armed:
             self._armed = False
             signal.setitimer(signal.ITIMER_REAL, 0)
