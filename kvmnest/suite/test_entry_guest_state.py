@@ -91,15 +91,14 @@ def test_activity_state_supported(l1: L1) -> None:
 def test_blocking_needs_active_state(l1: L1, state: ActivityState) -> None:
     """Blocking by STI or by MOV SS is refused in any state but active."""
     tries = entries(l1)
+    # The event ends a wait that should not have been entered.
+    event = _exception(Vector.DB if state is ActivityState.HLT else Vector.MC)
     cases = [
-        {_STATE: state, _BLOCKING: _STI, _RFLAGS: _IF_SET},
-        {_STATE: state, _BLOCKING: _MOV_SS, _RFLAGS: _IF_SET},
-        {_STATE: state, _BLOCKING: _MOV_SS},
+        {_STATE: state, _INFO: event, _BLOCKING: blocking, _RFLAGS: flags}
+        for blocking, flags in ((_STI, _IF_SET), (_MOV_SS, _IF_SET), (_MOV_SS, 2))
     ]
-    # An event ends a wait that should not have been entered.
-    tries.vmcs[_INFO] = _exception(Vector.DB) if state is ActivityState.HLT else _NMI
-    wrong = [outcome for changes in cases if (outcome := tries(changes)) != BAD_GUEST]
-    assert not wrong
+    wrong = [repr(outcome) for changes in cases if (outcome := tries(changes)) != BAD_GUEST]
+    assert not wrong, shown(f"expected {BAD_GUEST!r}", wrong)
 
 
 def test_halt_needs_dpl_0(l1: L1) -> None:
@@ -245,11 +244,12 @@ def test_exceptions_while_blocked(l1: L1) -> None:
 # --- pending debug exceptions ---
 
 
-def test_pending_debug_reserved_bits(l1: L1) -> None:
+@pytest.mark.parametrize("half", ["low", "high"])
+def test_pending_debug_reserved_bits(l1: L1, half: str) -> None:
     """Reserved bits of the pending debug exceptions must be 0."""
     tries = entries(l1)
-    bad = [1 << bit for bit in (*range(4, 11), 13, 15, *range(17, 64))]
-    expect_refused(tries, BAD_GUEST, each(_PENDING, bad))
+    bits = (*range(4, 11), 13, 15, *range(17, 32)) if half == "low" else range(32, 64)
+    expect_refused(tries, BAD_GUEST, each(_PENDING, [1 << bit for bit in bits]))
 
 
 def _single_step(flags: int, blocking: int, pending: int, debugctl: int = 0) -> Changes:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from kvmnest.kvm import Kvm
 from kvmnest.l1 import L1, L2Mode
 from kvmnest.suite.support.entries import (
+    BAD_GUEST,
     BAD_HOST,
     BAD_PATS,
     address_bits,
@@ -24,6 +26,7 @@ pytestmark = [
     pytest.mark.sdm("Checks on Host Control Registers, MSRs, and SSP"),
 ]
 
+_CPUID_1_ECX_SMX = 1 << 6
 _NOT_CHECKED = int(Cr0.NW | Cr0.CD)
 
 
@@ -202,6 +205,26 @@ def test_64_bit_guest_of_32_bit_host(l1: L1) -> None:
     assert tries.vmcs[Field.VM_ENTRY_CONTROLS] & EntryCtl.IA32E_MODE_GUEST
     small = tries.using(without=ExitCtl.HOST_ADDRESS_SPACE_SIZE)
     expect_refused(tries, BAD_HOST, [small, {**small, Field.HOST_RIP: 1 << 32}])
+
+
+# --- a processor with more than KVM supports ---
+
+
+def test_cr4_bit_that_l1_cannot_set(kvm: Kvm) -> None:
+    """A CR4 bit that MOV to CR4 refuses is refused in both areas, whatever CPUID says of it."""
+    cpuid = kvm.supported_cpuid()
+    for index in range(cpuid.nent):
+        if cpuid.entries[index].function == 1:
+            cpuid.entries[index].ecx |= _CPUID_1_ECX_SMX
+    with L1(kvm) as l1:
+        l1.vcpu.set_cpuid(cpuid)
+        tries = entries(l1)
+        cr4 = tries.vmcs[Field.HOST_CR4] | Cr4.SMXE
+        if l1.write_cr(4, cr4) == Succeed():
+            pytest.skip("needs a KVM that does not support CR4.SMXE")
+        expect_refused(tries, BAD_HOST, [{Field.HOST_CR4: cr4}])
+        guest = tries.vmcs[Field.GUEST_CR4] | Cr4.SMXE
+        expect_refused(tries, BAD_GUEST, [{Field.GUEST_CR4: guest}])
 
 
 # --- newer state ---
