@@ -1,0 +1,229 @@
+"""L2 as a subroutine: machine code in, what became of it out; controls by name."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from typing import Any
+
+from kvmnest.l1 import L1, L2Mode
+from kvmnest.vmx import (
+    AccessRights,
+    EntryCtl,
+    ExitCtl,
+    ExitReason,
+    Field,
+    IntrType,
+    PinCtl,
+    Proc2Ctl,
+    ProcCtl,
+    Vector,
+    intr_info,
+)
+from kvmnest.vmx.outcome import Exit, Fault, Outcome, Succeed
+
+_FIELD_OF = {
+    PinCtl: Field.PIN_BASED_VM_EXEC_CONTROL,
+    ProcCtl: Field.CPU_BASED_VM_EXEC_CONTROL,
+    Proc2Ctl: Field.SECONDARY_VM_EXEC_CONTROL,
+    ExitCtl: Field.VM_EXIT_CONTROLS,
+    EntryCtl: Field.VM_ENTRY_CONTROLS,
+}
+#: Guest state that each run starts from, since the run before may have changed it.
+_FRESH = (
+    *(Field.GUEST_RSP, Field.GUEST_RFLAGS, Field.GUEST_INTERRUPTIBILITY_INFO),
+    *(Field.GUEST_ACTIVITY_STATE, Field.GUEST_PENDING_DBG_EXCEPTIONS),
+)
+_REPORT = {
+    L2Mode.LONG: ("l2_64_report", 8),
+    L2Mode.PROTECTED: ("l2_32_report", 4),
+    L2Mode.PAE: ("l2_32_report", 4),
+    L2Mode.UNPAGED: ("l2_32_report", 4),
+    L2Mode.REAL: ("l2_16_report", 2),
+}
+_CODE = {0: ("SEL_CODE64", 0xA09B), 3: ("SEL_USER_CODE64", 0xA0FB)}
+_DATA = {0: ("SEL_DATA", 0xC093), 3: ("SEL_USER_DATA", 0xC0F3)}
+
+#: General registers that VM entry and exit leave alone, with a value of its own for each.
+PATTERN = {
+    name: 0x0101010101010101 * number
+    for number, name in enumerate(
+        ("rax", "rcx", "rdx", "rbx", "rbp", "rsi", "rdi", *(f"r{n}" for n in range(8, 16))), 1
+    )
+}
+
+
+class _NotValid:
+    """Equal to each interruption-information value whose valid bit is 0; the rest is undefined."""
+
+    __slots__ = ()
+    __hash__ = None  # type: ignore[assignment]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, int) and not other >> 31 & 1
+
+    def __repr__(self) -> str:
+        return "NOT_VALID"
+
+
+NOT_VALID: Any = _NotValid()
+
+
+class Masked:
+    """Equal to each number with the same bits under a mask; the others are undefined."""
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __init__(self, value: int, mask: int) -> None:
+        self.value, self.mask = value & mask, mask
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, int) and other & self.mask == self.value
+
+    def __repr__(self) -> str:
+        return f"Masked({self.value:#x}, mask={self.mask:#x})"
+
+
+class Guest:
+    """A launchable L1 whose L2 runs snippets; each run starts from fresh RSP and RFLAGS.
+
+    The outcome of a run is ``Succeed`` when L2 reached the end of its code, ``Fault`` for an
+    exception that L2's own handler got (``rip`` is an offset into the code), else what L1 saw.
+    """
+
+    def __init__(
+        self, l1: L1, *flags: enum.IntFlag, mode: L2Mode = L2Mode.LONG, ept: bool | None = None
+    ) -> None:
+        self.l1 = l1
+        self.mode = mode
+        self.vmcs = l1.launchable(mode=mode, ept=ept)
+        self.start = self.size = 0
+        self.loaded: dict[str, int] = {}
+        self._launched = False
+        self._segments: dict[Field, int] = {}
+        self.on(*flags)
+
+    # --- controls ---
+
+    def on(self, *flags: enum.IntFlag) -> None:
+        """Set VM-execution, VM-exit and VM-entry controls."""
+        for flag in flags:
+            if isinstance(flag, Proc2Ctl):
+                self.on(ProcCtl.ACTIVATE_SECONDARY_CONTROLS)
+            self.vmcs.set_bits(_FIELD_OF[type(flag)], flag)
+
+    def off(self, *flags: enum.IntFlag) -> None:
+        """Clear VM-execution, VM-exit and VM-entry controls."""
+        for flag in flags:
+            self.vmcs.clear_bits(_FIELD_OF[type(flag)], flag)
+
+    def set_cpl(self, cpl: int) -> None:
+        """Let L2 (in 64-bit mode) start at this privilege level."""
+        self._segments.clear()
+        for segment in ("CS", "SS", "DS", "ES"):
+            name, rights = (_CODE if segment == "CS" else _DATA)[cpl]
+            self._segments[Field[f"GUEST_{segment}_SELECTOR"]] = self.l1.sym(name)
+            self._segments[Field[f"GUEST_{segment}_ACCESS_RIGHTS"]] = rights
+            # A null SS that an event's delivery loads has these undefined.
+            self._segments[Field[f"GUEST_{segment}_BASE"]] = 0
+            self._segments[Field[f"GUEST_{segment}_LIMIT"]] = 0xFFFFFFFF
+
+    # --- running ---
+
+    def at(self, offset: int = 0) -> int:
+        """RIP of an offset into the code."""
+        return self.start + offset
+
+    def run(self, code: bytes, regs: Mapping[str, int] | None = None, /, **fields: int) -> Outcome:
+        """Run code in L2 with these registers and, by name, VMCS fields."""
+        self.start = self.l1.set_l2(code, self.vmcs)
+        self.size = len(code)
+        for field in _FRESH:
+            self.vmcs[field] = self.vmcs.baseline[field]
+        # An exception handler of L2 leaves it at CPL 0.
+        self.vmcs.update(self._segments)
+        for name, value in fields.items():
+            self.vmcs[Field[name]] = value
+        self.loaded = {**PATTERN, **(regs or {})}
+        enter = self.l1.vmresume if self._launched else self.l1.vmlaunch
+        return self._judge(enter(regs=dict(self.loaded)))
+
+    def go_on(self, regs: dict[str, int] | None = None, *, skip: int = 0) -> Outcome:
+        """VMRESUME where L2 stopped, ``skip`` bytes further."""
+        if skip:
+            self.l1.skip_l2_instruction(skip)
+        self.loaded = regs or self.loaded
+        return self._judge(self.l1.vmresume(regs=dict(self.loaded)))
+
+    def resume(self) -> Outcome:
+        """Go on after a ``HostExit``."""
+        return self._judge(self.l1.resume())
+
+    def _judge(self, seen: Outcome) -> Outcome:
+        if not isinstance(seen, Exit):
+            return seen
+        self._launched = True
+        if seen.reason != ExitReason.VMCALL:
+            return seen
+        if seen.rip == self.start + self.size:
+            return Succeed(regs=seen.regs)
+        report, word = _REPORT[self.mode]
+        if seen.rip == self.l1.sym(report):
+            vector, error, rip = self.l1.l2_frame(3, word)
+            return Fault(
+                Vector(vector) if vector in Vector._value2member_map_ else vector,
+                error_code=error,
+                cr2=seen.cr2,
+                rip=rip - self.start,
+                regs=seen.regs,
+            )
+        return seen
+
+    def changed(self, seen: Outcome, *ignored: str) -> dict[str, int]:
+        """General registers that differ from what L2 started with."""
+        names = [name for name in PATTERN if name not in ignored]
+        return {name: seen.regs[name] for name in names if seen.regs[name] != self.loaded[name]}
+
+    # --- what is expected ---
+
+    def exit(self, reason: ExitReason, length: int, *, offset: int = 0, **more: Any) -> Exit:
+        """The VM exit that an instruction of this length at an offset causes.
+
+        The exit qualification is 0 unless stated: it is cleared for exits that do not define it.
+        """
+        more.setdefault("qualification", 0)
+        return Exit(
+            reason,
+            rip=self.at(offset),
+            length=length,
+            intr_info=NOT_VALID,
+            idt_info=NOT_VALID,
+            **more,
+        )
+
+    def exception(
+        self,
+        vector: Vector,
+        error: int | None = None,
+        *,
+        offset: int = 0,
+        type: IntrType = IntrType.HARDWARE_EXCEPTION,
+        qualification: int = 0,
+        **more: Any,
+    ) -> Exit:
+        """The VM exit that an exception intercepted by the exception bitmap causes."""
+        if error is not None:
+            more["intr_error"] = error
+        return Exit(
+            ExitReason.EXCEPTION_NMI,
+            qualification=qualification,
+            rip=self.at(offset),
+            intr_info=intr_info(vector, type, error is not None),
+            idt_info=NOT_VALID,
+            **more,
+        )
+
+
+def rights(**parts: int) -> int:
+    """Access-rights field; see ``AccessRights`` for the parts."""
+    return int(AccessRights(**parts))
