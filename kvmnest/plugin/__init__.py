@@ -19,6 +19,9 @@ from kvmnest.plugin.outcomes import judge
 if TYPE_CHECKING:
     from kvmnest.plugin.stream import EventStream
 
+# Helpers of the suite explain their failed assertions too.
+pytest.register_assert_rewrite(policy.SUITE)
+
 __all__ = ["kvm", "l1", "l1_pool", "vm"]
 
 STREAM: pytest.StashKey[EventStream] = pytest.StashKey()
@@ -57,6 +60,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--kvmnest-events", metavar="PATH", help="write events as JSON lines to PATH or fd:N"
     )
     group.addoption(
+        "--kvmnest-plan", metavar="FILE", help="write what was collected for the light runner"
+    )
+    group.addoption(
         "--kvmnest-from", type=int, default=0, metavar="N", help="leave out the first N cases"
     )
 
@@ -66,6 +72,11 @@ def pytest_configure(config: pytest.Config) -> None:
     """Register the markers and, if asked for, the event stream."""
     for marker in policy.MARKERS:
         config.addinivalue_line("markers", marker)
+    plan = config.getoption("--kvmnest-plan")
+    if plan:
+        from kvmnest.plugin.plan import PlanWriter
+
+        config.pluginmanager.register(PlanWriter(config, plan), "kvmnest-plan")
     spec = config.getoption("--kvmnest-events")
     if spec:
         from kvmnest.plugin.stream import EventStream

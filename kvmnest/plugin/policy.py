@@ -76,6 +76,7 @@ def note_assertions(items: list[pytest.Item]) -> None:
     known: dict[object, bool] = {}
     for item in items:
         function = getattr(item, "function", None)
+        function = getattr(function, "__func__", function)
         if not in_suite(item) or not isinstance(function, types.FunctionType):
             continue
         if function not in known:

@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import marshal
-import os
-import subprocess
-import sys
-import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import kvmnest
 from kvmnest.errors import HarnessError, UsageError
-from kvmnest.lab import cache as lab_cache
 from kvmnest.lab.errors import LabHang, LabLost, LabModuleError, LabPanic, LabRunError
 from kvmnest.lab.guest import EVENTS_PATH
 from kvmnest.lab.machine import Lab
-from kvmnest.lab.rootfs import SITE
+from kvmnest.results.collect import Collected, collect, rewritten
 from kvmnest.results.targets import Ended, OnEvent
 
 _TAIL = 16_384
-_PYC_HEADER = 16
 _USER_FILES = "/root/tests"
-
-_COLLECT = (
-    *("-p", "kvmnest.plugin", "-p", "no:cacheprovider", "-c", "/dev/null", "--rootdir", "/"),
-    *("--collect-only", "-qq", "--pyargs", "kvmnest.suite"),
-)
+_PLAN = "/kvmnest/plan"
 
 
 class LabTarget:
@@ -54,8 +41,8 @@ class LabTarget:
         self._lab = Lab(kernel, kvm_params, kvm_modules, cpus, bochs)
         self._patience = patience
         self._on_line = on_line
-        self._files = _rewritten_suite()
-        self._boots = 0
+        self._files: dict[str, bytes] = {}
+        self._collected: Collected | None = None
 
     def place(self, paths: Sequence[str]) -> list[str]:
         """Take test files along into the guest; return what they are called there."""
@@ -74,8 +61,31 @@ class LabTarget:
             placed.append(f"{folder}{inside}{separator}{rest}")
         return placed
 
-    def run(self, arguments: Sequence[str], on_event: OnEvent) -> Ended:
-        """Boot and run; see ``kvmnest.results.targets.Target``."""
+    def run(self, arguments: Sequence[str], on_event: OnEvent, first: int = 0) -> Ended:
+        """Boot and run; see ``kvmnest.results.targets.Target``.
+
+        Cases of the suite run under the light runner, files of the user under pytest.
+        """
+        if self._collected is None and not self._files:
+            self._collected = collect(arguments)
+            if not self._collected.count:
+                # Nothing to boot for: pass on what pytest found wrong.
+                for event in self._collected.events:
+                    on_event(event)
+                return self._collected.ended
+            if self._collected.unsupported:
+                self._on_line(f"under pytest, which is slow here: {self._collected.unsupported}")
+        light = self._collected is not None and bool(self._collected.plan)
+        files = self._files | rewritten(light=light)
+        if self._collected and light:
+            files[_PLAN] = self._collected.plan
+            argv = ["python3", "-S", "-m", "kvmnest.cases.light", _PLAN, EVENTS_PATH, str(first)]
+        else:
+            argv = ["python3", "-m", "pytest", *arguments]
+            argv += [f"--kvmnest-from={first}", f"--kvmnest-events={EVENTS_PATH}"]
+        return self._boot(argv, files, on_event)
+
+    def _boot(self, argv: list[str], files: dict[str, bytes], on_event: OnEvent) -> Ended:
         tail = b""
 
         def take_line(line: bytes) -> None:
@@ -89,9 +99,7 @@ class LabTarget:
         def take_kernel(data: bytes) -> None:
             on_event({"e": "kernel", "text": data.decode(errors="replace")})
 
-        argv = ["python3", "-m", "pytest", *arguments, f"--kvmnest-events={EVENTS_PATH}"]
         self._on_line(f"booting {self._lab.kernel.release} in the lab")
-        self._boots += 1
         try:
             status = self._lab.run(
                 argv,
@@ -100,7 +108,7 @@ class LabTarget:
                 on_kernel=take_kernel,
                 idle_limit=self._patience,
                 env={"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
-                files=self._files,
+                files=files,
             )
         except LabModuleError:
             raise
@@ -136,61 +144,3 @@ def _parse(line: bytes) -> dict[str, object]:
     if not isinstance(event, dict):
         raise HarnessError(f"damaged event from the lab: {line[:200]!r}")
     return event
-
-
-def _rewritten_suite() -> dict[str, bytes]:
-    """Modules with pytest's rewritten assert statements, as pytest caches them: path -> content.
-
-    Rewriting is compiling, which takes the guest half a minute for the whole suite. So pytest
-    collects the suite here once for each state of the sources, and the guest gets its cache.
-    """
-    base = Path(kvmnest.__file__).parent
-    sources = sorted([*(base / "suite").rglob("*.py"), *(base / "plugin").rglob("*.py")])
-    import pytest
-
-    def build(folder: Path) -> None:
-        environment = {
-            **os.environ,
-            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
-            "PYTHONPYCACHEPREFIX": str(folder),
-        }
-        done = subprocess.run(
-            [sys.executable, "-X", "no_debug_ranges", "-m", "pytest", *_COLLECT],
-            capture_output=True,
-            text=True,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            check=False,
-        )
-        if done.returncode:
-            said = (done.stdout + done.stderr).strip().splitlines()
-            raise HarnessError(f"cannot collect the suite: {said[-1] if said else 'no output'}")
-        for path in folder.rglob("*.pyc"):
-            if "-pytest-" not in path.name:
-                path.unlink()
-
-    key = lab_cache.digest(
-        [2, sys.version, pytest.__version__, base, *(p.read_bytes() for p in sources), *sources]
-    )
-    folder = lab_cache.entry("rewritten", key, build)
-    # Below the prefix Python mirrors the sources' own absolute paths.
-    mirrored = folder / base.relative_to("/")
-    files = {}
-    for source in sources:
-        stem = Path(importlib.util.cache_from_source(source.name)).stem
-        for path in (mirrored / source.parent.relative_to(base)).glob(f"{stem}-pytest-*.pyc"):
-            inside = Path(f"/{SITE}/kvmnest") / source.relative_to(base)
-            pyc = path.read_bytes()
-            code = _renamed(marshal.loads(pyc[_PYC_HEADER:]), str(inside))
-            content = pyc[:_PYC_HEADER] + marshal.dumps(code)
-            files[str(inside.parent / "__pycache__" / path.name)] = content
-    return files
-
-
-def _renamed(code: types.CodeType, filename: str) -> types.CodeType:
-    """The code with its file named as in the guest, where tracebacks look for source lines."""
-    constants = tuple(
-        _renamed(const, filename) if isinstance(const, types.CodeType) else const
-        for const in code.co_consts
-    )
-    return code.replace(co_filename=filename, co_consts=constants)

@@ -111,7 +111,7 @@ def run_cases(target: Target, arguments: Sequence[str], reporter: Reporter) -> N
         done = len(reporter.run.cases)
         reporter.ended = None
         try:
-            ended = target.run([*arguments, f"--kvmnest-from={done}"], reporter.event)
+            ended = target.run(arguments, reporter.event, done)
         except KvmnestError as error:
             if not reporter.run.planned:
                 raise

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -45,8 +45,10 @@ class Target(Protocol):
         """Make test files of the user available there; returns what they are called there."""
         ...
 
-    def run(self, arguments: Sequence[str], on_event: OnEvent) -> Ended:
-        """Run ``python -m pytest ARGUMENTS --kvmnest-events ...`` and pass its events on.
+    def run(self, arguments: Sequence[str], on_event: OnEvent, first: int = 0) -> Ended:
+        """Run the cases that ``pytest ARGUMENTS`` selects, from number ``first`` on.
+
+        Passes the events of the process on.
 
         Raises KvmnestError if the process cannot even be started there.
         """
@@ -63,19 +65,26 @@ class LocalTarget:
     name = "kvm"
     guest_clock = False
 
-    def __init__(self, patience: float = 120.0) -> None:
+    def __init__(
+        self, patience: float = 120.0, environment: Mapping[str, str] | None = None
+    ) -> None:
         self._patience = patience
-        self._environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+        self._environment = {
+            **os.environ,
+            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+            **(environment or {}),
+        }
 
     def place(self, paths: Sequence[str]) -> list[str]:
         """Files are where they are."""
         return list(paths)
 
-    def run(self, arguments: Sequence[str], on_event: OnEvent) -> Ended:
-        """Run the process; see Target."""
+    def run(self, arguments: Sequence[str], on_event: OnEvent, first: int = 0) -> Ended:
+        """Run ``python -m pytest ARGUMENTS``; see Target."""
         events, events_end = os.pipe()
         output, output_end = os.pipe()
-        argv = [sys.executable, "-m", "pytest", *arguments, f"--kvmnest-events=fd:{events_end}"]
+        argv = [sys.executable, "-m", "pytest", *arguments]
+        argv += [f"--kvmnest-from={first}", f"--kvmnest-events=fd:{events_end}"]
         try:
             # A session of its own: Ctrl-C is for us, who then end it in order.
             process = subprocess.Popen(

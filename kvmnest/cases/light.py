@@ -1,0 +1,293 @@
+"""``python -m kvmnest.cases.light PLAN EVENTS FIRST``: run cases without importing pytest.
+
+The plan (see ``kvmnest.plugin.plan``) is what the host's pytest collected. This runner resolves
+fixtures and parameters, runs the cases and writes the same events as the plugin does.
+
+With EVENTS "check" it runs nothing and exits with 0 if it could run every case of the plan.
+"""
+
+from __future__ import annotations
+
+import gc
+import marshal
+import os
+import sys
+import time
+from collections.abc import Callable, Generator, Iterator
+from importlib import import_module
+from types import FunctionType, TracebackType
+from typing import Any
+
+import kvmnest
+from kvmnest import host
+from kvmnest.cases import standin, verdict
+from kvmnest.cases.events import EventWriter
+from kvmnest.cases.machine import Machine
+from kvmnest.cases.needs import why_skipped
+
+_LONGEST_DETAIL = 20_000
+
+
+class Case:
+    """One case of the plan, with its function looked up."""
+
+    def __init__(self, entry: dict[str, Any]) -> None:
+        self.id: str = entry["id"]
+        self.series: int | None = entry["series"]
+        self.sdm: str | None = entry["sdm"]
+        self.module: str = entry["module"]
+        home: Any = import_module(self.module)
+        for part in entry["class"].split(".") if entry["class"] else ():
+            home = getattr(home, part)
+        self.cls: type | None = home if entry["class"] else None
+        function = getattr(home, entry["function"])
+        self.function: FunctionType = function
+        self.arguments: dict[str, Any] = standin.values_of(function, entry["indices"])
+        self.fixtures: list[tuple[str, str]] = entry["fixtures"]
+        self.needs = [_flag(*flag) for flag in entry["needs"]]
+        self.params: dict[str, object] = entry["params"]
+        self.vmx: bool = entry["vmx"]
+        self.asserts: bool = entry["asserts"]
+
+    def call(self, fixtures: dict[str, Any]) -> None:
+        """Call the case's function; a method gets a new instance."""
+        code = self.function.__code__
+        wanted = list(code.co_varnames[: code.co_argcount])
+        this = [self.cls()] if self.cls else []
+        known = fixtures | self.arguments
+        self.function(*this, **{name: known[name] for name in wanted[len(this) :]})
+
+
+def _flag(module: str, kind: str, value: int) -> Any:
+    return getattr(import_module(module), kind)(value)
+
+
+class Fixtures:
+    """Values of fixtures, each kept for its scope."""
+
+    def __init__(self, machine: Machine, config: standin.Config) -> None:
+        self.machine, self.config = machine, config
+        #: Whether the present case has passed so far.
+        self.passed = True
+        self._values: dict[tuple[str, str], Any] = {}
+        #: (scope, key, rest of the generator) in the order of set-up.
+        self._ends: list[tuple[str, tuple[str, str], Iterator[Any]]] = []
+
+    def value(self, name: str, module: str) -> Any:
+        """Value of a fixture; ``module`` is where it is defined, "" for the plugin's own."""
+        key = (name, module)
+        if key not in self._values:
+            scope, made = self._make(name, module)
+            end: Iterator[Any] = iter(())
+            if isinstance(made, Generator):  # what follows its yield is the teardown
+                end, made = made, next(made)
+            self._values[key] = made
+            self._ends.append((scope, key, end))
+        return self._values[key]
+
+    def _make(self, name: str, module: str) -> tuple[str, Any]:
+        if not module:
+            scope, function = _PLUGIN_FIXTURES[name]
+            return scope, function(self)
+        defined = getattr(import_module(module), name)
+        code = defined.__code__
+        wanted = code.co_varnames[: code.co_argcount]
+        arguments = {other: self.value(other, _home(other, module)) for other in wanted}
+        return getattr(defined, standin.FIXTURE), defined(**arguments)
+
+    def end(self, *scopes: str) -> list[Exception]:
+        """Tear down the fixtures of these scopes, the latest first; returns what they raised."""
+        errors = []
+        for scope, key, end in reversed(self._ends):
+            if scope in scopes:
+                del self._values[key]
+                try:
+                    next(end, None)
+                except Exception as error:
+                    errors.append(error)
+        self._ends = [item for item in self._ends if item[0] not in scopes]
+        return errors
+
+
+def _home(name: str, module: str) -> str:
+    """Module of a fixture that a fixture of ``module`` asks for."""
+    local = getattr(import_module(module), name, None)
+    return module if hasattr(local, standin.FIXTURE) else ""
+
+
+def _vm(fixtures: Fixtures) -> Iterator[Any]:
+    with fixtures.machine.kvm.create_vm() as new:
+        yield new
+
+
+def _l1_pool(fixtures: Fixtures) -> Iterator[Any]:
+    from kvmnest.l1.pool import L1Pool
+
+    option = fixtures.config.getoption
+    pool = L1Pool(
+        fixtures.machine.kvm,
+        budget=option("--kvmnest-budget"),
+        nested_roundtrip=option("--nested-roundtrip"),
+    )
+    yield pool
+    pool.close()
+
+
+def _l1(fixtures: Fixtures) -> Iterator[Any]:
+    pool = fixtures.value("l1_pool", "")
+    new = pool.take()
+    yield new
+    fresh = fixtures.config.getoption("--fresh-vm")
+    pool.give_back(new, reuse=fixtures.passed and not fresh)
+
+
+#: The plugin's fixtures: scope, and what makes the value.
+_PLUGIN_FIXTURES: dict[str, tuple[str, Callable[[Fixtures], Any]]] = {
+    "kvm": ("session", lambda fixtures: fixtures.machine.kvm),
+    "pytestconfig": ("session", lambda fixtures: fixtures.config),
+    "vm": ("function", _vm),
+    "l1_pool": ("session", _l1_pool),
+    "l1": ("function", _l1),
+}
+
+
+class Runner:
+    """Runs the cases of a plan and writes events."""
+
+    def __init__(self, plan: dict[str, Any], writer: EventWriter) -> None:
+        self._writer = writer
+        self._machine = Machine()
+        self._fixtures = Fixtures(self._machine, standin.Config(plan["options"]))
+        self._failed = False
+
+    def run(self, cases: list[Case]) -> int:
+        """Run; returns the exit status that pytest would have."""
+        for number, case in enumerate(cases):
+            self._writer.send("start", id=case.id, series=case.series, sdm=case.sdm)
+            # The lab's pump must get the line out before a kernel that this case breaks is gone.
+            os.sched_yield()
+            after = cases[number + 1] if number + 1 < len(cases) else None
+            began = time.monotonic()
+            result = self._case(case, after)
+            seconds = round(time.monotonic() - began, 6)
+            self._writer.send(
+                "result",
+                id=case.id,
+                series=case.series,
+                sdm=case.sdm,
+                outcome=result.pop("outcome", "passed"),
+                seconds=seconds,
+                detail=result.pop("detail", "")[:_LONGEST_DETAIL],
+                **result,
+            )
+        self._machine.close()
+        return int(self._failed)
+
+    def _case(self, case: Case, after: Case | None) -> dict[str, str]:
+        result: dict[str, str] = {}
+        values: dict[str, Any] = {}
+        when = "setup"
+        self._fixtures.passed = False
+        try:
+            reason = why_skipped(self._machine, case.needs, case.params, vmx=case.vmx)
+            if reason:
+                raise standin.Skipped(reason)
+            values = {name: self._fixtures.value(name, where) for name, where in case.fixtures}
+            when = "call"
+            if not case.asserts:
+                standin.fail(NO_ASSERTION)
+            case.call(values)
+            self._fixtures.passed = True
+        except standin.Skipped as skipped:
+            reason = str(skipped).strip()
+            result = {"outcome": "skipped", "detail": reason}
+            if not reason:
+                result = {"outcome": "failed", "detail": NO_REASON, "summary": NO_REASON}
+            self._fixtures.passed = True
+        except Exception as error:
+            result = self._failure(error, when, case, values)
+        scopes = ["function"]
+        if after is None or after.module != case.module:
+            scopes.append("module")
+        if after is None:
+            scopes.append("session")
+        for late_error in self._fixtures.end(*scopes):
+            late = self._failure(late_error, "teardown", case, values)
+            if result.get("outcome") in ("failed", "error"):
+                result["detail"] += f"\n--- then, in teardown ---\n{late['detail']}"
+                if late["outcome"] == "failed":
+                    result["outcome"] = "failed"
+            else:
+                result = late
+        self._failed |= result.get("outcome") in ("failed", "error")
+        return result
+
+    def _failure(
+        self, error: Exception, when: str, case: Case, values: dict[str, Any]
+    ) -> dict[str, str]:
+        from kvmnest.cases import explain
+
+        return {
+            "outcome": verdict.kind(error, when),
+            "summary": verdict.summary(error),
+            "detail": f"{_traceback(error, case)}\n{explain.context(values.values(), '')}",
+        }
+
+
+NO_ASSERTION = (
+    "this case asserts nothing: it has no assert statement, pytest.raises or helper named"
+    " check_*, expect_* or assert_* that has one"
+)
+NO_REASON = "this case skips without a reason"
+
+
+def _traceback(error: Exception, case: Case) -> str:
+    """The traceback as pytest writes it with --tb=short, from the case's function on."""
+    if isinstance(error, standin.Failed) and str(error) == NO_ASSERTION:
+        return NO_ASSERTION
+    standin.real_rewrite()
+    code = import_module("_pytest._code.code")
+    info = code.ExceptionInfo.from_exception(error)
+    trace: TracebackType | None = error.__traceback__
+    while trace is not None and trace.tb_frame.f_code is not case.function.__code__:
+        trace = trace.tb_next
+    if trace is not None:
+        info.traceback = code.Traceback(trace)
+    return str(info.getrepr(style="short", abspath=True))
+
+
+def main(arguments: list[str]) -> int:
+    """Run the plan named in ``arguments``."""
+    path, events, first = arguments[0], arguments[1], int(arguments[2])
+    with open(path, "rb") as file:
+        plan = marshal.load(file)
+    standin.install()
+    if events == "check":
+        for entry in plan["cases"]:
+            Case(entry)
+        return 0
+    writer = EventWriter(events)
+    writer.send(
+        "session",
+        kvmnest=kvmnest.__version__,
+        python=sys.version.split()[0],
+        pytest=plan["pytest"],
+        kernel=host.kernel(),
+        cpu=host.cpu_model(),
+        kvm_params=host.kvm_intel_params(),
+        nested_roundtrip=plan["options"]["--nested-roundtrip"],
+    )
+    entries = plan["cases"]
+    ids = [] if first else [[entry["id"], entry["series"]] for entry in entries]
+    writer.send("collected", count=len(entries), first=first, cases=ids)
+    cases = [Case(entry) for entry in entries[first:]]
+    # What has been imported stays: the collector need not look at it again and again.
+    gc.collect()
+    gc.freeze()
+    status = Runner(plan, writer).run(cases)
+    writer.send("end", status=status if entries[first:] else 5)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

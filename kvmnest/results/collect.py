@@ -1,0 +1,110 @@
+"""Collects the suite on this machine for a lab that would take long to do it itself."""
+
+from __future__ import annotations
+
+import importlib.util
+import marshal
+import os
+import subprocess
+import sys
+import tempfile
+import types
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import kvmnest
+from kvmnest.lab import cache
+from kvmnest.lab.rootfs import SITE
+from kvmnest.results.targets import Ended, LocalTarget
+
+_PYC_HEADER = 16
+# Loaded without a look at the source (PEP 552: hash-based, unchecked).
+_UNCHECKED = importlib.util.MAGIC_NUMBER + b"\1\0\0\0" + bytes(8)
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What pytest collected.
+
+    ``plan`` is for the light runner, empty if it cannot run these cases; ``unsupported`` then
+    says why. ``events`` and ``ended`` tell of a collection that failed.
+    """
+
+    plan: bytes
+    unsupported: str
+    count: int
+    events: list[dict[str, Any]]
+    ended: Ended
+
+
+def collect(arguments: Sequence[str]) -> Collected:
+    """Collect with the arguments of a run.
+
+    pytest keeps modules with rewritten assert statements in the cache, where ``rewritten`` finds
+    them. Raises LabSetupError if the cache cannot be used.
+    """
+    environment = {
+        "PYTHONPYCACHEPREFIX": str(cache.root() / "pycache"),
+        "PYTHONDONTWRITEBYTECODE": "",
+    }
+    events: list[dict[str, Any]] = []
+    with tempfile.NamedTemporaryFile(prefix="kvmnest-plan-") as file:
+        target = LocalTarget(environment=environment)
+        ended = target.run(
+            [*arguments, "--collect-only", f"--kvmnest-plan={file.name}"], events.append
+        )
+        plan = file.read()
+        if not plan:
+            return Collected(b"", "", 0, events, ended)
+        content = marshal.loads(plan)
+        unsupported = content["unsupported"] or _check(file.name)
+    count = next((event["count"] for event in events if event["e"] == "collected"), 0)
+    return Collected(b"" if unsupported else plan, unsupported, count, events, ended)
+
+
+def _check(path: str) -> str:
+    """Why the light runner cannot run a plan, "" if it can."""
+    done = subprocess.run(
+        [sys.executable, "-m", "kvmnest.cases.light", path, "check", "0"],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    lines = done.stderr.strip().splitlines()
+    return "" if done.returncode == 0 else lines[-1] if lines else f"status {done.returncode}"
+
+
+def rewritten(*, light: bool) -> dict[str, bytes]:
+    """Modules of the suite as pytest compiled them in ``collect``: guest path -> content.
+
+    For the light runner they stand where Python looks for compiled modules, else where pytest
+    does.
+    """
+    base = Path(kvmnest.__file__).parent
+    mirrored = cache.root() / "pycache" / base.relative_to("/")
+    files = {}
+    for source in sorted([*(base / "suite").rglob("*.py"), *(base / "plugin").rglob("*.py")]):
+        plain = Path(importlib.util.cache_from_source(source.name)).name
+        inside = Path(f"/{SITE}/kvmnest") / source.relative_to(base)
+        found = (mirrored / source.parent.relative_to(base)).glob(
+            f"{plain.removesuffix('.pyc')}-pytest-*.pyc"
+        )
+        for path in found:
+            pyc = path.read_bytes()
+            code = _renamed(marshal.loads(pyc[_PYC_HEADER:]), str(inside))
+            header = _UNCHECKED if light else pyc[:_PYC_HEADER]
+            name = plain if light else path.name
+            files[os.fspath(inside.parent / "__pycache__" / name)] = header + marshal.dumps(code)
+    return files
+
+
+def _renamed(code: types.CodeType, filename: str) -> types.CodeType:
+    """The code with its file named as in the guest, where tracebacks look for source lines."""
+    constants = tuple(
+        _renamed(const, filename) if isinstance(const, types.CodeType) else const
+        for const in code.co_consts
+    )
+    return code.replace(co_filename=filename, co_consts=constants)

@@ -1,0 +1,287 @@
+"""The light runner and pytest agree on everything but the wording of tracebacks."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from plugin_helpers import environment, run_events, run_pytest
+
+SAMPLE = """
+import enum
+import pytest
+from kvmnest.errors import HarnessError
+from kvmnest.kvm import Cap
+from kvmnest.l1 import VmLost
+from kvmnest.vmx.outcome import Fault
+from samplesuite.support import check_even, check_nothing
+
+pytestmark = [pytest.mark.series(3), pytest.mark.sdm("A section")]
+other = [pytest.mark.series(4), pytest.mark.sdm("Another")]
+
+
+class Colour(enum.Enum):
+    RED = 1
+    BLUE = 2
+
+
+@pytest.mark.parametrize("a", [1, 2])
+@pytest.mark.parametrize(("b", "c"), [(3, 4), pytest.param(5, 6, id="five", marks=other)])
+def test_product(a, b, c):
+    assert c == b + 1
+    assert a < 2
+
+
+@pytest.mark.parametrize("n", (n for n in range(3)))
+def test_generator(n):
+    check_even(n)
+
+
+@pytest.mark.parametrize("colour", Colour)
+def test_enum(colour):
+    assert colour is Colour.RED
+
+
+class TestGroup:
+    @pytest.mark.parametrize("n", [1])
+    def test_method(self, l1, n):
+        assert not l1.log
+        assert n
+
+
+def test_l1_fails(l1):
+    assert l1.cpuid(0) == Fault(6)
+
+
+@pytest.mark.parametrize("n", range(3))
+def test_l1_is_fresh(l1, vm, kvm, n):
+    assert not l1.log
+    assert l1.cpuid(n)
+
+
+def test_nothing():
+    check_nothing(1)
+
+
+def test_skips():
+    pytest.skip("a reason")
+    assert 1
+
+
+def test_skips_without_reason():
+    pytest.skip()
+    assert 1
+
+
+@pytest.mark.needs(Cap.NR_VCPUS)
+def test_has():
+    assert 1
+
+
+@pytest.mark.kvm_param(no_such_parameter=1)
+def test_lacks():
+    assert 1
+
+
+def test_raises():
+    with pytest.raises(ValueError, match="literal") as caught:
+        int("x")
+    assert isinstance(caught.value, ValueError)
+
+
+def test_does_not_raise():
+    with pytest.raises(ValueError):
+        int("1")
+
+
+def test_harness():
+    raise HarnessError("ours")
+    assert 0
+
+
+def test_lost():
+    raise VmLost("hang", "no end", "vmlaunch", {"rip": 1})
+    assert 0
+
+
+def test_type_error():
+    assert 1 + None
+
+
+events = []
+
+
+@pytest.fixture(scope="module")
+def shared():
+    events.append("up")
+    yield "shared"
+    events.append("down")
+
+
+@pytest.fixture
+def derived(shared, kvm):
+    return shared + "!"
+
+
+def test_fixture(derived, shared):
+    assert derived == shared + "!"
+
+
+def test_module_scope(shared):
+    assert events == ["up"]
+
+
+@pytest.fixture
+def broken():
+    raise ValueError("in setup")
+
+
+def test_broken(broken):
+    assert 1
+
+
+@pytest.fixture
+def late():
+    yield 1
+    raise ValueError("late")
+
+
+def test_late(late):
+    assert late
+
+
+def test_late_and_failed(late):
+    assert not late
+
+
+def test_option(pytestconfig):
+    assert pytestconfig.getoption("--kvmnest-target") == "kvm"
+"""
+
+SUPPORT = """
+def check_even(n):
+    assert n % 2 == 0
+
+
+def check_nothing(n):
+    n + 1
+"""
+
+CONFTEST = """
+from kvmnest.plugin import policy
+policy.SUITE = "samplesuite"
+policy.needs_vmx = lambda item: False
+"""
+
+
+def _light(folder, *arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "kvmnest.cases.light", *arguments],
+        cwd=folder,
+        env=environment() | {"PYTHONPATH": f"{folder}:{environment()['PYTHONPATH']}"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+
+@pytest.fixture
+def sample(tmp_path):
+    package = tmp_path / "samplesuite"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "support.py").write_text(SUPPORT)
+    (package / "test_sample.py").write_text(SAMPLE)
+    (tmp_path / "conftest.py").write_text(CONFTEST)
+    return tmp_path
+
+
+def _plan(folder):
+    done = run_pytest(folder, "--collect-only", "--kvmnest-plan=plan")
+    assert done.returncode == 0, done.stdout
+
+
+def _results(events):
+    kept = ("id", "series", "sdm", "outcome", "summary")
+    return [{k: e.get(k) for k in kept} for e in events if e["e"] == "result"]
+
+
+def test_same_results(sample):
+    expected = run_events(sample)
+    _plan(sample)
+    assert _light(sample, "plan", "check", "0").returncode == 0
+    done = _light(sample, "plan", "light", "0")
+    assert done.stderr == ""
+    assert done.returncode == 1
+    events = [json.loads(line) for line in (sample / "light").read_text().splitlines()]
+    assert [e["e"] for e in events] == [e["e"] for e in expected]
+    assert events[0] == expected[0]
+    assert events[1] == expected[1]
+    assert events[-1] == expected[-1]
+    for got, want in zip(_results(events), _results(expected), strict=True):
+        if want["outcome"] in ("failed", "error") and "assert" in (want["summary"] or ""):
+            # Without pytest's rewriting of the imported module the text is shorter.
+            got["summary"] = want["summary"]
+        assert got == want
+    outcomes = {e["outcome"] for e in events if e["e"] == "result"}
+    assert outcomes == {"passed", "failed", "skipped", "error"}
+
+
+def test_failures_are_explained(sample):
+    _plan(sample)
+    _light(sample, "plan", "light", "0")
+    events = [json.loads(line) for line in (sample / "light").read_text().splitlines()]
+    found = {e["id"].rpartition("::")[2]: e for e in events if e["e"] == "result"}
+    detail = found["test_l1_fails"]["detail"]
+    assert "in test_l1_fails\n    assert l1.cpuid(0) == Fault(6)" in detail
+    assert "last commands of 1:" in detail
+    assert "kernel " in detail
+    assert found["test_late_and_failed"]["detail"].count("ValueError: late") == 1
+    assert found["test_lacks"]["detail"].startswith("needs kvm_intel.no_such_parameter=1: no ")
+
+
+def test_from_the_middle(sample):
+    _plan(sample)
+    _light(sample, "plan", "light", "30")
+    events = [json.loads(line) for line in (sample / "light").read_text().splitlines()]
+    assert events[1]["cases"] == []
+    assert len(_results(events)) == events[1]["count"] - 30
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("@pytest.mark.skipif(True, reason='x')\ndef test_a(): assert 1", "the mark skipif"),
+        ("def test_a(tmp_path): assert 1", "the fixture tmp_path"),
+        ("def test_a(request): assert 1", "the fixture request"),
+        (
+            "@pytest.fixture(params=[1])\ndef f(request): return 1\ndef test_a(f): assert f",
+            "with parameters",
+        ),
+        (
+            "def pytest_generate_tests(metafunc): pass\ndef test_a(): assert 1",
+            "pytest_generate_tests",
+        ),
+        ("pytestmark += [pytest.mark.parametrize('n', [1])]\ndef test_a(n): assert n", "module"),
+    ],
+)
+def test_what_it_cannot_run_is_named(sample, text, why):
+    import marshal
+
+    header = SAMPLE[: SAMPLE.index("other =")]
+    (sample / "samplesuite" / "test_sample.py").write_text(header + text)
+    _plan(sample)
+    plan = marshal.loads((sample / "plan").read_bytes())
+    assert why in plan["unsupported"]
+
+
+def test_what_the_stand_in_lacks_is_found_by_the_check(sample):
+    header = SAMPLE[: SAMPLE.index("other =")]
+    (sample / "samplesuite" / "test_sample.py").write_text(
+        header + "near = pytest.approx(1)\ndef test_a(): assert near == 1"
+    )
+    _plan(sample)
+    done = _light(sample, "plan", "check", "0")
+    assert done.returncode == 1
+    assert "approx" in done.stderr.strip().splitlines()[-1]
