@@ -64,8 +64,10 @@ def describe(error: OSError, doing: str) -> str:
     return f"{doing}: {error.strerror or error}" + (f": {error.filename}" if error.filename else "")
 
 
-def entry(kind: str, key: str, build: Callable[[Path], None]) -> Path:
+def entry(kind: str, key: str, build: Callable[[Path], None], *, keep: int = _KEEP) -> Path:
     """Directory of entry ``key``; if absent, ``build(empty directory)`` makes it.
+
+    Of this kind the ``keep`` entries used last stay.
 
     Raises LabSetupError when the disk is full or the cache is not writable; whatever ``build``
     raises leaves no entry behind.
@@ -74,16 +76,31 @@ def entry(kind: str, key: str, build: Callable[[Path], None]) -> Path:
     if not final.is_dir():
         with locked(kind):
             if not final.is_dir():
-                _make(final, build)
+                _make(final, build, keep)
     with contextlib.suppress(OSError):
         os.utime(final)
     return final
 
 
-def _make(final: Path, build: Callable[[Path], None]) -> None:
+def existing(kind: str, key: str) -> Path | None:
+    """Directory of entry ``key`` if it is there; it counts as used."""
+    folder = root() / kind / key
+    if not folder.is_dir():
+        return None
+    with contextlib.suppress(OSError):
+        os.utime(folder)
+    return folder
+
+
+def drop(folder: Path) -> None:
+    """Remove an entry that turned out to be useless."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _make(final: Path, build: Callable[[Path], None], keep: int) -> None:
     try:
         final.parent.mkdir(mode=0o700, exist_ok=True)
-        _expire(final.parent)
+        _expire(final.parent, keep)
         work = Path(tempfile.mkdtemp(prefix=".new-", dir=final.parent))
         try:
             build(work)
@@ -95,10 +112,10 @@ def _make(final: Path, build: Callable[[Path], None]) -> None:
         raise LabSetupError(describe(e, f"preparing {final.parent.name} in the cache")) from e
 
 
-def _expire(folder: Path) -> None:
+def _expire(folder: Path, keep: int) -> None:
     """Drop leftovers of killed builds and all but the latest used entries."""
     for stale in folder.glob(".new-*"):
         shutil.rmtree(stale, ignore_errors=True)
     entries = sorted(folder.iterdir(), key=lambda p: p.stat().st_mtime, reverse=True)
-    for old in entries[_KEEP:]:
+    for old in entries[keep:]:
         shutil.rmtree(old, ignore_errors=True)

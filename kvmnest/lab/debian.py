@@ -62,33 +62,34 @@ class Apt:
         return [name[1] for name in found if name is not None]
 
     def record(self, release: str) -> dict[str, str]:
-        """The package's newest index record (signed, through the archive's Release file)."""
-        package = f"linux-image-{release}"
-        done = tools.run(
-            ["apt-cache", *self._options, "--no-all-versions", "show", package],
-            f"apt-cache show {package}",
-        )
+        """The image package's newest index record (signed, through the archive's Release file)."""
+        return self.package(f"linux-image-{release}")
+
+    def package(self, package: str) -> dict[str, str]:
+        """Index record of any package, ``name`` (its newest version) or ``name=version``."""
+        done = tools.run(["apt-cache", *self._options, "--no-all-versions", "show", package],
+                         f"apt-cache show {package}")  # fmt: skip
         lines = done.stdout.decode(errors="replace").split("\n\n")[0].splitlines()
-        pairs = [line.partition(":") for line in lines if not line.startswith(" ")]
-        return {key: value.strip() for key, _, value in pairs}
+        parts = (line.partition(":") for line in lines if not line.startswith(" "))
+        return {key: value.strip() for key, sep, value in parts if sep}
 
     def download(self, release: str, folder: Path) -> Path:
-        """Fetch the image package into ``folder``; apt refuses it if it is not authenticated.
+        """Fetch the image package into ``folder``; see ``download_package``."""
+        return self.download_package(f"linux-image-{release}", folder)
 
-        Raises LabSetupError when apt is offline or refuses, KernelSpecError when the file is
-        not the one of the signed index.
+    def download_package(self, package: str, folder: Path) -> Path:
+        """Fetch ``name`` or ``name=version`` into ``folder``, empty so far.
+
+        apt refuses it if it is not authenticated. Raises LabSetupError when apt is offline or
+        refuses, KernelSpecError when the file is not the one of the signed index.
         """
-        wanted = self.record(release).get("SHA256", "")
-        package = f"linux-image-{release}"
+        wanted = self.package(package).get("SHA256", "")
         command = [tools.find("apt-get"), *self._options, "-q", "download", package]
         done = subprocess.run(command, cwd=folder, capture_output=True, check=False)
         files = list(folder.glob("*.deb"))
         if done.returncode or not files:
-            errors = [
-                line
-                for line in done.stderr.decode(errors="replace").splitlines()
-                if line.startswith("E:")
-            ]
+            errors = [line for line in done.stderr.decode(errors="replace").splitlines()
+                      if line.startswith("E:")]  # fmt: skip
             reason = errors[0][2:].strip() if errors else f"status {done.returncode}"
             raise LabSetupError(f"apt cannot download {package}: {reason}")
         actual = hashlib.sha256(files[0].read_bytes()).hexdigest()

@@ -16,6 +16,9 @@ _PACKAGES = {
     "apt-get": "apt",
     "apt-cache": "apt",
     "zstd": "zstd",
+    "make": "make",
+    "tar": "tar",
+    "xz": "xz-utils",
 }
 
 

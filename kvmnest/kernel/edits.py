@@ -1,0 +1,75 @@
+"""One-line edits of C sources: which function, which expression, what instead."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvmnest.errors import KvmnestError
+
+
+class EditError(KvmnestError):
+    """An edit that does not fit the source it was meant for."""
+
+
+@dataclass(frozen=True)
+class Edit:
+    """Replace ``expression`` by ``replacement`` in ``function`` of ``file``.
+
+    ``file`` is relative to the kernel's top folder. An empty ``function`` means anywhere in the
+    file. The expression must occur exactly once there; runs of white space in it stand for any
+    white space, so that a line that is wrapped differently in another kernel still matches.
+    """
+
+    file: str
+    function: str
+    expression: str
+    replacement: str
+
+    def apply(self, source: str) -> str:
+        """Return the edited source. Raises EditError if it does not match exactly once."""
+        start, end = function_span(source, self.function) if self.function else (0, len(source))
+        pattern = r"\s+".join(re.escape(word) for word in self.expression.split())
+        found = list(re.finditer(pattern, source[start:end])) if pattern else []
+        if len(found) != 1:
+            count = "does not occur" if not found else f"occurs {len(found)} times"
+            where = f"{self.function}()" if self.function else "the file"
+            shown = " ".join(self.expression.split())
+            raise EditError(f"{self.file}: {shown!r:.90} {count} in {where}")
+        first, last = (start + position for position in found[0].span())
+        return source[:first] + self.replacement.strip() + source[last:]
+
+
+def function_span(source: str, name: str) -> tuple[int, int]:
+    """Offsets of the definition of function ``name``, from its first line to its last brace.
+
+    Kernel style is taken for granted: the definition starts in the first column and its body
+    ends with a brace there. Raises EditError if there is no such definition, or more than one.
+    """
+    starts = []
+    for found in re.finditer(rf"^[A-Za-z_][^;{{}}=]*?\b{re.escape(name)}\(", source, re.MULTILINE):
+        opening = re.compile(r"[^;{}]*\n\{").match(source, found.end())
+        if opening and "\n\n" not in source[found.start() : found.end()]:
+            starts.append(found.start())
+    if len(starts) != 1:
+        count = "no definition" if not starts else f"{len(starts)} definitions"
+        raise EditError(f"{count} of function {name}()")
+    end = source.find("\n}", starts[0])
+    return starts[0], end + 2 if end >= 0 else len(source)
+
+
+def apply_all(edits: Iterable[Edit], folder: Path) -> None:
+    """Edit the files below ``folder``. Raises EditError; files are then as they were."""
+    texts: dict[Path, str] = {}
+    for edit in edits:
+        path = folder / edit.file
+        if path not in texts:
+            try:
+                texts[path] = path.read_text(encoding="utf-8")
+            except OSError as error:
+                raise EditError(f"{edit.file}: {error.strerror}") from error
+        texts[path] = edit.apply(texts[path])
+    for path, text in texts.items():
+        path.write_text(text, encoding="utf-8")
