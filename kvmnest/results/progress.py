@@ -117,7 +117,8 @@ def summary_lines(run: Run) -> list[str]:
         lines.append(f"{'patch':38}" + "".join(f"{name:>9}" for name in columns))
         for number, counts in table.items():
             title = f"{number:>3} {PATCHES.get(number, '')}" if number else "  - other tests"
-            lines.append(f"{title:38}" + "".join(f"{counts[name] or '':>9}" for name in columns))
+            numbers = "".join(f"{counts[name] or '':>9}" for name in columns)
+            lines.append(f"{title:38}{numbers}".rstrip())
         lines.append("")
     skips = _skips(run)
     if skips:

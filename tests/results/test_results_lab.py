@@ -1,0 +1,80 @@
+"""``kvmnest run`` in the lab: the suite, a user's file, a kernel that dies in a case."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = str(Path(__file__).resolve().parents[2])
+
+
+def run(folder, *arguments):
+    done = subprocess.run(
+        [sys.executable, "-m", "kvmnest", "run", "--target=lab", "--json=out.json", *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": ROOT},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+        timeout=560,
+    )
+    return done, json.loads((folder / "out.json").read_text())
+
+
+def test_cases_of_the_suite(tmp_path):
+    done, document = run(tmp_path, "test_vmxon.py", "-k", "vmxoff")
+    assert done.returncode == 0, done.stdout
+    assert document["target"] == "lab"
+    assert document["kernel"].startswith("6.")
+    assert document["kvm_params"]["nested"] == "Y"
+    assert document["summary"]["passed"] == len(document["cases"]) > 0
+    assert all(case["series"] == 3 for case in document["cases"])
+    assert "passed in " in done.stdout.splitlines()[-1]
+
+
+def test_a_kernel_that_dies_costs_one_case(tmp_path):
+    (tmp_path / "helper.py").write_text("ANSWER = 42\n")
+    (tmp_path / "test_mine.py").write_text(
+        "import pytest\n"
+        "from helper import ANSWER\n"
+        "def test_before(l1): assert l1.has_vmx and ANSWER == 42\n"
+        "def test_panic():\n"
+        "    open('/proc/sysrq-trigger', 'w').write('c')\n"
+        "def test_after(l1): assert l1.vmxon(l1.sym('vmxon')) or True\n"
+    )
+    done, document = run(tmp_path, "test_mine.py")
+    assert done.returncode == 3, done.stdout
+    outcomes = {case["id"].rpartition("::")[2]: case["outcome"] for case in document["cases"]}
+    assert outcomes == {"test_before": "passed", "test_panic": "error", "test_after": "passed"}
+    panic = document["cases"][1]
+    assert panic["summary"] == "crashed: the guest kernel panicked"
+    assert "sysrq" in panic["detail"]
+    assert document["complete"] is True
+    assert "starting again for 1 cases" in done.stdout
+
+
+def test_nothing_selected_boots_nothing(tmp_path):
+    done, document = run(tmp_path, "-k", "no_such_case_at_all")
+    assert done.returncode == 4
+    assert document["cases"] == []
+    assert "booting" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("-k", "not ("), "Wrong expression passed to '-k'"),
+        (("test_vmxon.py::test_no_such_case",), "test_no_such_case"),
+    ],
+)
+def test_a_wrong_selection_is_a_usage_error(tmp_path, arguments, text):
+    done, document = run(tmp_path, *arguments)
+    assert done.returncode == 2, done.stdout
+    assert text in done.stdout
+    assert "Traceback" not in done.stdout
+    assert document["cases"] == []
