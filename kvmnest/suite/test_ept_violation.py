@@ -1,0 +1,336 @@
+"""EPT violations: every mix of permissions against every access, and what the exit says."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from kvmnest.l1 import L1
+from kvmnest.suite.support.ept import (
+    ENABLE_AD,
+    FILL,
+    LARGE,
+    RWX,
+    VALUE,
+    WRITE_BACK,
+    Access,
+    R,
+    W,
+    Window,
+    X,
+    identity_entry,
+    invalidate,
+    poke,
+    qualification,
+)
+from kvmnest.suite.support.guest import NOT_VALID, Guest
+from kvmnest.vmx import EptVpidCap, ExitReason, Field, Proc2Ctl
+from kvmnest.vmx.outcome import Exit, Fault, Outcome, Succeed
+
+pytestmark = [
+    pytest.mark.series(19),
+    pytest.mark.sdm("EPT Violations"),
+    pytest.mark.needs(Proc2Ctl.ENABLE_EPT),
+]
+
+#: Permissions that are no misconfiguration; execute-only needs a capability.
+MIXES = (0, R, X, R | W, R | X, RWX)
+NAMES = {0: "none", R: "r", X: "x", R | W: "rw", R | X: "rx", RWX: "rwx"}
+#: A guest paging-structure entry's accessed flag.
+GUEST_ACCESSED = 1 << 5
+OFFSET = 0x128
+
+
+def _mixes(l1: L1) -> list[int]:
+    only = l1.caps.supports(EptVpidCap.EXECUTE_ONLY)
+    return [mix for mix in MIXES if mix != X or only]
+
+
+def _expected(window: Window, kind: Access, allowed: int, offset: int = OFFSET) -> Outcome:
+    if allowed & kind.bit:
+        return Succeed()
+    return window.violation(kind, allowed, offset)
+
+
+@pytest.mark.parametrize("level", [1, 2, 3, 4], ids=["PTE", "PDE", "PDPTE", "PML4E"])
+def test_permissions(l1: L1, level: int) -> None:
+    """Each level's permissions decide alike; the exit has access, permissions and addresses."""
+    window = Window(Guest(l1, ept=True))
+    if level not in window.levels:
+        assert level == 4, "only the last level can be shared with the rest of L2"
+        return
+    for rights in _mixes(l1):
+        window.allow(level, rights)
+        window.invalidate()
+        for kind in Access:
+            seen = window.access(kind, OFFSET)
+            assert seen == _expected(window, kind, rights), f"{kind} {NAMES[rights]}"
+    assert l1.read(window.page, 4096) == bytes([FILL]) * 4096
+
+
+@pytest.mark.parametrize(
+    ("upper", "lower"), [(4, 3), (3, 2), (2, 1), (3, 1)], ids=lambda level: f"level{level}"
+)
+def test_permissions_are_anded(l1: L1, upper: int, lower: int) -> None:
+    """The permissions of two levels are combined by AND, in effect and in what is reported."""
+    window = Window(Guest(l1, ept=True))
+    upper = min(upper, window.levels[-1])
+    for first, second in itertools.product(_mixes(l1), repeat=2):
+        if not first:
+            continue
+        window.allow(upper, first)
+        if lower != upper:
+            window.allow(lower, second)
+        window.invalidate()
+        allowed = first & second if lower != upper else first
+        for kind in Access:
+            seen = window.access(kind, OFFSET)
+            text = f"{kind} {NAMES[first]} and {NAMES[second]}"
+            assert seen == _expected(window, kind, allowed), text
+
+
+@pytest.mark.parametrize("access", list(Access), ids=lambda access: access.name)
+@pytest.mark.sdm("Operations that Invalidate Cached Mappings")
+def test_more_permissions_need_no_invept(l1: L1, access: Access) -> None:
+    """An EPT violation drops the mapping: after L1 allows the access it succeeds at once."""
+    window = Window(Guest(l1, ept=True))
+    assert window.access(Access.READ) == Succeed()
+    for before, after in ((0, RWX), (RWX & ~access.bit, RWX), (0, access.bit | R)):
+        if before & W and not before & R:
+            before = X if l1.caps.supports(EptVpidCap.EXECUTE_ONLY) else 0
+        window.allow(1, before)
+        window.invalidate()
+        assert window.access(access, OFFSET) == window.violation(access, before, OFFSET)
+        window.allow(1, after)
+        assert window.guest.go_on() == Succeed(), f"{before} -> {after}"
+
+
+@pytest.mark.parametrize("access", list(Access), ids=lambda access: access.name)
+def test_less_permissions_with_invept(l1: L1, access: Access) -> None:
+    """After INVEPT a permission that L1 took away is gone, even where L2 just used it."""
+    window = Window(Guest(l1, ept=True))
+    fewer = {Access.READ: 0, Access.WRITE: R | X, Access.FETCH: R | W}[access]
+    for _ in range(3):
+        assert window.access(access, OFFSET) == Succeed()
+        window.allow(1, fewer)
+        window.invalidate()
+        assert window.access(access, OFFSET) == window.violation(access, fewer, OFFSET)
+        window.allow(1, RWX)
+        window.invalidate()
+
+
+def test_remapping_with_invept(l1: L1) -> None:
+    """After INVEPT L2 sees the page that the changed entry names, in a hundred changes."""
+    window = Window(Guest(l1, ept=True))
+    pages = l1.alloc(4)
+    for number in range(4):
+        l1.write_int(pages + 4096 * number, number + 1)
+    for turn in range(100):
+        number = turn * 7 % 4
+        window.set(1, pages + 4096 * number | WRITE_BACK | RWX)
+        window.invalidate()
+        seen = window.access(Access.READ)
+        assert seen == Succeed()
+        assert seen.regs["rax"] == number + 1
+
+
+@pytest.mark.needs(EptVpidCap.EXECUTE_ONLY)
+@pytest.mark.sdm("EPT Translation Mechanism")
+def test_execute_only(l1: L1) -> None:
+    """A page with execute permission only can be called, neither read nor written."""
+    window = Window(Guest(l1, ept=True))
+    window.allow(1, X)
+    window.invalidate()
+    for offset in (0, 0x7F8, 0xFFF):
+        assert window.access(Access.FETCH, offset) == Succeed()
+    for kind in (Access.READ, Access.WRITE):
+        for offset in (0, 0xFF8):
+            assert window.access(kind, offset) == window.violation(kind, X, offset)
+
+
+@pytest.mark.parametrize(
+    ("kind", "offset"),
+    [(Access.READ, 0xFFC), (Access.WRITE, 0xFFC), (Access.READ, 0xFF9), (Access.WRITE, 0xFFF)],
+    ids=lambda value: value.name if isinstance(value, Access) else hex(value),
+)
+def test_access_across_a_page_end(l1: L1, kind: Access, offset: int) -> None:
+    """The second page of an access is reported with its own addresses; nothing is written."""
+    window = Window(Guest(l1, ept=True), pages=2)
+    second = window.entry(1) + 8
+    poke(l1, second, 0)
+    window.invalidate()
+    guest = window.guest
+    seen = guest.run(kind.value[1], {"rdi": window.linear + offset, "rax": 0})
+    assert seen == Exit(
+        ExitReason.EPT_VIOLATION,
+        qualification=qualification(kind.bit, 0),
+        rip=guest.at(),
+        linear=window.linear + 0x1000,
+        physical=window.gpa + 0x1000,
+    )
+    assert l1.read(window.page, 8192) == bytes([FILL]) * 8192
+    poke(l1, second, window.page + 4096 | WRITE_BACK | RWX)
+    seen = guest.go_on()
+    assert seen == Succeed()
+    if kind is Access.READ:
+        assert seen.regs["rax"] == VALUE
+    else:
+        assert l1.read(window.page + offset, 8) == bytes(8)
+
+
+def test_read_modify_write(l1: L1) -> None:
+    """An instruction that reads and writes a read-only page: a write, nothing is changed."""
+    window = Window(Guest(l1, ept=True))
+    window.allow(1, R)
+    window.invalidate()
+    add = b"\x48\x01\x07"  # ADD [RDI], RAX
+    seen = window.guest.run(add, {"rdi": window.linear, "rax": 1})
+    # Whether the access counts as a read too is the processor's choice.
+    assert seen == Exit(
+        ExitReason.EPT_VIOLATION,
+        qualification=qualification(W, R, undefined=R),
+        rip=window.guest.at(),
+        linear=window.linear,
+        physical=window.gpa,
+    )
+    assert l1.read_int(window.page) == VALUE
+    window.allow(1, R | W)
+    assert window.guest.go_on() == Succeed()
+    assert l1.read_int(window.page) == VALUE + 1
+
+
+def test_instruction_across_a_page_end(l1: L1) -> None:
+    """A fetch of an instruction's second half: RIP is its start, the addresses those beyond."""
+    window = Window(Guest(l1, ept=True), pages=2)
+    l1.write(window.page + 0xFFE, b"\x48\xb8")  # MOV RAX, imm64
+    l1.write(window.page + 0x1000, (0x1122334455667788).to_bytes(8, "little"))
+    second = window.entry(1) + 8
+    poke(l1, second, window.page + 4096 | WRITE_BACK | R | W)
+    window.invalidate()
+    seen = window.guest.run(b"\xff\xd7", {"rdi": window.linear + 0xFFE})
+    assert seen == Exit(
+        ExitReason.EPT_VIOLATION,
+        qualification=qualification(X, R | W),
+        rip=window.linear + 0xFFE,
+        linear=window.linear + 0x1000,
+        physical=window.gpa + 0x1000,
+    )
+    poke(l1, second, window.page + 4096 | WRITE_BACK | RWX)
+    seen = window.guest.go_on()
+    assert seen == Succeed()
+    assert seen.regs["rax"] == 0x1122334455667788
+
+
+# --- accesses to guest paging structures ---
+
+
+def test_guest_page_walk_read(l1: L1) -> None:
+    """A guest paging-structure entry that EPT does not let read: bit 8 clear, its own address."""
+    window = Window(Guest(l1, ept=True))
+    table = window.guest_page_table()
+    entry = identity_entry(l1, table)
+    for rights in (0, X) if l1.caps.supports(EptVpidCap.EXECUTE_ONLY) else (0,):
+        poke(l1, entry, table | WRITE_BACK | rights)
+        window.invalidate()
+        for kind in Access:
+            seen = window.access(kind, 0x5128)
+            assert seen == Exit(
+                ExitReason.EPT_VIOLATION,
+                qualification=qualification(R, rights, translated=False),
+                rip=window.linear + 0x5128 if kind is Access.FETCH else window.guest.at(),
+                intr_info=NOT_VALID,
+                idt_info=NOT_VALID,
+                linear=window.linear + 0x5128,
+                physical=table + 8 * 5,
+            ), f"{kind} {NAMES[rights]}"
+
+
+def test_guest_page_walk_sets_accessed_flag(l1: L1) -> None:
+    """Setting a guest entry's accessed flag is a write: a read-only table page violates."""
+    window = Window(Guest(l1, ept=True))
+    table = window.guest_page_table()
+    poke(l1, identity_entry(l1, table), table | WRITE_BACK | R)
+    window.invalidate()
+    # With the flag set already the processor does not write.
+    assert window.access(Access.READ) == Succeed()
+    assert window.access(Access.WRITE) == Succeed()
+    poke(l1, table, l1.read_int(table) & ~GUEST_ACCESSED)
+    window.invalidate()
+    seen = window.access(Access.READ, OFFSET)
+    assert seen == Exit(
+        ExitReason.EPT_VIOLATION,
+        qualification=qualification(W, R, translated=False, undefined=R),
+        rip=window.guest.at(),
+        linear=window.linear + OFFSET,
+        physical=table,
+    )
+    assert not l1.read_int(table) & GUEST_ACCESSED
+    poke(l1, identity_entry(l1, table), table | WRITE_BACK | R | W)
+    assert window.guest.go_on() == Succeed()
+    assert l1.read_int(table) & GUEST_ACCESSED
+
+
+@pytest.mark.needs(EptVpidCap.ACCESSED_DIRTY)
+@pytest.mark.sdm("Accessed and Dirty Flags for EPT")
+def test_guest_page_walk_with_accessed_dirty(l1: L1) -> None:
+    """With accessed and dirty flags for EPT each access to a guest entry is a write and read."""
+    window = Window(Guest(l1, ept=True))
+    window.guest.vmcs.set_bits(Field.EPT_POINTER, ENABLE_AD)
+    table = window.guest_page_table()
+    for rights in (0, R, R | X):
+        poke(l1, identity_entry(l1, table), table | WRITE_BACK | rights)
+        window.invalidate()
+        assert window.access(Access.READ, OFFSET) == Exit(
+            ExitReason.EPT_VIOLATION,
+            qualification=qualification(R | W, rights, translated=False),
+            rip=window.guest.at(),
+            linear=window.linear + OFFSET,
+            physical=table,
+        ), NAMES[rights]
+    poke(l1, identity_entry(l1, table), table | WRITE_BACK | R | W)
+    window.invalidate()
+    assert window.access(Access.READ, OFFSET) == Succeed()
+
+
+def test_guest_page_fault_comes_first(l1: L1) -> None:
+    """What the guest's own tables forbid gives a page fault; EPT is not asked for the page."""
+    window = Window(Guest(l1, ept=True))
+    table = window.guest_page_table()
+    window.allow(1, 0)
+    poke(l1, table, 0)
+    window.invalidate()
+    at = window.linear + OFFSET
+    assert window.access(Access.READ, OFFSET) == Fault(14, error_code=0, cr2=at, rip=0)
+    assert window.access(Access.WRITE, OFFSET) == Fault(14, error_code=2, cr2=at, rip=0)
+
+
+# --- large pages ---
+
+
+@pytest.mark.parametrize(
+    ("level", "flag"),
+    [
+        pytest.param(2, EptVpidCap.PAGE_2MB, marks=pytest.mark.needs(EptVpidCap.PAGE_2MB)),
+        pytest.param(3, EptVpidCap.PAGE_1GB, marks=pytest.mark.needs(EptVpidCap.PAGE_1GB)),
+    ],
+    ids=["2MiB", "1GiB"],
+)
+@pytest.mark.sdm("EPT Translation Mechanism")
+def test_large_page(l1: L1, level: int, flag: EptVpidCap) -> None:
+    """A large page translates each address in it and has the permissions of a small one."""
+    window = Window(Guest(l1, ept=True))
+    base = 0x200000 if level == 2 else 0
+    for rights in _mixes(l1):
+        window.set(level, base | LARGE | WRITE_BACK | rights)
+        window.invalidate()
+        for target in (window.page, window.page + 0xFF8):
+            # A page of the second 2 MiB for the one size, of all RAM for the other.
+            where = base + target % 0x200000
+            l1.write(where, bytes([FILL]) * 8)
+            for kind in Access:
+                offset = where - base
+                seen = window.access(kind, offset)
+                text = f"{kind} {NAMES[rights]}"
+                assert seen == _expected(window, kind, rights, offset), text
+    invalidate(window.guest)
