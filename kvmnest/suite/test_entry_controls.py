@@ -8,10 +8,10 @@ from collections.abc import Iterator
 import pytest
 
 from kvmnest.l1 import L1
+from kvmnest.suite.support.batch import Changes
 from kvmnest.suite.support.entries import (
     BAD_CONTROL,
     WORDS,
-    Changes,
     Entries,
     bad_pages,
     each,

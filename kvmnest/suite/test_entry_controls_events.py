@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator
 import pytest
 
 from kvmnest.l1 import L1, L2Mode
+from kvmnest.suite.support.batch import Changes
 from kvmnest.suite.support.entries import (
     BAD_CONTROL,
-    Changes,
     Entries,
     each,
     entries,

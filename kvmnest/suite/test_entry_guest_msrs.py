@@ -75,16 +75,14 @@ def test_debugctl_not_loaded(l1: L1) -> None:
 # --- MSRs ---
 
 
-@pytest.mark.parametrize(
-    "field", [Field.GUEST_SYSENTER_ESP, Field.GUEST_SYSENTER_EIP], ids=lambda field: field.name
-)
 @pytest.mark.parametrize("mode", [L2Mode.LONG, L2Mode.PROTECTED], ids=lambda mode: mode.name)
-def test_sysenter_canonical(l1: L1, field: Field, mode: L2Mode) -> None:
+def test_sysenter_canonical(l1: L1, mode: L2Mode) -> None:
     """The SYSENTER addresses must be canonical, in every mode."""
     tries = entries(l1, mode=mode)
     top = 1 << address_bits(l1)[1] - 1
-    expect_refused(tries, BAD_GUEST, each(field, not_canonical(l1)))
-    expect_accepted(tries, each(field, [top - 1, _ALL ^ top - 1, _ALL]))
+    for field in (Field.GUEST_SYSENTER_ESP, Field.GUEST_SYSENTER_EIP):
+        expect_refused(tries, BAD_GUEST, each(field, not_canonical(l1)))
+        expect_accepted(tries, each(field, [top - 1, _ALL ^ top - 1, _ALL]))
 
 
 @pytest.mark.needs(EntryCtl.LOAD_PAT)
@@ -148,17 +146,18 @@ def test_cet_state(l1: L1) -> None:
 
 
 @pytest.mark.sdm("Checks on Guest Descriptor-Table Registers")
-@pytest.mark.parametrize("table", ["GDTR", "IDTR"])
 @pytest.mark.parametrize("mode", [L2Mode.LONG, L2Mode.PROTECTED], ids=lambda mode: mode.name)
-def test_descriptor_table(l1: L1, table: str, mode: L2Mode) -> None:
+def test_descriptor_table(l1: L1, mode: L2Mode) -> None:
     """GDTR and IDTR: canonical base, limit of at most FFFFH, in every mode."""
     tries = entries(l1, mode=mode)
-    base, limit = Field[f"GUEST_{table}_BASE"], Field[f"GUEST_{table}_LIMIT"]
     top = 1 << address_bits(l1)[1] - 1
-    expect_refused(tries, BAD_GUEST, each(base, not_canonical(l1)))
-    expect_refused(tries, BAD_GUEST, each(limit, [0xFFFF | 1 << bit for bit in range(16, 32)]))
-    expect_accepted(tries, each(base, [0, top - 1, _ALL ^ top - 1, _ALL]))
-    expect_accepted(tries, each(limit, [0, 0xFFFF]))
+    for table in ("GDTR", "IDTR"):
+        base, limit = Field[f"GUEST_{table}_BASE"], Field[f"GUEST_{table}_LIMIT"]
+        bad = [{base: value} for value in not_canonical(l1)]
+        bad += [{limit: 0xFFFF | 1 << bit} for bit in range(16, 32)]
+        expect_refused(tries, BAD_GUEST, bad)
+        good = [{base: value} for value in (0, top - 1, _ALL ^ top - 1, _ALL)]
+        expect_accepted(tries, [*good, {limit: 0}, {limit: 0xFFFF}])
 
 
 # --- RIP ---

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 import pytest
 
 from kvmnest.l1 import L1
+from kvmnest.suite.support.batch import Changes
 from kvmnest.suite.support.entries import (
     BAD_GUEST,
-    Changes,
     Entries,
     each,
     entries,
