@@ -51,7 +51,7 @@ def build_modules(edits: Sequence[Edit], release: str) -> Path:
     """
     kernel = source.prepare(release)
     words = [part for e in edits for part in (e.file, e.function, e.expression, e.replacement)]
-    key = cache.digest([_FORMAT, kernel.key, *words])
+    key = cache.digest([_FORMAT, kernel.key, *(" ".join(word.split()) for word in words)])
 
     def keep(folder: Path, built: Path) -> None:
         for name in _MODULES:

@@ -1,0 +1,111 @@
+"""The catalogue of broken KVMs, ``kvmnest/data/mutants.toml``: a list of tables::
+
+[[mutant]]
+id = "vpid-zero"
+title = "VPID 0 is accepted"                 # the bug, in a few words
+file = "arch/x86/kvm/vmx/nested.c"
+function = "nested_check_vm_execution_controls"
+expression = "CC(a && b)"                    # must occur once in the function
+replacement = "0"
+origin = { subject = "...", hash = "...", cve = "..." }   # of the real bug, if it is one
+params = { ept = "0" }                       # module parameters that the bug needs
+cases = ["test_entry_controls.py::test_vpid_zero"]        # run first; fnmatch patterns
+masked = "why no case can notice it in the lab"           # then it is not scored
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import tomllib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kvmnest.errors import HarnessError, UsageError
+from kvmnest.kernel.edits import Edit
+
+MUTANTS_FILE = Path(__file__).parent.parent / "data" / "mutants.toml"
+
+_TEXTS = ("id", "title", "file", "function", "expression", "replacement")
+_KEYS = {*_TEXTS, "origin", "params", "cases", "masked"}
+_ORIGIN = {"subject", "hash", "cve"}
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One broken KVM; see the module's text for the fields."""
+
+    id: str
+    title: str
+    edit: Edit
+    origin: dict[str, str] = field(default_factory=dict)
+    params: dict[str, str] = field(default_factory=dict)
+    cases: tuple[str, ...] = ()
+    masked: str = ""
+
+    def first_cases(self, ids: Iterable[str]) -> list[str]:
+        """The cases among ``ids`` that ``cases`` names, in the order of the patterns."""
+        every = list(ids)
+        found: dict[str, None] = {}
+        for pattern in self.cases:
+            found.update((name, None) for name in every if matches(name, pattern))
+        return list(found)
+
+
+def matches(case_id: str, pattern: str) -> bool:
+    """Whether a case is meant by a pattern.
+
+    The pattern is compared with the id, with the id without its parameters, and with the file's
+    name, which may lack ".py": "test_vmxon*" is all of a file.
+    """
+    plain = case_id.partition("[")[0]
+    names = (case_id, plain, plain.partition("::")[0])
+    return any(name == pattern or fnmatch.fnmatchcase(name, pattern) for name in names)
+
+
+def load(path: Path = MUTANTS_FILE) -> list[Mutant]:
+    """Read a catalogue. Raises HarnessError with one line if an entry is not as it should be."""
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8")).get("mutant", [])
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise HarnessError(f"cannot read {path}: {error}") from error
+    mutants = [_mutant(table, number, path) for number, table in enumerate(tables, 1)]
+    seen: set[str] = set()
+    for mutant in mutants:
+        if mutant.id in seen:
+            raise HarnessError(f"{path}: mutant {mutant.id} is there twice")
+        seen.add(mutant.id)
+    return mutants
+
+
+def select(mutants: Sequence[Mutant], only: str) -> list[Mutant]:
+    """Those whose id matches one of the comma-separated patterns; all if there is none.
+
+    Raises UsageError for a pattern that matches none.
+    """
+    patterns = [word.strip() for word in only.split(",") if word.strip()]
+    if not patterns:
+        return list(mutants)
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(mutant.id, pattern) for mutant in mutants):
+            raise UsageError(f"no mutant {pattern} (--list shows them)")
+    return [m for m in mutants if any(fnmatch.fnmatchcase(m.id, p) for p in patterns)]
+
+
+def _mutant(table: dict[str, Any], number: int, path: Path) -> Mutant:
+    name = table.get("id", f"number {number}")
+    unknown = sorted(set(table) - _KEYS) + sorted(set(table.get("origin", {})) - _ORIGIN)
+    missing = [key for key in _TEXTS if not isinstance(table.get(key), str)]
+    if unknown or missing:
+        what = f"unknown key {unknown[0]}" if unknown else f"no text {missing[0]}"
+        raise HarnessError(f"{path}: mutant {name}: {what}")
+    return Mutant(
+        id=table["id"],
+        title=table["title"],
+        edit=Edit(*(table[key] for key in ("file", "function", "expression", "replacement"))),
+        origin=table.get("origin", {}),
+        params={key: str(value) for key, value in table.get("params", {}).items()},
+        cases=tuple(table.get("cases", ())),
+        masked=table.get("masked", ""),
+    )

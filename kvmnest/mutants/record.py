@@ -1,0 +1,161 @@
+"""What scoring found out, on disk as JSON after every mutant, so that it can go on later."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import kvmnest
+from kvmnest.errors import HarnessError
+from kvmnest.lab import cache
+from kvmnest.mutants.catalogue import Mutant
+
+SCHEMA = 1
+
+DETECTED, MISSED, MASKED, UNFIT = "detected", "missed", "masked", "does not apply"
+#: Verdicts in the order in which tables show them.
+VERDICTS = (DETECTED, MISSED, MASKED, UNFIT)
+
+# What the outcome of a case hangs on, besides the kernel.
+_SUITE_PARTS = ("suite", "l1", "vmx", "cases", "kvm", "data/l1.elf", "data/known.toml")
+
+
+@dataclass(frozen=True)
+class Score:
+    """What is known of one mutant.
+
+    ``case``, ``outcome`` and ``text`` say by which case it was detected and how; for the other
+    verdicts ``text`` is the reason. ``ran`` counts the cases that ended. ``key`` and ``suite``
+    name the edit and the state of the suite it holds for; ``seconds`` is host time.
+    """
+
+    verdict: str
+    key: str
+    suite: str = ""
+    case: str = ""
+    outcome: str = ""
+    text: str = ""
+    ran: int = 0
+    seconds: float = 0.0
+
+
+@dataclass
+class Record:
+    """Scores by mutant id, and which cases passed on the unmodified modules.
+
+    ``clean`` maps a set of parameters ("ept=0") to the ids of cases without a failure there, for
+    the state ``suite`` of the suite.
+    """
+
+    path: Path
+    kernel: str
+    scores: dict[str, Score] = field(default_factory=dict)
+    suite: str = ""
+    clean: dict[str, list[str]] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def holds(self, mutant: Mutant, key: str, suite: str) -> bool:
+        """Whether the score of a mutant needs no new run.
+
+        One that was detected stays so until its edit or the kernel changes; one that was missed
+        is tried again with every other state of the suite.
+        """
+        score = self.scores.get(mutant.id)
+        if score is None or score.key != key or score.verdict == MASKED:
+            return False
+        return score.verdict in (DETECTED, UNFIT) or score.suite == suite
+
+    def clean_cases(self, params: Mapping[str, str], suite: str) -> set[str]:
+        """Ids that ended without failure on the unmodified modules, for this suite."""
+        return set(self.clean.get(params_text(params), ())) if self.suite == suite else set()
+
+    def add_clean(self, params: Mapping[str, str], suite: str, ids: list[str]) -> None:
+        """Note cases without a failure on the unmodified modules."""
+        with self._lock:
+            if self.suite != suite:
+                self.suite, self.clean = suite, {}
+            name = params_text(params)
+            self.clean[name] = sorted({*self.clean.get(name, ()), *ids})
+            self._save()
+
+    def add(self, mutant_id: str, score: Score) -> None:
+        """Note a score."""
+        with self._lock:
+            self.scores[mutant_id] = score
+            self._save()
+
+    def _save(self) -> None:
+        document = {
+            "schema": SCHEMA,
+            "kernel": self.kernel,
+            "suite": self.suite,
+            "clean": self.clean,
+            "scores": {name: asdict(score) for name, score in sorted(self.scores.items())},
+        }
+        write_json(self.path, document)
+
+
+def write_json(path: Path, document: Mapping[str, Any]) -> None:
+    """Replace a JSON file as a whole. Raises HarnessError if that is impossible."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            json.dump(document, file, indent=1)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise HarnessError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def load(path: Path, kernel: str) -> Record:
+    """Read a record, or start an empty one if there is none or it is of another kernel.
+
+    Raises HarnessError if the file is something else.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return Record(path, kernel)
+    except (OSError, ValueError) as error:
+        raise HarnessError(f"cannot read {path}: {error} (--fresh starts anew)") from error
+    if not isinstance(found, dict) or found.get("schema") != SCHEMA or "scores" not in found:
+        raise HarnessError(f"{path} is no record of kvmnest mutants (--fresh starts anew)")
+    if found["kernel"] != kernel:
+        return Record(path, kernel)
+    scores = {name: Score(**score) for name, score in found["scores"].items()}
+    return Record(path, kernel, scores, found["suite"], found["clean"])
+
+
+def default_path(kernel: str) -> Path:
+    """Where the record of a kernel release is kept."""
+    return cache.root() / f"mutants-{kernel}.json"
+
+
+def mutant_key(mutant: Mutant) -> str:
+    """Name of what makes a mutant what it is: its edit and its parameters."""
+    edit = mutant.edit
+    words = (edit.file, edit.function, edit.expression, edit.replacement)
+    return cache.digest([*words, params_text(mutant.params)])
+
+
+def params_text(params: Mapping[str, str]) -> str:
+    """Parameters as one text, "ept=0 vpid=0"; "" for none."""
+    return " ".join(f"{name}={value}" for name, value in sorted(params.items()))
+
+
+def suite_state() -> str:
+    """Name of the present state of the suite and of all that its cases use."""
+    base = Path(kvmnest.__file__).parent
+    files: list[Path] = []
+    for part in _SUITE_PARTS:
+        path = base / part
+        files += sorted(path.rglob("*.py")) if path.is_dir() else [path]
+    return cache.digest([part for f in files for part in (f.relative_to(base), f.read_bytes())])

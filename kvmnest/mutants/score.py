@@ -1,0 +1,245 @@
+"""Score mutants: build each, run cases on it in the lab, stop at the first that fails."""
+
+from __future__ import annotations
+
+import io
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kvmnest.errors import HarnessError
+from kvmnest.kernel.build import BuildError, build_modules
+from kvmnest.kernel.edits import EditError
+from kvmnest.mutants import record
+from kvmnest.mutants.catalogue import Mutant
+from kvmnest.mutants.record import Record, Score
+from kvmnest.results.lab_target import LabTarget
+from kvmnest.results.model import Case, Run
+from kvmnest.results.progress import Progress
+from kvmnest.results.reporter import Reporter
+from kvmnest.results.runner import Plan, pytest_arguments, run_cases, split_selection
+from kvmnest.results.targets import LocalTarget
+
+_BUDGET = 5.0
+_PATIENCE = 60.0
+
+
+class _Stop(Exception):
+    """Ends a run in the middle: a case failed, or the user wants no more."""
+
+
+class _UntilFailure(Reporter):
+    """Takes the events of a run and ends it at the first failure, or when ``stop`` is set."""
+
+    def __init__(self, stop: threading.Event, *, go_on: bool) -> None:
+        super().__init__(Run("lab"), Progress(io.StringIO(), quiet=True), own_clock=True)
+        self._stop = stop
+        self._go_on = go_on
+
+    def event(self, event: dict[str, Any]) -> None:
+        """Take one event."""
+        super().event(event)
+        self._check()
+
+    def lost(self, why: str) -> None:
+        """The kernel died: the case that ran is in error."""
+        super().lost(why)
+        self._check()
+
+    def failures(self) -> list[Case]:
+        """Cases that failed or were in error."""
+        return [case for case in self.run.cases if case.outcome in ("failed", "error")]
+
+    def _check(self) -> None:
+        if self._stop.is_set() or (not self._go_on and self.failures()):
+            raise _Stop
+
+
+@dataclass
+class Scorer:
+    """Scores mutants of one kernel.
+
+    Args:
+        kernel: SPEC of the lab's kernel; ``release`` is what it stands for.
+        results: the record to fill.
+        bochs: the emulator to use, None for the system's.
+        first_only: run only the cases that a mutant names, not the rest of the suite.
+        on_line: gets lines for the user.
+    """
+
+    kernel: str | None
+    release: str
+    results: Record
+    bochs: str | None = None
+    first_only: bool = False
+    on_line: Callable[[str], None] = lambda line: None
+    stop: threading.Event = field(default_factory=threading.Event)
+    _ids: list[str] = field(default_factory=list)
+    _suite: str = ""
+
+    def score(self, mutants: Sequence[Mutant], jobs: int) -> None:
+        """Score those whose score is not known, ``jobs`` at a time.
+
+        Raises HarnessError if cases fail on the unmodified modules. After Ctrl-C everything
+        that was scored is in the record.
+        """
+        self._suite = record.suite_state()
+        self._ids = collect_ids()
+        todo = [mutant for mutant in mutants if not self._settled(mutant)]
+        if not todo:
+            return
+        self._check_unmodified(todo)
+        with ThreadPoolExecutor(max_workers=jobs) as pool:
+            try:
+                running = {pool.submit(self._score, mutant) for mutant in todo}
+                while running:
+                    # A short wait, so that Ctrl-C is seen at once.
+                    done, running = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
+                    for future in done:
+                        future.result()
+            except BaseException:
+                self.stop.set()
+                _cancel(running)
+                raise
+
+    def _settled(self, mutant: Mutant) -> bool:
+        key = record.mutant_key(mutant)
+        if mutant.masked:
+            self.results.add(mutant.id, Score(record.MASKED, key, text=mutant.masked))
+            return True
+        return self.results.holds(mutant, key, self._suite)
+
+    def _check_unmodified(self, mutants: Sequence[Mutant]) -> None:
+        """Run the cases that ``mutants`` name on modules without an edit; none may fail."""
+        wanted: dict[str, tuple[dict[str, str], dict[str, None]]] = {}
+        for mutant in mutants:
+            _, cases = wanted.setdefault(
+                record.params_text(mutant.params), (mutant.params, dict.fromkeys([]))
+            )
+            cases.update(dict.fromkeys(mutant.first_cases(self._ids)))
+        for params, cases in wanted.values():
+            self._require_clean(params, list(cases))
+
+    def _require_clean(self, params: Mapping[str, str], cases: Sequence[str]) -> None:
+        left = set(cases) - self.results.clean_cases(params, self._suite)
+        ids = [name for name in self._ids if name in left]
+        if not ids:
+            return
+        shown = record.params_text(params)
+        self.on_line(
+            f"unmodified modules{f' with {shown}' if shown else ''}: {len(ids)} cases first"
+        )
+        reporter = self._run(build_modules([], self.release), params, ids, go_on=True)
+        failures = reporter.failures()
+        bad = {case.id for case in failures}
+        good = [case.id for case in reporter.run.cases if case.id not in bad]
+        self.results.add_clean(params, self._suite, good)
+        if failures:
+            raise HarnessError(
+                f"{len(failures)} cases fail on the unmodified modules, so a failure means"
+                f" nothing: {', '.join(case.id for case in failures[:5])}"
+            )
+        if reporter.run.problems:
+            raise HarnessError(f"on the unmodified modules: {reporter.run.problems[0]}")
+
+    def _score(self, mutant: Mutant) -> None:
+        if self.stop.is_set():
+            return
+        began = time.monotonic()
+        key = record.mutant_key(mutant)
+        try:
+            folder = build_modules([mutant.edit], self.release)
+        except (EditError, BuildError) as error:
+            score = Score(record.UNFIT, key, self._suite, text=str(error))
+        else:
+            found, ran = self._hunt(mutant, folder)
+            if self.stop.is_set() and found is None:
+                return
+            seconds = round(time.monotonic() - began, 1)
+            if found is None:
+                what = "the cases it names" if self.first_only else "the suite"
+                text = f"no failure in {what} ({ran} cases)"
+                score = Score(record.MISSED, key, self._suite, text=text, ran=ran, seconds=seconds)
+            else:
+                score = Score(
+                    record.DETECTED,
+                    key,
+                    self._suite,
+                    case=found.id,
+                    outcome=found.outcome,
+                    text=found.summary,
+                    ran=ran,
+                    seconds=seconds,
+                )
+        self.results.add(mutant.id, score)
+        self.on_line(f"{mutant.id}: {score.verdict} {score.case or score.text}".rstrip())
+
+    def _hunt(self, mutant: Mutant, folder: Path) -> tuple[Case | None, int]:
+        """The first case that fails, and how many cases ended."""
+        first = mutant.first_cases(self._ids)
+        ran = 0
+        if first:
+            reporter = self._run(folder, mutant.params, first)
+            ran = len(reporter.run.cases)
+            for case in reporter.failures():
+                return case, ran
+        if self.first_only or self.stop.is_set():
+            return None, ran
+        with _UNMODIFIED:
+            # Once for all the mutants that come this far.
+            self._require_clean(mutant.params, self._ids)
+        reporter = self._run(folder, mutant.params, self._ids)
+        return next(iter(reporter.failures()), None), len(reporter.run.cases)
+
+    def _run(
+        self, folder: Path, params: Mapping[str, str], cases: Sequence[str], *, go_on: bool = False
+    ) -> _UntilFailure:
+        reporter = _UntilFailure(self.stop, go_on=go_on)
+        whole = list(cases) == self._ids
+        modules, _ = split_selection([] if whole else cases)
+        arguments = pytest_arguments(Plan(budget=_BUDGET), "lab", modules, [])
+        target = LabTarget(
+            kernel=self.kernel,
+            kvm_modules=folder,
+            kvm_params=params,
+            bochs=self.bochs,
+            patience=_PATIENCE,
+        )
+        try:
+            run_cases(target, arguments, reporter)
+        except _Stop:
+            if self.stop.is_set() and not reporter.failures():
+                return reporter
+        return reporter
+
+
+_UNMODIFIED = threading.Lock()
+
+
+def collect_ids() -> list[str]:
+    """Ids of all cases of the suite, in their order. Raises HarnessError if it is broken."""
+    ids: list[str] = []
+    broken: list[str] = []
+
+    def take(event: dict[str, Any]) -> None:
+        if event["e"] == "collected":
+            ids.extend(case[0] for case in event["cases"])
+        elif event["e"] == "broken":
+            broken.append(event["where"])
+
+    modules, _ = split_selection([])
+    arguments = [*pytest_arguments(Plan(), "lab", modules, []), "--collect-only"]
+    ended = LocalTarget().run(arguments, take)
+    if broken or not ids:
+        where = broken[0] if broken else ended.output.strip()[-200:]
+        raise HarnessError(f"cannot collect the suite: {where}")
+    return ids
+
+
+def _cancel(futures: set[Future[None]]) -> None:
+    for future in futures:
+        future.cancel()
