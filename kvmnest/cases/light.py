@@ -15,12 +15,12 @@ import sys
 import time
 from collections.abc import Callable, Generator, Iterator
 from importlib import import_module
-from types import FunctionType, TracebackType
+from types import FunctionType
 from typing import Any
 
 import kvmnest
 from kvmnest import host
-from kvmnest.cases import standin, verdict
+from kvmnest.cases import explain, rewrite, standin, verdict
 from kvmnest.cases.events import EventWriter
 from kvmnest.cases.machine import Machine
 from kvmnest.cases.needs import why_skipped
@@ -195,7 +195,7 @@ class Runner:
             values = {name: self._fixtures.value(name, where) for name, where in case.fixtures}
             when = "call"
             if not case.asserts:
-                standin.fail(NO_ASSERTION)
+                standin.fail(NO_ASSERTION, pytrace=False)
             case.call(values)
             self._fixtures.passed = True
         except standin.Skipped as skipped:
@@ -225,12 +225,14 @@ class Runner:
     def _failure(
         self, error: Exception, when: str, case: Case, values: dict[str, Any]
     ) -> dict[str, str]:
-        from kvmnest.cases import explain
-
+        if isinstance(error, standin.Failed) and not error.pytrace:
+            text = str(error)
+        else:
+            text = rewrite.traceback_text(error, case.function.__code__)
         return {
             "outcome": verdict.kind(error, when),
             "summary": verdict.summary(error),
-            "detail": f"{_traceback(error, case)}\n{explain.context(values.values(), '')}",
+            "detail": f"{text}\n{explain.context(values.values(), '')}",
         }
 
 
@@ -239,21 +241,6 @@ NO_ASSERTION = (
     " check_*, expect_* or assert_* that has one"
 )
 NO_REASON = "this case skips without a reason"
-
-
-def _traceback(error: Exception, case: Case) -> str:
-    """The traceback as pytest writes it with --tb=short, from the case's function on."""
-    if isinstance(error, standin.Failed) and str(error) == NO_ASSERTION:
-        return NO_ASSERTION
-    standin.real_rewrite()
-    code = import_module("_pytest._code.code")
-    info = code.ExceptionInfo.from_exception(error)
-    trace: TracebackType | None = error.__traceback__
-    while trace is not None and trace.tb_frame.f_code is not case.function.__code__:
-        trace = trace.tb_next
-    if trace is not None:
-        info.traceback = code.Traceback(trace)
-    return str(info.getrepr(style="short", abspath=True))
 
 
 def main(arguments: list[str]) -> int:

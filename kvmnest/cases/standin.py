@@ -10,9 +10,10 @@ from __future__ import annotations
 import re
 import sys
 import types
-from collections.abc import Callable, Iterable
-from importlib import import_module
+from collections.abc import Callable
 from typing import Any, NoReturn, Self
+
+from kvmnest.cases import rewrite
 
 #: Attribute of a function: its ``parametrize`` marks as (names, values) pairs.
 PARAMETRIZE = "_kvmnest_parametrize"
@@ -25,7 +26,14 @@ class Skipped(BaseException):
 
 
 class Failed(AssertionError):
-    """Raised by ``pytest.fail`` and by ``pytest.raises`` when nothing was raised."""
+    """Raised by ``pytest.fail`` and by ``pytest.raises`` when nothing was raised.
+
+    ``pytrace`` says whether the traceback tells anything.
+    """
+
+    def __init__(self, reason: str, pytrace: bool = True) -> None:
+        super().__init__(reason)
+        self.pytrace = pytrace
 
 
 class _Mark:
@@ -103,7 +111,7 @@ def skip(reason: str = "") -> NoReturn:
 
 def fail(reason: str = "", pytrace: bool = True) -> NoReturn:
     """End the case as failed."""
-    raise Failed(reason)
+    raise Failed(reason, pytrace)
 
 
 class raises:
@@ -130,47 +138,17 @@ class raises:
         return True
 
 
-class _Rewrite(types.ModuleType):
-    """``_pytest.assertion.rewrite``, imported when an assertion fails and not before."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(real_rewrite(), name)
-
-
-_NAMES = ("_pytest", "_pytest.assertion", "_pytest.assertion.rewrite")
-
-
 def install() -> None:
-    """Make ``import pytest`` find this module, and rewritten assert statements what they need."""
-    sys.modules["pytest"] = sys.modules[__name__]
-    package, assertion = types.ModuleType(_NAMES[0]), types.ModuleType(_NAMES[1])
-    rewrite = _Rewrite(_NAMES[2])
+    """Make ``import pytest`` find this module, and rewritten assert statements what they call."""
+    package, assertion = types.ModuleType("_pytest"), types.ModuleType("_pytest.assertion")
     assertion.rewrite = rewrite  # type: ignore[attr-defined]
     package.assertion = assertion  # type: ignore[attr-defined]
-    for name, module in zip(_NAMES, (package, assertion, rewrite), strict=True):
-        sys.modules[name] = module
-
-
-def real_rewrite() -> types.ModuleType:
-    """pytest's own module, with outcomes explained as the plugin does."""
-    if isinstance(sys.modules[_NAMES[2]], _Rewrite):
-        for name in _NAMES:
-            del sys.modules[name]
-        import_module(_NAMES[2])
-        util = import_module("_pytest.assertion.util")
-        util._reprcompare = _compare  # type: ignore[attr-defined]
-    return sys.modules[_NAMES[2]]
-
-
-def _compare(op: str, left: object, right: object) -> str | None:
-    from kvmnest.cases import explain
-
-    if op != "==" or not (explain.is_outcome(left) or explain.is_outcome(right)):
-        return None
-    lines: Iterable[str] = explain.compare(left, right)
-    return "\n~".join(line.replace("\n", "\\n") for line in lines).replace("%", "%%")
+    sys.modules |= {
+        "pytest": sys.modules[__name__],
+        "_pytest": package,
+        "_pytest.assertion": assertion,
+        "_pytest.assertion.rewrite": rewrite,
+    }
 
 
 def values_of(function: Callable[..., Any], indices: dict[str, int]) -> dict[str, Any]:
