@@ -2,8 +2,8 @@
 
 from kvmnest.l1.baseline import L2Mode
 from kvmnest.l1.cpu import Mode
+from kvmnest.l1.execute import Shadow
 from kvmnest.l1.guest import L1
-from kvmnest.l1.instructions import Shadow
 from kvmnest.l1.lost import VmLost
 from kvmnest.l1.vmcs import Vmcs
 

@@ -59,7 +59,7 @@ def end_so(
         entries.extend(part)
         commands.append(Command(l1.payload[op], address, op, cs=len(part)))
 
-    instruction = l1._command(enter, {})
+    instruction = l1.command(enter, {})
     instruction.regs = {}
     reads: list[int] = []
     before: dict[Field, int] = {}
