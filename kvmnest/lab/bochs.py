@@ -9,6 +9,7 @@ import ctypes
 import fcntl
 import os
 import pty
+import select
 import shutil
 import signal
 import subprocess
@@ -19,14 +20,16 @@ import tty
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from kvmnest.lab import cache
 from kvmnest.lab.errors import LabSetupError
-from kvmnest.lab.image import INFO, Layout
+from kvmnest.lab.image import INFO
 
 CPU_MODEL = "corei7_skylake_x"
 IPS = 100_000_000
 _PR_SET_PDEATHSIG = 1
+_ADDR_NO_RANDOMIZE = 0x0040000
 _PREFIX = "kvmnest-lab-"
 
 _CONFIG = """\
@@ -38,6 +41,7 @@ pci: enabled=0
 ata0: enabled=0
 ata1: enabled=0
 com1: enabled=1, mode=file, dev=console.log
+sound: driver=dummy
 speaker: enabled=0
 clock: sync=none, time0=local
 display_library: {display}
@@ -52,7 +56,7 @@ port_e9_hack: enabled=1
 # MSRs that a PC's firmware leaves behind and Bochs does not have: address, type, reset value,
 # reserved and ignored bits (each high, low half). Without "fast strings" the kernel copies memory
 # by loops; without a recent microcode revision it does not trust the TSC deadline timer.
-_MSRS = """\
+MSRS = """\
 0x008b 0 02000065 00000000 00000000 00000000 ffffffff ffffffff
 """
 
@@ -64,6 +68,11 @@ class Emulator:
     path: str
     debugger: bool
     display: str
+
+    def stamp(self) -> str:
+        """What identifies this build: another one cannot use its snapshots."""
+        status = os.stat(self.path)
+        return f"{self.path} {status.st_size} {status.st_mtime_ns} {self.display}"
 
 
 def locate(path: str | None = None) -> Emulator:
@@ -95,17 +104,26 @@ def locate(path: str | None = None) -> Emulator:
     return Emulator(found, "-rc filename" in text, "term")
 
 
-def _die_with_parent() -> Callable[[], None]:
+def _child_setup(saved: bool) -> Callable[[], None]:
     """For the child before exec: the kernel kills it when this process dies."""
     libc = ctypes.CDLL(None)
     parent = os.getpid()
 
     def setup() -> None:
         libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if saved:
+            libc.personality(_ADDR_NO_RANDOMIZE)
         if os.getppid() != parent:
             os._exit(1)
 
     return setup
+
+
+def configuration(emulator: Emulator, memory: int, cpus: int) -> str:
+    """The bochsrc."""
+    return _CONFIG.format(
+        model=CPU_MODEL, cpus=cpus, ips=IPS, memory=memory, info=INFO, display=emulator.display
+    )
 
 
 def _sweep() -> None:
@@ -134,6 +152,7 @@ class Bochs:
         self.emulator = emulator
         self.output = -1
         self._process: subprocess.Popen[bytes] | None = None
+        self._attributes: list[Any] = []
         try:
             _sweep()
             self.folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
@@ -152,21 +171,17 @@ class Bochs:
         shutil.rmtree(self.folder, ignore_errors=True)
         os.close(self._lock)
 
-    def start(self, layout: Layout, cpus: int) -> None:
-        """Start emulating. Raises LabSetupError if the program cannot be started."""
-        config = _CONFIG.format(
-            model=CPU_MODEL,
-            cpus=cpus,
-            ips=IPS,
-            memory=layout.memory,
-            info=INFO,
-            display=self.emulator.display,
-        )
-        (self.folder / "bochsrc").write_text(config)
-        (self.folder / "msrs.def").write_text(_MSRS)
+    def start(self, memory: int, cpus: int, *, saved: bool = False) -> None:
+        """Start emulating ``memory`` MiB and ``cpus`` CPUs.
+
+        With ``saved`` it stops at the debugger's prompt, at addresses that are the same in each
+        process, see kvmnest.lab.snapshot. Raises LabSetupError if it cannot be started.
+        """
+        (self.folder / "bochsrc").write_text(configuration(self.emulator, memory, cpus))
+        (self.folder / "msrs.def").write_text(MSRS)
         (self.folder / "debugger").write_text("c\n")
         argv = [self.emulator.path, "-q", "-f", "bochsrc"]
-        if self.emulator.debugger:
+        if self.emulator.debugger and not saved:
             argv += ["-rc", "debugger"]
         self.output, terminal = pty.openpty()
         try:
@@ -175,6 +190,7 @@ class Bochs:
             attributes = termios.tcgetattr(terminal)
             attributes[1] &= ~termios.OPOST
             termios.tcsetattr(terminal, termios.TCSANOW, attributes)
+            self._attributes = attributes
             with open(self.folder / "stderr.log", "wb") as errors:
                 self._process = subprocess.Popen(
                     argv,
@@ -182,19 +198,33 @@ class Bochs:
                     stdin=terminal,
                     stdout=terminal,
                     stderr=errors,
-                    env={
-                        "PATH": os.environ.get("PATH", os.defpath),
-                        "TERM": "vt100",
-                        "HOME": str(self.folder),
-                        "LANG": "C",
-                    },
+                    env={"PATH": os.defpath, "TERM": "vt100", "HOME": "/", "LANG": "C"},
                     start_new_session=True,
-                    preexec_fn=_die_with_parent(),
+                    preexec_fn=_child_setup(saved),
                 )
         except OSError as e:
             raise LabSetupError(f"cannot start {self.emulator.path}: {e.strerror}") from e
         finally:
             os.close(terminal)
+
+    def wait_prompt(self, seconds: float = 20.0) -> bool:
+        """Wait for the debugger's first prompt; False if it does not come."""
+        limit, seen = time.monotonic() + seconds, b""
+        while b"<bochs:1>" not in seen:
+            if self.ended() or time.monotonic() > limit:
+                return False
+            if select.select([self.output], [], [], 0.1)[0]:
+                with contextlib.suppress(OSError):
+                    seen += os.read(self.output, 4096)
+        return True
+
+    def go_on(self) -> None:
+        """Leave the prompt."""
+        os.write(self.output, b"c\n")
+
+    def reset_terminal(self) -> None:
+        """Undo what the prompt did to the terminal."""
+        termios.tcsetattr(self.output, termios.TCSANOW, self._attributes)
 
     @property
     def pid(self) -> int:
@@ -245,6 +275,7 @@ class Bochs:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+            self._process = None
         if self.output >= 0:
             os.close(self.output)
             self.output = -1

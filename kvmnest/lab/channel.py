@@ -20,6 +20,7 @@ EVENT = 4  # bytes of the command's event stream
 KLOG = 5  # a kernel message of level warning or worse
 MODULE_ERROR = 6  # marshalled (module, errno, kernel messages)
 EXIT = 7  # marshalled wait status
+SNAPSHOT = 9  # mark of the mailbox: everything is loaded, the guest waits for its job
 FAILED = 8  # text: the guest's own start code failed
 
 

@@ -141,11 +141,18 @@ def _info_block(
 
 @dataclass(frozen=True)
 class Layout:
-    """Where things are: ``memory`` is the guest's RAM in MiB, ``initrd`` (address, size)."""
+    """Where things are: ``initrd`` (address, size), ``blocks`` of 128 KiB from INFO on."""
 
-    memory: int
     initrd: tuple[int, int]
     blocks: int
+
+
+def memory_for(kernel_end: int, archives: int) -> int:
+    """MiB of RAM for a kernel that ends there and so many bytes of initramfs.
+
+    Room for the archives and what is unpacked from them, and as much again to run in.
+    """
+    return max(288, -(-(kernel_end + 4 * archives) // (32 * MIB)) * 32 + 96)
 
 
 def write(
@@ -153,13 +160,12 @@ def write(
     kernel: KernelImage,
     layers: Sequence[bytes],
     cmdline: str,
-    cpus: int = 1,
-    memory: int = 256,
+    cpus: int,
+    memory: int,
 ) -> Layout:
-    """Write the memory picture to ``out`` and return its layout.
+    """Write the picture of a guest with ``memory`` MiB to ``out`` and return its layout.
 
-    ``layers`` are cpio archives (or compressed ones), concatenated as one initramfs. ``memory``
-    (MiB) is raised when they would not fit twice (archive and unpacked files).
+    ``layers`` are cpio archives (or compressed ones), concatenated as one initramfs.
     """
     line = cmdline.encode()
     if len(line) > 2047:
@@ -169,7 +175,6 @@ def write(
     size = sum(map(len, padded))
     tail = start + -(-(size + 4) // BLOCK) * BLOCK - 4
     blocks = (tail + 4 - INFO) // BLOCK
-    memory = max(memory, -(-(tail + size) // (32 * MIB)) * 32 + 64)
     page = boot_params(kernel, (start, size), memory * MIB)
     acpi = acpi_tables(cpus, INFO + _ACPI)
     out.write(_info_block(page, line, acpi, blocks, kernel.entry, tail))
@@ -180,4 +185,4 @@ def write(
         out.write(layer)
     out.seek(tail - INFO)
     out.write(struct.pack("<I", MAGIC))
-    return Layout(memory, (start, size), blocks)
+    return Layout((start, size), blocks)

@@ -27,21 +27,31 @@ _BANNER = re.compile(rb"Linux version (\S+) \(")
 
 @dataclass(frozen=True)
 class Kernel:
-    """A bootable kernel: release, flattened image, module files by name, what is built in."""
+    """A bootable kernel: release, module files by name, what is built in.
+
+    ``key`` stands for its content, ``folder`` is its cache entry, ``end`` the first address
+    after its own memory.
+    """
 
     release: str
-    image: KernelImage
+    key: str
+    folder: Path
+    end: int
     modules: Mapping[str, Path]
     builtin: frozenset[str]
+
+    def image(self) -> KernelImage:
+        """Read the flattened kernel (some 50 MB)."""
+        base, end, entry = marshal.loads((self.folder / "meta").read_bytes())["image"]
+        data, setup = (self.folder / "image").read_bytes(), (self.folder / "setup").read_bytes()
+        return KernelImage(data, base, end, entry, setup)
 
 
 def _load(folder: Path) -> Kernel:
     meta = marshal.loads((folder / "meta").read_bytes())
-    base, end, entry = meta["image"]
-    data, setup = (folder / "image").read_bytes(), (folder / "setup").read_bytes()
-    image = KernelImage(data, base, end, entry, setup)
     files = modules.find(folder / "modules")
-    return Kernel(meta["release"], image, files, frozenset(meta["builtin"]))
+    _, end, _ = meta["image"]
+    return Kernel(meta["release"], folder.name, folder, end, files, frozenset(meta["builtin"]))
 
 
 def _release_in(image: bytes, vmlinux: bytes) -> str:

@@ -2,26 +2,22 @@
 
 import marshal
 import os
-import select
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from kvmnest.errors import UsageError
-from kvmnest.lab import bochs, cache, channel, image, kernels, modules, rootfs
-from kvmnest.lab.cpio import Cpio
-from kvmnest.lab.errors import (
-    KernelSpecError,
-    LabHang,
-    LabLost,
-    LabModuleError,
-    LabPanic,
-    LabRunError,
-    LabSetupError,
-)
+from kvmnest.lab import bochs, cache, image, kernels, plan, rootfs, snapshot
+from kvmnest.lab.errors import LabLost, LabSetupError
+from kvmnest.lab.guest import MAILBOX_PAGES
+from kvmnest.lab.session import Session, Sink, Times
+from kvmnest.lab.snapshot import SnapshotError
+
+SNAPSHOTS_KEPT = 3  # some 170 MB each
+SNAPSHOT_FORMAT = 1
 
 # Start code that costs much here and serves nothing that a KVM test uses: tracing, BTF for BPF,
 # certificates, debug directories. Names that a kernel does not know are ignored by it.
@@ -39,8 +35,7 @@ CMDLINE = (
     # XSAVEC and XSAVES (Bochs reports a size that Linux warns about), FSRM, APERFMPERF
     "clearcpuid=580,321,323,124 initcall_blacklist=" + ",".join(_SKIPPED_INITCALLS)
 )
-BOOT_LIMIT = 60.0
-_GUEST_ENV = {
+GUEST_ENV = {
     "PATH": "/usr/bin:/bin",
     "HOME": "/root",
     "LANG": "C.UTF-8",
@@ -48,8 +43,6 @@ _GUEST_ENV = {
     "PYTHONDONTWRITEBYTECODE": "1",
     "PYTHONNOUSERSITE": "1",
 }
-
-Sink = Callable[[bytes], object]
 
 
 def _ignore(_: bytes) -> None:
@@ -61,16 +54,6 @@ def _write_out(data: bytes) -> None:
     sys.stdout.buffer.flush()
 
 
-@dataclass
-class Times:
-    """Host seconds of one run: preparing files, start to userspace, start to first event."""
-
-    prepare: float = 0.0
-    boot: float = 0.0
-    first_event: float = 0.0
-    total: float = 0.0
-
-
 class Lab:
     """A kernel and its KVM parameters; each ``run`` boots it anew.
 
@@ -79,8 +62,8 @@ class Lab:
     loaded instead of the kernel's own, ``bochs`` the emulator to use. Preparing happens here:
     raises LabSetupError, KernelSpecError or UsageError.
 
-    After a run ``info`` is what the guest reported (release, params), ``times`` how long it
-    took, ``kernel_log`` the guest's kernel messages of level warning and worse.
+    The first boot of a kernel is saved when it waits for what to do, with no KVM module loaded
+    yet; later runs continue from there. ``snapshots=False`` boots from cold each time.
     """
 
     def __init__(
@@ -90,24 +73,27 @@ class Lab:
         kvm_modules: str | os.PathLike[str] | None = None,
         cpus: int = 1,
         bochs: str | None = None,
-        memory: int = 256,
+        snapshots: bool = True,
     ) -> None:
         """Resolve the kernel and build what is not yet cached."""
         if not 1 <= cpus <= 8:
             raise UsageError(f"the lab has 1 to 8 CPUs, not {cpus}")
         started = time.monotonic()
-        self.cpus, self.memory = cpus, memory
+        self.cpus = cpus
         self.emulator = _locate(bochs)
         self.kernel = kernels.resolve(kernel)
         self.params = {"nested": "1"} | dict(kvm_params or {})
         files = dict(self.kernel.modules)
         if kvm_modules is not None:
-            files |= _replacements(Path(kvm_modules), self.kernel)
-        self._modules, self._arguments = _plan(self.kernel, files, self.params)
-        self._layers = [rootfs.python_layer(), rootfs.site_layer(), rootfs.kvmnest_layer()]
-        self._layers.append(_module_layer(self._modules))
-        self.info: dict[str, object] = {}
-        self.kernel_log = b""
+            files |= plan.replacements(Path(kvm_modules), self.kernel)
+        self._modules, self._arguments = plan.plan(self.kernel, files, self.params)
+        self._layers = [rootfs.python_layer(), rootfs.site_layer(), rootfs.boot_layer()]
+        self._files, self._mtimes = rootfs.kvmnest_files()
+        self._files |= plan.module_files(self._modules)
+        size = sum(layer.path.stat().st_size for layer in self._layers)
+        self._memory = image.memory_for(self.kernel.end, size)
+        self._snapshots = snapshots and self.emulator.debugger
+        self._session: Session | None = None
         self.times = Times(prepare=time.monotonic() - started)
 
     def __enter__(self) -> "Lab":
@@ -116,6 +102,16 @@ class Lab:
 
     def __exit__(self, *_: object) -> None:
         """Nothing is left running between runs."""
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """What the guest of the last run reported: release, cpus, uptime, params."""
+        return self._session.info if self._session is not None else {}
+
+    @property
+    def kernel_log(self) -> bytes:
+        """Kernel messages of level warning and worse of the last run."""
+        return self._session.kernel_log if self._session is not None else b""
 
     def run(
         self,
@@ -135,46 +131,124 @@ class Lab:
         ``on_event`` gets each line that the command writes to ``guest.EVENTS_PATH``,
         ``on_output`` and ``on_error`` its stdout and stderr, ``on_kernel`` kernel warnings.
         ``idle_limit`` is how many seconds may pass without a sign of life, ``limit`` how many
-        altogether. ``files`` are put into the guest: absolute path -> content.
+        altogether. ``files`` are put into the guest: absolute path -> content. Commands
+        ``python3 -m`` and ``python3 -c`` run in a fork of the guest's first process, which has
+        pytest and its like loaded.
 
         Raises LabPanic, LabHang, LabLost, LabModuleError with the console's tail.
         """
-        session = _Session(self, on_event, on_output, on_error or on_output, on_kernel)
-        job = {
-            "argv": list(argv),
-            "env": _GUEST_ENV | dict(env or {}),
-            "cwd": "/root",
-            "modules": [
-                (f"/modules/{m.name}.ko", self._arguments.get(m.name, "")) for m in self._modules
-            ],
-            "log_level": 4,
-        }
-        layers = [*self._layers, rootfs.job_layer(job, dict(files or {}))]
+        job = self._job(argv, env or {}, files or {})
+        self.times = Times(prepare=self.times.prepare)
         with bochs.Bochs(self.emulator) as emulator:
             try:
-                with open(emulator.folder / "memory.img", "wb") as f:
-                    layout = image.write(
-                        f, self.kernel.image, layers, self._command_line(), self.cpus, self.memory
-                    )
                 shutil.copyfile(_rom(), emulator.folder / "boot.rom")
+                waiting = self._start(emulator, job)
             except OSError as e:
                 raise LabSetupError(cache.describe(e, "writing the lab's memory image")) from e
-            emulator.start(layout, self.cpus)
-            return session.follow(emulator, idle_limit, limit)
+            while True:
+                self._session = session = Session(
+                    self.times, on_event, on_output, on_error or on_output, on_kernel, waiting
+                )
+                try:
+                    return session.follow(emulator, self.cpus, idle_limit, limit)
+                except SnapshotError:
+                    emulator.stop()
+                    self._snapshots = False
+                    waiting = self._start(emulator, job)
+
+    def _start(self, emulator: bochs.Bochs, job: bytes) -> Sink:
+        """Start the emulator in the best way there is; returns what to do when it waits."""
+        key = self._snapshot_key()
+        saved = cache.existing("snapshots", key) if self._snapshots else None
+        if len(job) > snapshot.capacity(MAILBOX_PAGES):
+            saved, self._snapshots = None, False
+        if saved is not None:
+            try:
+                self._resume(emulator, saved, job)
+            except SnapshotError:
+                emulator.stop()
+                cache.drop(saved)
+            else:
+                return _ignore
+        layers = [layer.read() for layer in self._layers]
+        if not self._snapshots:
+            layers.append(rootfs.job_layer(job))
+        with open(emulator.folder / "memory.img", "wb") as f:
+            image.write(f, self.kernel.image(), layers, self._command_line(), self.cpus,
+                        self._memory)  # fmt: skip
+        emulator.start(self._memory, self.cpus, saved=self._snapshots)
+        if not self._snapshots:
+            return _ignore
+        if not emulator.wait_prompt():
+            raise LabLost(f"the emulator did not start: {emulator.verdict()}")
+        emulator.go_on()
+
+        def save(mark: bytes) -> None:
+            pid = emulator.pid
+            mailbox: list[int] = []
+
+            def build(folder: Path) -> None:
+                mailbox.extend(snapshot.take(pid, folder, mark, MAILBOX_PAGES))
+
+            cache.entry("snapshots", key, build, keep=SNAPSHOTS_KEPT)
+            if not mailbox:  # another run of the same lab was faster
+                mailbox.extend(snapshot.take(pid, None, mark, MAILBOX_PAGES))
+            snapshot.fill_mailbox(pid, mailbox, job)
+
+        return save
+
+    def _resume(self, emulator: bochs.Bochs, saved: Path, job: bytes) -> None:
+        """Start an emulator that only has the right shape, and put the saved one into it."""
+        (emulator.folder / "memory.img").write_bytes(bytes(image.BLOCK))
+        emulator.start(self._memory, self.cpus, saved=True)
+        if not emulator.wait_prompt():
+            raise SnapshotError("the emulator shows no prompt")
+        snapshot.resume(emulator.pid, saved, job)
+        emulator.reset_terminal()
+        self.times.resumed = True
+
+    def _snapshot_key(self) -> str:
+        machine = os.uname()
+        return cache.digest([
+            SNAPSHOT_FORMAT, self.emulator.stamp(), self.kernel.key, self._command_line(),
+            bochs.configuration(self.emulator, self._memory, self.cpus), bochs.MSRS,
+            _rom().read_bytes(), *(layer.key for layer in self._layers),
+            machine.release, machine.version, _host_cpu(),
+        ])  # fmt: skip
+
+    def _job(
+        self, argv: Sequence[str], env: Mapping[str, str], files: Mapping[str, bytes]
+    ) -> bytes:
+        modules = [(plan.module_path(m.name), self._arguments.get(m.name, ""))
+                   for m in self._modules]  # fmt: skip
+        return marshal.dumps({
+            "argv": list(argv),
+            "env": GUEST_ENV | dict(env),
+            "cwd": "/root",
+            "modules": modules,
+            "files": self._files | dict(files),
+            "mtimes": self._mtimes,
+            "log_level": 4,
+        })  # fmt: skip
 
     def _command_line(self) -> str:
         loaded = {m.name for m in self._modules}
-        builtin = [
-            f"{name}.{setting}"
-            for name, line in self._arguments.items()
-            if name not in loaded
-            for setting in line.split()
-        ]
-        return " ".join([CMDLINE, *builtin, f"rdinit=/{rootfs.PYTHON} -- -I -S /kvmnest/init.py"])
+        builtin = [f"{name}.{setting}" for name, line in self._arguments.items()
+                   if name not in loaded for setting in line.split()]  # fmt: skip
+        environment = [f"{name}={value}" for name, value in GUEST_ENV.items()]
+        start = f"rdinit=/{rootfs.PYTHON} -- /{rootfs.INIT}"
+        return " ".join([CMDLINE, *builtin, *environment, start])
 
 
 def _locate(path: str | None) -> bochs.Emulator:
     return bochs.locate(path)
+
+
+def _host_cpu() -> str:
+    """Model and features of this machine's CPU, which a saved process has adapted to."""
+    with open("/proc/cpuinfo") as f:
+        return "".join(line for line in f.read().partition("\n\n")[0].splitlines(True)
+                       if line.startswith(("model name", "flags", "microcode")))  # fmt: skip
 
 
 def _rom() -> Path:
@@ -184,156 +258,3 @@ def _rom() -> Path:
 
         build.build()
     return path
-
-
-def _replacements(folder: Path, kernel: kernels.Kernel) -> dict[str, Path]:
-    """The user's own KVM modules, checked to be built for this very kernel."""
-    if not folder.is_dir():
-        raise KernelSpecError(f"{folder}: no such directory")
-    found = {n: p for n, p in modules.find(folder).items() if n in kernels.MODULES}
-    if not found:
-        raise KernelSpecError(f"{folder} has no kvm.ko or kvm-intel.ko")
-    own = [modules.read(p).vermagic for n, p in kernel.modules.items() if n in kernels.MODULES]
-    for path in found.values():
-        vermagic = modules.read(path).vermagic
-        if own and vermagic.split() != own[0].split():
-            raise KernelSpecError(
-                f"{path} was built for {vermagic.strip()}, the kernel is {own[0].strip()}"
-            )
-    return found
-
-
-def _plan(
-    kernel: kernels.Kernel, files: Mapping[str, Path], params: Mapping[str, str]
-) -> tuple[list[modules.Module], dict[str, str]]:
-    """Modules in load order, and the parameter line of each. Raises UsageError, KernelSpecError."""
-    where = f"kernel {kernel.release}"
-    order = modules.load_order(kernels.MODULES, files, kernel.builtin, where)
-    known = {m.name: m.parameters for m in order}
-    lines: dict[str, list[str]] = {}
-    for name, value in params.items():
-        module, dot, parameter = name.replace("kvm-intel.", "kvm_intel.").rpartition(".")
-        if not dot:
-            module = "kvm" if parameter in known.get("kvm", ()) else "kvm_intel"
-        if module not in kernels.MODULES:
-            raise UsageError(f"{name}: the lab sets parameters of kvm and kvm_intel only")
-        if module in known and parameter not in known[module]:
-            raise UsageError(f"{module} of {where} has no parameter {parameter}")
-        lines.setdefault(module, []).append(f"{parameter}={value}")
-    return order, {module: " ".join(line) for module, line in lines.items()}
-
-
-def _module_layer(order: Sequence[modules.Module]) -> bytes:
-    contents = {m.name: m.path.read_bytes() for m in order}
-    key = cache.digest([1, *(part for item in contents.items() for part in item)])
-
-    def build(folder: Path) -> None:
-        archive = Cpio()
-        for module in order:
-            archive.file(f"modules/{module.name}.ko", modules.lean(module.path))
-        (folder / "layer.cpio").write_bytes(archive.finish())
-
-    return (cache.entry("modules", key, build) / "layer.cpio").read_bytes()
-
-
-class _Session:
-    """Follows one running guest to its end."""
-
-    def __init__(
-        self, lab: Lab, on_event: Sink, on_output: Sink, on_error: Sink, on_kernel: Sink
-    ) -> None:
-        self._lab = lab
-        self._sinks = {channel.STDOUT: on_output, channel.STDERR: on_error}
-        self._on_event, self._on_kernel = on_event, on_kernel
-        self._partial = b""
-        self._started = time.monotonic()
-        self._status: int | None = None
-        self._decoder = channel.Decoder()
-
-    def follow(self, emulator: bochs.Bochs, idle_limit: float | None, limit: float | None) -> int:
-        """Dispatch frames until the exit status arrives."""
-        self._emulator = emulator
-        self._started = last_sign = time.monotonic()
-        poll = select.poll()
-        poll.register(emulator.output, select.POLLIN)
-        console_size = 0
-        self._lab.info, self._lab.kernel_log = {}, b""
-        while self._status is None:
-            data = b""
-            if poll.poll(200):
-                try:
-                    data = os.read(emulator.output, 1 << 16)
-                except OSError:  # EIO: the other side of the terminal is closed
-                    data = b""
-            now = time.monotonic()
-            if data:
-                self._receive(data)
-                last_sign = now
-                continue
-            size = emulator.console_size()
-            if size != console_size:
-                console_size, last_sign = size, now
-                self._check_panic()
-            if emulator.ended():
-                raise LabLost(f"the emulator ended: {emulator.verdict()}", self._tail())
-            self._check_time(now, last_sign, idle_limit, limit)
-        self._lab.times.total = time.monotonic() - self._started
-        return os.waitstatus_to_exitcode(self._status)
-
-    def _receive(self, data: bytes) -> None:
-        try:
-            for kind, payload in self._decoder.feed(data):
-                self._dispatch(kind, payload)
-        except channel.ChannelError as e:
-            raise LabRunError(f"the lab's channel is damaged: {e}", self._tail()) from e
-
-    def _dispatch(self, kind: int, payload: bytes) -> None:
-        times = self._lab.times
-        if kind in self._sinks:
-            self._sinks[kind](payload)
-        elif kind == channel.EVENT:
-            times.first_event = times.first_event or time.monotonic() - self._started
-            *lines, self._partial = (self._partial + payload).split(b"\n")
-            for line in lines:
-                self._on_event(line)
-        elif kind == channel.KLOG:
-            self._lab.kernel_log += payload
-            self._on_kernel(payload)
-        elif kind == channel.READY:
-            times.boot, times.first_event = time.monotonic() - self._started, 0.0
-            self._lab.info = marshal.loads(payload)
-            self._emulator.drop_images()
-        elif kind == channel.EXIT:
-            self._status = marshal.loads(payload)
-        elif kind == channel.MODULE_ERROR:
-            name, error, log = marshal.loads(payload)
-            lines = log.decode(errors="replace").strip().splitlines()
-            raise LabModuleError(
-                f"{name} did not load: {os.strerror(error)}", "\n".join(lines[-3:])
-            )
-        else:
-            raise LabRunError(
-                f"the lab's guest failed: {payload.decode(errors='replace')}", self._tail()
-            )
-
-    def _check_panic(self) -> None:
-        console = self._emulator.console()
-        at = console.find("Kernel panic - not syncing")
-        if at < 0:
-            return
-        self._emulator.wait_end(1.0)  # let it print the rest
-        lines = self._emulator.console()[console.rfind("\n", 0, at) + 1 :].splitlines()
-        raise LabPanic("the guest kernel panicked", "\n".join(lines[:20]))
-
-    def _check_time(
-        self, now: float, last_sign: float, idle: float | None, limit: float | None
-    ) -> None:
-        if not self._lab.info and now - self._started > BOOT_LIMIT * self._lab.cpus:
-            raise LabHang(f"the guest did not boot within {BOOT_LIMIT:.0f} s", self._tail())
-        if idle is not None and now - last_sign > idle:
-            raise LabHang(f"the guest said nothing for {idle:.0f} s", self._tail())
-        if limit is not None and now - self._started > limit:
-            raise LabHang(f"the run took longer than {limit:.0f} s", self._tail())
-
-    def _tail(self) -> str:
-        return "\n".join(self._emulator.console().splitlines()[-20:])

@@ -15,15 +15,17 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import kvmnest
 from kvmnest.lab import cache, tools
+from kvmnest.lab.compiling import compile_sources, rewritten
 from kvmnest.lab.cpio import Cpio, names
 from kvmnest.lab.errors import LabSetupError
 
-FORMAT = 1  # bump when the content of a layer changes for the same inputs
+FORMAT = 2  # bump when the content of a layer changes for the same inputs
 SITE = "site"  # packages live here; PYTHONPATH names it
 PYTHON = "usr/bin/python3"
 _STDLIB = f"usr/lib/python{sys.version_info[0]}.{sys.version_info[1]}"
@@ -56,103 +58,24 @@ _SITE_KEEP = (
 )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Layer:
+    """A cached archive: what it was made from, and where it is."""
+
+    key: str
+    path: Path
+
+    def read(self) -> bytes:
+        """The archive."""
+        return self.path.read_bytes()
+
+
+def _layer(kind: str, key: str, build: Callable[[Path], None]) -> Layer:
+    return Layer(key, cache.entry(kind, key, build) / "layer.cpio")
+
+
 def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-
-
-_COMPILER = """
-import marshal, sys
-jobs = marshal.load(sys.stdin.buffer)
-done = []
-for path, name, level in jobs:
-    with open(path, "rb") as f:
-        source = f.read()
-    try:
-        code = compile(source, name, "exec", optimize=level, dont_inherit=True)
-        done.append(marshal.dumps(code))
-    except (SyntaxError, ValueError):
-        done.append(b"")
-marshal.dump(done, sys.stdout.buffer)
-"""
-
-
-def compile_sources(jobs: list[tuple[str, str, int]]) -> list[bytes]:
-    """Compile (path, name in tracebacks, optimisation level) to .pyc images, in order.
-
-    They have no column positions (a third less to load) and are "unchecked": the guest never
-    compares them with a source. A file that is no valid Python gives b"".
-    """
-    shares = min(os.cpu_count() or 1, 4)
-    command = [sys.executable, "-I", "-S", "-X", "no_debug_ranges", "-c", _COMPILER]
-    workers = []
-    for share in range(shares):
-        worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        assert worker.stdin is not None
-        marshal.dump(jobs[share::shares], worker.stdin)
-        worker.stdin.close()
-        workers.append(worker)
-    results = [b""] * len(jobs)
-    for share, worker in enumerate(workers):
-        assert worker.stdout is not None
-        output = worker.stdout.read()
-        if worker.wait():
-            raise LabSetupError(
-                f"compiling Python for the guest failed (status {worker.returncode})"
-            )
-        results[share::shares] = marshal.loads(output)
-    header = importlib.util.MAGIC_NUMBER + b"\1\0\0\0" + bytes(8)
-    return [header + code if code else b"" for code in results]
-
-
-_REWRITER = """
-import ast, importlib.util, marshal, os, sys, tempfile
-from pathlib import Path
-from _pytest.assertion.rewrite import PYC_TAIL, _read_pyc, rewrite_asserts
-
-def formats(source, mtime):
-    # pytest checks the source by its hash (from 9 on) or by time and size.
-    yield (3).to_bytes(4, "little") + importlib.util.source_hash(source)
-    size = (len(source) & 0xFFFFFFFF).to_bytes(4, "little")
-    yield bytes(4) + mtime.to_bytes(4, "little") + size
-
-def accepted(path, pyc):
-    with tempfile.TemporaryDirectory() as folder:
-        target = Path(folder, "x.pyc")
-        target.write_bytes(pyc)
-        return _read_pyc(Path(path), target) is not None
-
-done = []
-for path, name, mtime in marshal.load(sys.stdin.buffer):
-    source = Path(path).read_bytes()
-    tree = ast.parse(source, filename=name)
-    rewrite_asserts(tree, source, name)
-    code = marshal.dumps(compile(tree, name, "exec", dont_inherit=True))
-    pycs = (importlib.util.MAGIC_NUMBER + stamp + code for stamp in formats(source, mtime))
-    done.append(next(pyc for pyc in pycs if accepted(path, pyc)))
-marshal.dump((PYC_TAIL, done), sys.stdout.buffer)
-"""
-
-
-def rewritten(files: list[tuple[Path, str]]) -> dict[str, bytes]:
-    """Compile (path, guest path) as pytest rewrites it: cache file name -> content.
-
-    Rewriting the suite's assertions in the guest takes ten times as long as running it. A pytest
-    that does not offer the function this needs gives {}, and the guest rewrites.
-    """
-    jobs = [(str(path), name, int(path.stat().st_mtime) & 0xFFFFFFFF) for path, name in files]
-    done = subprocess.run(
-        [sys.executable, "-X", "no_debug_ranges", "-c", _REWRITER],
-        input=marshal.dumps(jobs),
-        capture_output=True,
-        check=False,
-    )
-    if done.returncode:
-        return {}
-    tail, results = marshal.loads(done.stdout)
-    return {
-        f"{name.rpartition('/')[0]}/__pycache__/{path.stem}{tail}": pyc
-        for (path, name), pyc in zip(files, results, strict=True)
-    }
 
 
 def _stripped(path: Path) -> bytes:
@@ -221,7 +144,7 @@ def _save(folder: Path, archive: Cpio) -> None:
     (folder / "layer.cpio").write_bytes(archive.finish())
 
 
-def python_layer() -> bytes:
+def python_layer() -> Layer:
     """Interpreter, standard library, shared libraries."""
     exe, loader = _interpreter_and_loader()
     sources, extensions = list(_stdlib_files()), _extension_files()
@@ -247,7 +170,7 @@ def python_layer() -> bytes:
         _save(folder, archive)
 
     key = cache.digest([FORMAT, sys.version, *_stamp(inputs)])
-    return (cache.entry("python", key, build) / "layer.cpio").read_bytes()
+    return _layer("python", key, build)
 
 
 def _requirements(roots: Iterable[str]) -> dict[str, importlib.metadata.Distribution]:
@@ -274,7 +197,7 @@ def _requirements(roots: Iterable[str]) -> dict[str, importlib.metadata.Distribu
     return found
 
 
-def site_layer() -> bytes:
+def site_layer() -> Layer:
     """The packages that kvmnest runs on: compiled modules, extension modules, entry points."""
     _, loader = _interpreter_and_loader()
     files: dict[str, Path] = {}
@@ -296,55 +219,77 @@ def site_layer() -> bytes:
                 libraries |= {lib.name: lib for lib in _libraries(loader, path)}
             elif not name.endswith(".py"):
                 archive.file(f"{SITE}/{name}", path.read_bytes())
-        inside = {Path(n).name for n in files} | {Path(n).name for n in names(python_layer())}
+        present = {Path(name).name for name in (*files, *names(python_layer().read()))}
         for name, path in sorted(libraries.items()):
-            if name not in inside:
+            if name not in present:
                 archive.file(f"lib/{name}", _stripped(path.resolve()), 0o755)
         _add_pycs(archive, SITE, python, 0)
         _save(folder, archive)
 
     key = cache.digest([FORMAT, sys.version, *sorted(files), *_stamp(files.values())])
-    return (cache.entry("site", key, build) / "layer.cpio").read_bytes()
+    return _layer("site", key, build)
 
 
-def kvmnest_layer() -> bytes:
-    """kvmnest itself: sources (for failure output), compiled code, data."""
+def boot_layer() -> Layer:
+    """The first process: as little of kvmnest as it needs, in a place of its own.
+
+    All of kvmnest comes with the job, so that an edit of it does not make a new boot.
+    """
     base = Path(kvmnest.__file__).parent
-    files = sorted(p for p in base.rglob("*") if p.is_file() and "__pycache__" not in p.parts)
+    sources = [base / name for name in _BOOT_MODULES]
 
     def build(folder: Path) -> None:
         archive = Cpio()
-        sources = [p for p in files if p.suffix == ".py"]
-        for path in files:
-            name = f"{SITE}/kvmnest/{path.relative_to(base)}"
-            archive.file(name, path.read_bytes(), mtime=int(path.stat().st_mtime))
-        jobs = [(str(p), f"/{SITE}/kvmnest/{p.relative_to(base)}", 0) for p in sources]
+        jobs = [(str(p), f"/{BOOT}/kvmnest/{p.relative_to(base)}", 2) for p in sources]
         for path, pyc in zip(sources, compile_sources(jobs), strict=True):
-            where = path.parent.relative_to(base)
-            cached = Path(importlib.util.cache_from_source(path.name)).name
-            archive.file(f"{SITE}/kvmnest/{where}/__pycache__/{cached}".replace("/./", "/"), pyc)
-        by_pytest = [p for p in sources if p.relative_to(base).parts[0] in ("suite", "plugin")]
-        asserts = [(p, f"/{SITE}/kvmnest/{p.relative_to(base)}") for p in by_pytest]
-        for name, pyc in rewritten(asserts).items():
-            archive.file(name.lstrip("/"), pyc)
-        archive.file("kvmnest/init.py", _INIT)
+            archive.file(f"{BOOT}/kvmnest/{path.relative_to(base)}c", pyc)
+        archive.file(INIT, _INIT)
         _save(folder, archive)
 
-    key = cache.digest([FORMAT, sys.version, *_stamp(files), *(p.read_bytes() for p in files)])
-    return (cache.entry("kvmnest", key, build) / "layer.cpio").read_bytes()
+    contents = [path.read_bytes() for path in sources]
+    return _layer("boot", cache.digest([FORMAT, sys.version, _INIT, *contents]), build)
 
 
+BOOT = "kvmnest/boot"
+INIT = "kvmnest/init.py"
+_BOOT_MODULES = ("__init__.py", "lab/__init__.py", "lab/channel.py", "lab/guest.py")
+# sys.path[0] is the script's folder; the guest's code uses that place for the command's.
 _INIT = f"""import sys
-sys.path.append("/{SITE}")
+sys.path[0] = "/{BOOT}"
 from kvmnest.lab.guest import main
 main()
 """.encode()
 
 
-def job_layer(job: dict[str, object], files: dict[str, bytes]) -> bytes:
-    """What this run does: the marshalled ``job`` and extra ``files`` (guest path -> content)."""
+def kvmnest_files() -> tuple[dict[str, bytes], dict[str, int]]:
+    """kvmnest itself: sources (for failure output), compiled code, data.
+
+    Returns guest path -> content and guest path -> modification time (seconds), which Python
+    and pytest compare with their caches.
+    """
+    base = Path(kvmnest.__file__).parent
+    files = sorted(p for p in base.rglob("*") if p.is_file() and "__pycache__" not in p.parts)
+    inside = {path: f"/{SITE}/kvmnest/{path.relative_to(base)}" for path in files}
+    mtimes = {inside[p]: int(p.stat().st_mtime) for p in files}
+
+    def build(folder: Path) -> None:
+        contents = {name: path.read_bytes() for path, name in inside.items()}
+        sources = [p for p in files if p.suffix == ".py"]
+        jobs = [(str(p), inside[p], 0) for p in sources]
+        for path, pyc in zip(sources, compile_sources(jobs), strict=True):
+            cached = Path(importlib.util.cache_from_source(path.name)).name
+            contents[f"{inside[path].rpartition('/')[0]}/__pycache__/{cached}"] = pyc
+        by_pytest = [p for p in sources if p.relative_to(base).parts[0] in ("suite", "plugin")]
+        contents |= rewritten([(p, inside[p]) for p in by_pytest])
+        (folder / "files").write_bytes(marshal.dumps(contents))
+
+    key = cache.digest([FORMAT, sys.version, *_stamp(files), *(p.read_bytes() for p in files)])
+    folder = cache.entry("kvmnest", key, build)
+    return marshal.loads((folder / "files").read_bytes()), mtimes
+
+
+def job_layer(job: bytes) -> bytes:
+    """The archive that brings the marshalled ``job`` to a guest that boots for one run."""
     archive = Cpio()
-    archive.file("kvmnest/job", marshal.dumps(job))
-    for name, content in files.items():
-        archive.file(name.lstrip("/"), content)
+    archive.file("kvmnest/job", job)
     return archive.finish()

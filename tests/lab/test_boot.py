@@ -1,6 +1,7 @@
 """Real boots of Debian's kernel in Bochs. Each takes some ten seconds, so each shows much."""
 
 import contextlib
+import marshal
 import os
 import shutil
 import signal
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from kvmnest.errors import UsageError
-from kvmnest.lab import bochs, kernels, modules
+from kvmnest.lab import bochs, cache, kernels, modules
 from kvmnest.lab.errors import (
     KernelSpecError,
     LabHang,
@@ -72,8 +73,9 @@ def listening_inodes() -> set[str]:
     return found
 
 
-def test_a_command_in_the_guest_reaches_kvm_and_all_its_streams_come_out():
-    lab = Lab(kvm_params={"nested": "1", "enable_shadow_vmcs": "0"})
+@pytest.mark.parametrize("snapshots", [False, True], ids=["cold", "snapshot"])
+def test_a_command_in_the_guest_reaches_kvm_and_all_its_streams_come_out(snapshots):
+    lab = Lab(kvm_params={"nested": "1", "enable_shadow_vmcs": "0"}, snapshots=snapshots)
     events: list[bytes] = []
     out: list[bytes] = []
     err: list[bytes] = []
@@ -106,6 +108,24 @@ def test_a_command_in_the_guest_reaches_kvm_and_all_its_streams_come_out():
     assert not children_of(os.getpid())
 
 
+def test_a_run_continues_from_the_snapshot_and_a_bad_one_is_replaced():
+    command = ["python3", "-c", "import sys; print(len(sys.argv), 'pytest' in sys.modules)", "a"]
+    outputs: list[bytes] = []
+    lab = Lab()
+    assert lab.run(command, on_output=outputs.append) == 0
+    assert lab.run(command, on_output=outputs.append) == 0
+    assert lab.times.resumed
+    assert lab.times.boot < 20
+    # Bytes of another process: the check of addresses must notice, and the run must go on.
+    saved = max((cache.root() / "snapshots").iterdir(), key=lambda p: p.stat().st_mtime)
+    state = marshal.loads((saved / "state").read_bytes())
+    state["fixed"] = [(start, *rest[:-1], "other") for start, *rest in state["fixed"]]
+    (saved / "state").write_bytes(marshal.dumps(state))
+    assert lab.run(command, on_output=outputs.append) == 0
+    assert not lab.times.resumed
+    assert outputs == [b"2 True\n"] * 3
+
+
 def test_a_guest_panic_is_named_with_its_first_lines():
     started = time.monotonic()
     with pytest.raises(LabPanic, match="sysrq triggered crash") as caught:
@@ -119,12 +139,13 @@ def test_a_silent_guest_is_a_hang_and_a_killed_emulator_is_lost():
     with pytest.raises(LabHang, match="nothing for 2 s"):
         lab.run(["python3", "-c", "while True: pass"], idle_limit=2)
 
-    def kill(_: bytes) -> None:
-        os.kill(bochs_of(os.getpid()), signal.SIGKILL)
+    def kill(data: bytes) -> None:
+        if data.startswith(b"up"):
+            os.kill(bochs_of(os.getpid()), signal.SIGKILL)
 
     started = time.monotonic()
     with pytest.raises(LabLost, match="SIGKILL"):
-        lab.run(["python3", "-uc", "print(1)\nwhile True: pass"], on_output=kill)
+        lab.run(["python3", "-c", "print('up', flush=True)\nwhile True: pass"], on_output=kill)
     assert time.monotonic() - started < 60
 
 

@@ -186,7 +186,7 @@ def test_flatten_by_physical_address():
 def test_memory_picture_is_one_contiguous_range():
     kernel = KernelImage(b"K" * 70_000, 0x1000000, 0x1200123, 0x1000000, b"")
     out = io.BytesIO()
-    layout = image.write(out, kernel, [b"one", b"second"], "quiet", cpus=2)
+    layout = image.write(out, kernel, [b"one", b"second"], "quiet", 2, 288)
     data = out.getvalue()
     start, size = layout.initrd
     assert start % 0x200000 == 0
