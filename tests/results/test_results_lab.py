@@ -45,7 +45,7 @@ def test_a_kernel_that_dies_costs_one_case(tmp_path):
         "def test_before(l1): assert l1.has_vmx and ANSWER == 42\n"
         "def test_panic():\n"
         "    open('/proc/sysrq-trigger', 'w').write('c')\n"
-        "def test_after(l1): assert l1.vmxon(l1.sym('vmxon')) or True\n"
+        "def test_after(l1): assert l1.has_vmx\n"
     )
     done, document = run(tmp_path, "test_mine.py")
     assert done.returncode == 3, done.stdout
