@@ -23,13 +23,17 @@ class Guest:
         self.vcpu = vm.create_vcpu(vcpu_id)
 
     def load(self, code: bytes, at: int = CODE, **registers: int) -> None:
-        """Put ``code`` at ``at`` and point the vCPU to it."""
+        """Put ``code`` at ``at`` and point the vCPU to it, with interrupts on.
+
+        Bochs 2.7, on which the lab runs KVM, takes no interrupt of the host while a guest loops
+        with IF clear: the host would stop for good.
+        """
         self.memory.write(at, code)
         sregs = self.vcpu.get_sregs()
         sregs.cs.base = sregs.cs.selector = 0
         self.vcpu.set_sregs(sregs)
         regs = self.vcpu.get_regs()
-        regs.rip, regs.rsp, regs.rflags = at, STACK, 2
+        regs.rip, regs.rsp, regs.rflags = at, STACK, 0x202
         for name, value in registers.items():
             setattr(regs, name, value)
         self.vcpu.set_regs(regs)
