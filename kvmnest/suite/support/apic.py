@@ -1,0 +1,77 @@
+"""L1's local APIC in x2APIC mode: interrupts and NMIs that the vCPU sends to itself."""
+
+from __future__ import annotations
+
+from kvmnest.l1 import L1
+from kvmnest.vmx import Msr
+from kvmnest.vmx.outcome import Succeed
+
+#: Bits 11:10 of IA32_APIC_BASE: APIC enabled, in x2APIC mode.
+_X2APIC = 0xC00
+#: Spurious-interrupt vector register: APIC enabled by software, vector 255.
+_ENABLED = 0x1FF
+#: Interrupt command: delivery mode NMI, physical destination 0 in bits 63:32.
+NMI_TO_SELF = 0x400
+_IF = 0x202
+
+
+class Apic:
+    """The local APIC of L1's first vCPU; what L1 takes is counted and acknowledged."""
+
+    def __init__(self, l1: L1) -> None:
+        self.l1 = l1
+        base = l1.rdmsr(Msr.APIC_BASE)
+        assert isinstance(base, Succeed)
+        assert l1.wrmsr(Msr.APIC_BASE, base.value | _X2APIC) == Succeed()
+        assert l1.wrmsr(Msr.X2APIC_SIVR, _ENABLED) == Succeed()
+        l1.write_int(l1.cpu.block + l1.sym("CPU_EOI"), l1.sym("EOI_X2APIC"))
+
+    def send(self, vector: int) -> None:
+        """Send an interrupt to L1 itself; it waits, since L1 runs with RFLAGS.IF clear."""
+        assert self.l1.wrmsr(Msr.X2APIC_SELF_IPI, vector) == Succeed()
+
+    def requested(self) -> list[int]:
+        """Vectors that wait (the interrupt-request register)."""
+        return self._bits(Msr.X2APIC_IRR0)
+
+    def in_service(self) -> list[int]:
+        """Vectors that were taken and not yet acknowledged (the in-service register)."""
+        return self._bits(Msr.X2APIC_ISR0)
+
+    def _bits(self, first: int) -> list[int]:
+        vectors = []
+        for number in range(8):
+            part = self.l1.rdmsr(first + number)
+            assert isinstance(part, Succeed)
+            vectors += [32 * number + bit for bit in range(32) if part.value >> bit & 1]
+        return vectors
+
+    def end(self) -> None:
+        """Acknowledge the interrupt in service (EOI)."""
+        assert self.l1.wrmsr(Msr.X2APIC_EOI, 0) == Succeed()
+
+    def open_window(self) -> list[int]:
+        """Let L1 run an instruction with RFLAGS.IF set; the vectors that it takes."""
+        before = self._count("CPU_IRQ_COUNT")
+        assert self.l1.call(b"\x90", rflags=_IF) == Succeed()
+        vectors = self.l1.cpu.block + self.l1.sym("CPU_IRQ_VECTORS")
+        taken = range(before, self._count("CPU_IRQ_COUNT"))
+        return [self.l1.read_int(vectors + number % 16, 1) for number in taken]
+
+    @property
+    def nmis(self) -> int:
+        """NMIs that L1 took."""
+        return self._count("CPU_NMI_COUNT")
+
+    def _count(self, name: str) -> int:
+        return self.l1.read_int(self.l1.cpu.block + self.l1.sym(name))
+
+
+def send_in_l2(vector: int) -> dict[str, int]:
+    """Registers with which WRMSR in L2 sends the vCPU an interrupt (MSR bitmaps open)."""
+    return {"rcx": Msr.X2APIC_SELF_IPI, "rax": vector, "rdx": 0}
+
+
+def send_nmi_in_l2() -> dict[str, int]:
+    """Registers with which WRMSR in L2 sends the vCPU an NMI (MSR bitmaps open)."""
+    return {"rcx": Msr.X2APIC_ICR, "rax": NMI_TO_SELF, "rdx": 0}
