@@ -79,7 +79,7 @@ class LabTarget:
         files = self._files | rewritten(light=light)
         if self._collected and light:
             files[_PLAN] = self._collected.plan
-            argv = ["python3", "-S", "-m", "kvmnest.cases.light", _PLAN, EVENTS_PATH, str(first)]
+            argv = ["python3", "-m", "kvmnest.cases.light", _PLAN, EVENTS_PATH, str(first)]
         else:
             argv = ["python3", "-m", "pytest", *arguments]
             argv += [f"--kvmnest-from={first}", f"--kvmnest-events={EVENTS_PATH}"]
