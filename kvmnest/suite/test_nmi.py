@@ -1,0 +1,282 @@
+"""NMIs: exits, delivery in L2, injection, blocking and unblocking, NMI-window exiting."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvmnest.l1 import L1, code
+from kvmnest.suite.support.apic import Apic, send_nmi_in_l2
+from kvmnest.suite.support.bitmaps import set_msr_bitmap
+from kvmnest.suite.support.guest import NOT_VALID, Guest
+from kvmnest.vmx import (
+    ExitReason,
+    Field,
+    IntrType,
+    PinCtl,
+    ProcCtl,
+    Vector,
+    intr_info,
+)
+from kvmnest.vmx.outcome import Exit, Fault, HostExit, Succeed
+
+pytestmark = [pytest.mark.series(20), pytest.mark.sdm("Non-maskable interrupts (NMIs)")]
+
+NMI_INFO = intr_info(Vector.NMI, IntrType.NMI)
+#: Bit 3 of the guest interruptibility state: blocking by NMI, or virtual-NMI blocking.
+BLOCKED = 8
+MOV_SS = b"\x8e\xd0"
+IRETQ = b"\x48\xcf"
+OUT_80 = code.out8(0x80)
+VIRTUAL = pytest.mark.needs(PinCtl.NMI_EXITING, PinCtl.VIRTUAL_NMIS)
+WINDOW = pytest.mark.needs(PinCtl.VIRTUAL_NMIS, ProcCtl.NMI_WINDOW_EXITING)
+
+
+def _guest(l1: L1, *flags: PinCtl | ProcCtl) -> Guest:
+    guest = Guest(l1, ProcCtl.USE_MSR_BITMAPS, *flags)
+    set_msr_bitmap(l1)
+    return guest
+
+
+def _nmi_exit(guest: Guest, offset: int = 0) -> Exit:
+    return Exit(
+        ExitReason.EXCEPTION_NMI,
+        qualification=0,
+        rip=guest.at(offset),
+        intr_info=NMI_INFO,
+        idt_info=NOT_VALID,
+    )
+
+
+def _window(guest: Guest, offset: int = 0) -> Exit:
+    return Exit(
+        ExitReason.NMI_WINDOW,
+        qualification=0,
+        rip=guest.at(offset),
+        intr_info=NOT_VALID,
+        idt_info=NOT_VALID,
+    )
+
+
+def _blocking(guest: Guest) -> int:
+    (value,) = guest.vmcs.read(Field.GUEST_INTERRUPTIBILITY_INFO)
+    return value
+
+
+def _iret_frame(guest: Guest, behind: int = 2) -> int:
+    """Write a frame for an IRETQ that goes on at this offset of L2's code; its address."""
+    l1 = guest.l1
+    stack = l1.sym("l2_stack_top") - 64
+    frame = (l1.sym("l2_code") + behind, l1.sym("SEL_CODE64"), 0x2, stack, l1.sym("SEL_DATA"))
+    l1.write(stack, b"".join(word.to_bytes(8, "little") for word in frame))
+    return stack
+
+
+@pytest.mark.needs(PinCtl.NMI_EXITING)
+def test_nmi_exit(l1: L1) -> None:
+    """With NMI exiting an NMI leaves L2 at the next boundary; L1 does not get it once more."""
+    apic, guest = Apic(l1), _guest(l1, PinCtl.NMI_EXITING)
+    for flags in (0x2, 0x202):
+        seen = guest.run(code.NOP + code.WRMSR + code.NOP, send_nmi_in_l2(), GUEST_RFLAGS=flags)
+        assert seen == _nmi_exit(guest, 3)
+        assert _blocking(guest) == 0
+        # L1's IRETs unblock NMIs: none is left over.
+        assert l1.call(code.NOP) == Succeed()
+        assert apic.nmis == 0
+        assert guest.go_on() == Succeed()
+
+
+@VIRTUAL
+@pytest.mark.sdm("Virtual NMIs")
+def test_nmi_exit_with_virtual_nmis(l1: L1) -> None:
+    """Virtual-NMI blocking holds back no NMI exit, and stays as it was."""
+    apic, guest = Apic(l1), _guest(l1, PinCtl.NMI_EXITING, PinCtl.VIRTUAL_NMIS)
+    for blocking in (0, BLOCKED):
+        seen = guest.run(
+            code.WRMSR + code.NOP, send_nmi_in_l2(), GUEST_INTERRUPTIBILITY_INFO=blocking
+        )
+        assert seen == _nmi_exit(guest, 2)
+        assert _blocking(guest) == blocking
+        assert guest.go_on() == Succeed()
+    assert l1.call(code.NOP) == Succeed()
+    assert apic.nmis == 0
+
+
+@pytest.mark.needs(PinCtl.NMI_EXITING)
+def test_nmi_from_the_host(l1: L1) -> None:
+    """KVM_NMI while L2 runs becomes an NMI exit, ahead of L2's next instruction."""
+    guest = _guest(l1, PinCtl.NMI_EXITING)
+    assert isinstance(guest.run(code.NOP + OUT_80 + code.NOP), HostExit)
+    l1.vcpu.nmi()
+    assert guest.resume() == _nmi_exit(guest, 3)
+    assert guest.go_on() == Succeed()
+
+
+@pytest.mark.needs(PinCtl.NMI_EXITING)
+def test_nmi_exit_comes_before_an_interrupt_exit(l1: L1) -> None:
+    """NMI and external interrupt at one boundary: the NMI first, then the interrupt."""
+    apic, guest = Apic(l1), _guest(l1, PinCtl.NMI_EXITING, PinCtl.EXTERNAL_INTERRUPT_EXITING)
+    assert isinstance(guest.run(OUT_80 + code.NOP), HostExit)
+    l1.vcpu.nmi()
+    l1.vm.signal_msi(0xFEE00000, 0x61)
+    assert guest.resume() == _nmi_exit(guest, 2)
+    seen = guest.go_on()
+    assert (seen.reason, seen.rip) == (ExitReason.EXTERNAL_INTERRUPT, guest.at(2))
+    assert apic.open_window() == [0x61]
+
+
+def test_nmi_in_l2(l1: L1) -> None:
+    """Without NMI exiting L2's handler gets it, and NMIs are then blocked for L2."""
+    guest = _guest(l1)
+    seen = guest.run(code.NOP + code.WRMSR + code.NOP, send_nmi_in_l2())
+    assert seen == Fault(Vector.NMI, error_code=0, rip=3)
+    assert _blocking(guest) == BLOCKED
+    # A second NMI waits until L2's IRET.
+    stack = _iret_frame(guest, behind=4)
+    seen = guest.run(
+        code.WRMSR + IRETQ + code.NOP * 2,
+        send_nmi_in_l2(),
+        GUEST_INTERRUPTIBILITY_INFO=BLOCKED,
+        GUEST_RSP=stack,
+    )
+    assert seen == Fault(Vector.NMI, error_code=0, rip=4)
+
+
+@pytest.mark.sdm("VM Entries: Event Injection")
+def test_injected_nmi(l1: L1) -> None:
+    """An injected NMI arrives at L2's handler, with NMIs blocked from then on."""
+    guest = _guest(l1)
+    for flags in (0x2, 0x202):
+        seen = guest.run(code.NOP, VM_ENTRY_INTR_INFO_FIELD=NMI_INFO, GUEST_RFLAGS=flags)
+        assert seen == Fault(Vector.NMI, error_code=0, rip=0)
+        assert _blocking(guest) == BLOCKED
+        assert guest.vmcs.read(Field.VM_ENTRY_INTR_INFO_FIELD) == (NMI_INFO & ~(1 << 31),)
+
+
+@VIRTUAL
+@pytest.mark.sdm("Virtual NMIs")
+def test_injected_virtual_nmi(l1: L1) -> None:
+    """With virtual NMIs the injection sets virtual-NMI blocking, and L2's IRET removes it."""
+    guest = _guest(l1, PinCtl.NMI_EXITING, PinCtl.VIRTUAL_NMIS)
+    for _ in range(2):
+        seen = guest.run(code.NOP, VM_ENTRY_INTR_INFO_FIELD=NMI_INFO)
+        assert seen == Fault(Vector.NMI, error_code=0, rip=0)
+        assert _blocking(guest) == BLOCKED
+        # The field keeps its value over entries without an IRET.
+        assert guest.run(code.NOP, GUEST_INTERRUPTIBILITY_INFO=BLOCKED) == Succeed()
+        assert _blocking(guest) == BLOCKED
+        stack = _iret_frame(guest)
+        seen = guest.run(IRETQ, GUEST_RSP=stack, GUEST_INTERRUPTIBILITY_INFO=BLOCKED)
+        assert seen == Succeed()
+        assert _blocking(guest) == 0
+
+
+@VIRTUAL
+@pytest.mark.sdm("Information for VM Exits Due to Vectored Events")
+def test_fault_on_iret(l1: L1) -> None:
+    """An IRET that removes virtual-NMI blocking and then faults says so: bit 12."""
+    guest = _guest(l1, PinCtl.NMI_EXITING, PinCtl.VIRTUAL_NMIS)
+    unblocking = 1 << 12
+    for blocking in (BLOCKED, 0):
+        seen = guest.run(
+            IRETQ,
+            GUEST_RSP=0x50000000,
+            EXCEPTION_BITMAP=1 << Vector.PF,
+            GUEST_INTERRUPTIBILITY_INFO=blocking,
+        )
+        info = intr_info(Vector.PF, IntrType.HARDWARE_EXCEPTION, True)
+        assert seen == Exit(
+            ExitReason.EXCEPTION_NMI,
+            rip=guest.at(),
+            intr_info=info | (unblocking if blocking else 0),
+            intr_error=0,
+            idt_info=NOT_VALID,
+        ), blocking
+    # An instruction other than IRET does not have the bit.
+    seen = guest.run(
+        b"\x58",  # POP RAX
+        GUEST_RSP=0x50000000,
+        EXCEPTION_BITMAP=1 << Vector.PF,
+        GUEST_INTERRUPTIBILITY_INFO=BLOCKED,
+    )
+    assert (seen.intr_info, _blocking(guest)) == (info, BLOCKED)
+
+
+@VIRTUAL
+@pytest.mark.sdm("Resuming Guest Software after Handling an Exception")
+def test_fault_on_iret_leaves_nmis_unblocked(l1: L1) -> None:
+    """The blocking that bit 12 tells of is gone: it is L1 that has to set it again."""
+    guest = _guest(l1, PinCtl.NMI_EXITING, PinCtl.VIRTUAL_NMIS)
+    seen = guest.run(
+        IRETQ,
+        GUEST_RSP=0x50000000,
+        EXCEPTION_BITMAP=1 << Vector.PF,
+        GUEST_INTERRUPTIBILITY_INFO=BLOCKED,
+    )
+    assert seen.intr_info >> 12 & 1 == 1
+    assert _blocking(guest) == 0
+
+
+@WINDOW
+@pytest.mark.sdm("Non-Maskable Interrupt-Window Exiting")
+def test_nmi_window_at_entry(l1: L1) -> None:
+    """No virtual-NMI blocking: the exit comes first, after one instruction behind MOV SS."""
+    guest = _guest(l1, PinCtl.NMI_EXITING, PinCtl.VIRTUAL_NMIS, ProcCtl.NMI_WINDOW_EXITING)
+    for flags in (0x2, 0x202):
+        seen = guest.run(code.NOP * 3, GUEST_RFLAGS=flags)
+        assert seen == _window(guest)
+        assert guest.changed(seen) == {}
+        seen = guest.run(code.NOP * 3, GUEST_RFLAGS=flags, GUEST_INTERRUPTIBILITY_INFO=2)
+        assert seen == _window(guest, 1)
+        assert _blocking(guest) == 0
+    # Whether blocking by STI holds it back is the processor's choice.
+    seen = guest.run(code.NOP * 3, GUEST_RFLAGS=0x202, GUEST_INTERRUPTIBILITY_INFO=1)
+    assert seen in (_window(guest), _window(guest, 1))
+    guest.off(ProcCtl.NMI_WINDOW_EXITING)
+    assert guest.go_on() == Succeed()
+
+
+@WINDOW
+@pytest.mark.sdm("Non-Maskable Interrupt-Window Exiting")
+def test_nmi_window_opened_by_iret(l1: L1) -> None:
+    """With virtual-NMI blocking L2 runs until its IRET."""
+    guest = _guest(l1, PinCtl.NMI_EXITING, PinCtl.VIRTUAL_NMIS, ProcCtl.NMI_WINDOW_EXITING)
+    assert guest.run(code.NOP * 3, GUEST_INTERRUPTIBILITY_INFO=BLOCKED) == Succeed()
+    stack = _iret_frame(guest)
+    seen = guest.run(IRETQ + code.NOP * 2, GUEST_RSP=stack, GUEST_INTERRUPTIBILITY_INFO=BLOCKED)
+    assert seen == _window(guest, 2)
+    assert _blocking(guest) == 0
+
+
+@WINDOW
+@pytest.mark.sdm("Non-Maskable Interrupt-Window Exiting")
+def test_nmi_window_wakes_from_hlt(l1: L1) -> None:
+    """In the activity state HLT, too, the exit comes at once, with IF set or clear."""
+    guest = _guest(l1, PinCtl.NMI_EXITING, PinCtl.VIRTUAL_NMIS, ProcCtl.NMI_WINDOW_EXITING)
+    for flags in (0x2, 0x202):
+        seen = guest.run(code.NOP, GUEST_RFLAGS=flags, GUEST_ACTIVITY_STATE=1)
+        assert seen == _window(guest)
+
+
+@WINDOW
+@pytest.mark.sdm("Non-Maskable Interrupt-Window Exiting")
+def test_nmi_window_and_injected_nmi(l1: L1) -> None:
+    """An NMI injected together with the window request: the window opens at its IRET only."""
+    guest = _guest(l1, PinCtl.NMI_EXITING, PinCtl.VIRTUAL_NMIS, ProcCtl.NMI_WINDOW_EXITING)
+    seen = guest.run(code.NOP, VM_ENTRY_INTR_INFO_FIELD=NMI_INFO)
+    assert seen == Fault(Vector.NMI, error_code=0, rip=0)
+    # An exception instead does not block: the exit is at its handler's first instruction.
+    info = intr_info(Vector.UD, IntrType.HARDWARE_EXCEPTION)
+    seen = guest.run(code.NOP, VM_ENTRY_INTR_INFO_FIELD=info)
+    assert seen == _window(guest, l1.sym("l2_64_handlers") + 16 * Vector.UD - guest.start)
+
+
+@WINDOW
+@pytest.mark.sdm("Non-Maskable Interrupt-Window Exiting")
+def test_nmi_window_before_interrupt_window(l1: L1) -> None:
+    """Both windows open: the NMI window has the higher priority."""
+    guest = _guest(l1, PinCtl.NMI_EXITING, PinCtl.VIRTUAL_NMIS, ProcCtl.NMI_WINDOW_EXITING,
+                   ProcCtl.INTERRUPT_WINDOW_EXITING)  # fmt: skip
+    assert guest.run(code.NOP, GUEST_RFLAGS=0x202) == _window(guest)
+    guest.off(ProcCtl.NMI_WINDOW_EXITING)
+    seen = guest.go_on()
+    assert (seen.reason, seen.rip) == (ExitReason.INTERRUPT_WINDOW, guest.at())
