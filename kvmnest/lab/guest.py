@@ -292,6 +292,7 @@ def _run(port: Port) -> None:
     else:
         _preload()
         mail = _wait_for_job(port)
+    received = time.clock_gettime(time.CLOCK_BOOTTIME)
     job = marshal.loads(mail)
     _write_files(job["files"], job["mtimes"])
     os.makedirs(job["cwd"], exist_ok=True)
@@ -299,6 +300,7 @@ def _run(port: Port) -> None:
         return
     info = {
         "release": os.uname().release,
+        "received": received,
         "uptime": time.clock_gettime(time.CLOCK_BOOTTIME),
         "cpus": os.cpu_count(),
         "params": {m: _parameters(m) for m in ("kvm", "kvm_intel")},
