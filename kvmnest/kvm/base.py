@@ -19,6 +19,9 @@ MSR_BATCH = 255
 # Room for the kernel's own limit (KVM_MAX_CPUID_ENTRIES); doubled if one day it is not enough.
 CPUID_ENTRIES = 256
 
+_CPUID_ENTRY_SIZE = ffi.sizeof("struct kvm_cpuid_entry2")
+_UNWRITTEN = b"\xff" * _CPUID_ENTRY_SIZE
+
 
 class KvmObject:
     """An open file descriptor of KVM with a name for error messages ("vcpu 0")."""
@@ -116,6 +119,11 @@ class KvmObject:
         while True:
             query = ffi.new(row.pointer, {"entries": count})
             query.nent = count
+            entries = ffi.buffer(query.entries, count * _CPUID_ENTRY_SIZE)
+            if row is ioctls.GET_CPUID2:
+                # Linux before 6.3 leaves nent alone when this one succeeds: what it has not
+                # written tells the number of entries.
+                entries[:] = _UNWRITTEN * count
             try:
                 self.ioctl(row, query)
             except KvmError as error:
@@ -123,4 +131,11 @@ class KvmObject:
                     raise
                 count *= 2
                 continue
+            while query.nent and _is_unwritten(entries, query.nent - 1):
+                query.nent -= 1
             return query
+
+
+def _is_unwritten(entries: CData, index: int) -> bool:
+    start = index * _CPUID_ENTRY_SIZE
+    return bool(entries[start : start + _CPUID_ENTRY_SIZE] == _UNWRITTEN)

@@ -165,11 +165,15 @@ def test_long_mode(guest: Guest) -> None:
 def test_single_step(guest: Guest) -> None:
     guest.load(NOP * 3 + HLT)
     guest.vcpu.set_guest_debug(DEBUG_ENABLE | DEBUG_SINGLESTEP)
-    for step in (1, 2):
+    places = []
+    while not places or places[-1] < 0x1002:
         value = guest.vcpu.run()
         assert isinstance(value, DebugExit)
-        assert (value.exception, value.pc) == (1, 0x1000 + step)
+        assert value.exception == 1
         assert value.dr6 & 1 << 14  # BS: single step
+        places.append(value.pc)
+    # kvm_intel on Bochs stops once more, before the first instruction.
+    assert places in ([0x1001, 0x1002], [0x1000, 0x1001, 0x1002])
     guest.vcpu.set_guest_debug(0)
     assert guest.vcpu.run() == HltExit()
 

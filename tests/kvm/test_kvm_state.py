@@ -263,7 +263,7 @@ def test_translate(guest: Guest) -> None:
 def test_tsc(guest: Guest) -> None:
     need(guest.vm, Cap.GET_TSC_KHZ)
     khz = guest.vcpu.get_tsc_khz()
-    assert 100_000 < khz < 10_000_000
+    assert 10_000 < khz < 10_000_000
     guest.vcpu.set_tsc_khz(khz)  # the host's own is always possible
     assert guest.vcpu.get_tsc_khz() == khz
     if need(guest.vm, Cap.VM_TSC_CONTROL):
@@ -278,10 +278,11 @@ def test_tsc_offset(guest: Guest) -> None:
     except KvmError as error:
         pytest.skip(f"no TSC offset on this kernel: {error}")
     host = guest.vcpu.get_msrs([TSC])[TSC]
-    guest.vcpu.set_tsc_offset(before + (1 << 50))
+    wanted = (before + (1 << 50)) % (1 << 64)
+    guest.vcpu.set_tsc_offset(wanted)
     if guest.vcpu.get_tsc_offset() == before:
         pytest.skip("this KVM gives the guest the host's TSC")
-    assert guest.vcpu.get_tsc_offset() == before + (1 << 50)
+    assert guest.vcpu.get_tsc_offset() == wanted
     assert 0 <= guest.vcpu.get_msrs([TSC])[TSC] - host - (1 << 50) < 1 << 40
     guest.vcpu.set_tsc_offset(-1)
     assert guest.vcpu.get_tsc_offset() == (1 << 64) - 1

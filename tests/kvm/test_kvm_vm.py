@@ -5,7 +5,7 @@ import os
 import threading
 
 import pytest
-from kvm_guest import HLT, NOP, SPIN, Guest
+from kvm_guest import CODE, HLT, NOP, SPIN, Guest
 
 from kvmnest.kvm import Cap, Kvm, KvmError, Memory, Vm
 from kvmnest.kvm.exits import IO_OUT, HltExit, IntrExit, IoExit, MmioExit
@@ -24,7 +24,9 @@ def need(vm: Vm, cap: Cap) -> int:
 
 
 def pages_of(bitmap: bytes) -> set[int]:
-    return {i for i in range(len(bitmap) * 8) if bitmap[i // 8] >> i % 8 & 1}
+    """Pages in the bitmap, but for the code's: KVM may map it writable when it is fetched."""
+    pages = {i for i in range(len(bitmap) * 8) if bitmap[i // 8] >> i % 8 & 1}
+    return pages - {CODE // PAGE}
 
 
 def test_memory_outlives_its_vm(kvm: Kvm) -> None:
@@ -158,8 +160,6 @@ def test_clear_dirty_log(vm: Vm) -> None:
 def test_irqchip_state(vm: Vm) -> None:
     with pytest.raises(KvmError, match=r"KVM_GET_IRQCHIP .*create_irqchip\(\) comes first"):
         vm.get_irqchip(0)
-    with pytest.raises(KvmError, match=r"KVM_CREATE_PIT2 .*create_irqchip\(\) comes first"):
-        vm.create_pit2()
     vm.create_irqchip()
     with pytest.raises(KvmError, match=r"KVM_CREATE_IRQCHIP .*EEXIST"):
         vm.create_irqchip()
@@ -264,7 +264,7 @@ def test_disable_exits(vm: Vm) -> None:
         vm.enable_cap(Cap.X86_DISABLE_EXITS, 1 << 60)
     vm.enable_cap(Cap.X86_DISABLE_EXITS, hlt)
     guest = Guest(vm)
-    guest.load_long(HLT)
+    guest.load_long(HLT + b"\xeb\xfd")  # and again, if the host's interrupt ends the halt
     # The processor halts in the guest: no exit but the kick's.
     timer = threading.Timer(0.1, guest.vcpu.kick)
     timer.start()
