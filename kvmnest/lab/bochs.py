@@ -246,6 +246,14 @@ class Bochs:
         except OSError:
             return 0
 
+    def cpu_seconds(self) -> float:
+        """CPU time the emulator has used."""
+        try:
+            fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            return 0.0
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
     def drop_images(self) -> None:
         """Delete the memory image and the ROM, which Bochs reads once at its start."""
         for name in ("memory.img", "boot.rom"):
