@@ -4,7 +4,7 @@ import pytest
 
 from kvmnest.kvm.exits import IO_IN, IO_OUT, IoExit
 from kvmnest.l1 import L1
-from kvmnest.suite.support.bitmaps import set_io_bitmaps
+from kvmnest.suite.support.bitmaps import set_all_io_bits, set_io_bitmaps
 from kvmnest.suite.support.guest import Guest
 from kvmnest.vmx import ExitReason, Field, IoQualification, ProcCtl, Rflags, Vector
 from kvmnest.vmx.outcome import Exit, Fault, HostExit, Outcome, Succeed
@@ -89,7 +89,7 @@ def test_wrap_around(l1: L1) -> None:
 def test_all_bits(l1: L1) -> None:
     """With all bits 1 every port exits; the bitmaps are read from memory at each access."""
     guest = Guest(l1, ProcCtl.USE_IO_BITMAPS)
-    set_io_bitmaps(l1, range(0x10000))
+    set_all_io_bits(l1)
     for port in (0, 1, 0x7FFF, 0x8000, 0xE8, 0xFFFF):
         expect_exit(guest, port)
     # No VMWRITE in between: only the memory changes.
@@ -102,7 +102,7 @@ def test_all_bits(l1: L1) -> None:
 def test_neither_control(l1: L1) -> None:
     """With both controls 0 nothing exits: the bitmap addresses are not looked at."""
     guest = Guest(l1)
-    set_io_bitmaps(l1, range(0x10000))
+    set_all_io_bits(l1)
     for port in (0, 0x7FFF, 0x8000, 0xFFFF):
         expect_no_exit(guest, port)
     guest.vmcs[Field.IO_BITMAP_A] = guest.vmcs[Field.IO_BITMAP_B] = 0x123

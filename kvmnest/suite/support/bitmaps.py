@@ -22,6 +22,15 @@ def set_io_bitmaps(l1: L1, ports: Iterable[int], vmcs: Vmcs | None = None) -> No
     for port in ports:
         if port <= 0xFFFF:
             bits[port // 8] |= 1 << port % 8
+    _write_io_bitmaps(l1, bits, vmcs)
+
+
+def set_all_io_bits(l1: L1) -> None:
+    """Let every port exit."""
+    _write_io_bitmaps(l1, b"\xff" * 0x2000, None)
+
+
+def _write_io_bitmaps(l1: L1, bits: bytes | bytearray, vmcs: Vmcs | None) -> None:
     l1.write(l1.sym("io_bitmap_a"), bytes(bits[:0x1000]))
     l1.write(l1.sym("io_bitmap_b"), bytes(bits[0x1000:]))
     vmcs = vmcs or l1.vmcs
