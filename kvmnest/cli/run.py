@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -14,12 +16,15 @@ from kvmnest.cli.lab import add_options as add_lab_options
 from kvmnest.cli.lab import parameters
 from kvmnest.errors import KvmnestError, UsageError
 from kvmnest.results.environment import require_kvm, why_not_kvm
+from kvmnest.results.lab_target import LabTarget
 from kvmnest.results.model import Run
 from kvmnest.results.progress import Progress
 from kvmnest.results.reporter import Reporter
 from kvmnest.results.runner import Plan, pytest_arguments, run_cases, split_selection
+from kvmnest.results.shards import Shards
 from kvmnest.results.targets import LocalTarget, Target
 
+_MOST_LABS = 4
 _CODES = "exit codes: 0 all passed or known, 1 a case failed, 2 usage, 3 harness or environment"
 
 
@@ -42,6 +47,13 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("-k", dest="keyword", default="", metavar="EXPR", help="as in pytest")
     lab = parser.add_argument_group("lab")
     add_lab_options(lab)
+    lab.add_argument(
+        "-j",
+        "--jobs",
+        type=int,
+        metavar="N",
+        help="labs at once that share the cases (default: one for each core, at most 4)",
+    )
     lab.add_argument("--cpus", type=int, default=1, metavar="N", help="CPUs (default: 1)")
     how = parser.add_argument_group("how")
     how.add_argument(
@@ -71,11 +83,17 @@ def add_parser(subparsers: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run the verb."""
     modules, paths = split_selection(options.selected)
+    if options.jobs is not None and options.jobs < 1:
+        raise UsageError(f"--jobs must be at least 1, not {options.jobs}")
     if options.budget <= 0:
         raise UsageError(f"--budget must be above 0, not {options.budget:g}")
     progress = Progress(sys.stdout, quiet=options.quiet)
     target = _target(options, progress)
     again = _rerun_prefix(options, target.name)
+
+    def rerun(case_id: str) -> str:
+        return f"{again} {shlex.quote(case_id)}"
+
     plan = Plan(
         selected=options.selected,
         keyword=options.keyword,
@@ -88,14 +106,18 @@ def run(options: argparse.Namespace) -> int:
         progress,
         json_path=options.json,
         junit_path=options.junit,
-        rerun=lambda case_id: f"{again} {shlex.quote(case_id)}",
+        rerun=rerun,
         strict_known=options.strict_known,
         own_clock=target.guest_clock,
     )
     arguments = pytest_arguments(plan, target.name, modules, target.place(paths))
     signal.signal(signal.SIGTERM, _terminated)
     try:
-        run_cases(target, arguments, reporter)
+        targets = _split(target, arguments, options.jobs)
+        if len(targets) > 1:
+            Shards(reporter, rerun).run(targets, arguments)
+        else:
+            run_cases(targets[0], arguments, reporter)
     except KvmnestError as error:
         reporter.run.problems.append(str(error).partition("\n")[0])
         reporter.finish(summary=bool(reporter.run.cases))
@@ -127,8 +149,6 @@ def _target(options: argparse.Namespace, progress: Progress) -> Target:
             progress.line("target: this machine's /dev/kvm, which offers VMX to guests")
             return LocalTarget(patience=max(120.0, 4 * options.budget))
         progress.line(f"target: the lab, since /dev/kvm does not do: {reason}")
-    from kvmnest.results.lab_target import LabTarget
-
     return LabTarget(
         kernel=options.kernel,
         kvm_modules=options.kvm_modules,
@@ -138,6 +158,13 @@ def _target(options: argparse.Namespace, progress: Progress) -> Target:
         patience=max(120.0, 4 * options.budget),
         on_line=progress.line,
     )
+
+
+def _split(target: Target, arguments: Sequence[str], jobs: int | None) -> Sequence[Target]:
+    """Deal the cases out to several labs; a real machine is not shared by two runs."""
+    if jobs is None:
+        jobs = min(len(os.sched_getaffinity(0)), _MOST_LABS)
+    return target.split(arguments, jobs) if isinstance(target, LabTarget) else [target]
 
 
 def _recorded(options: argparse.Namespace) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import types
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,18 @@ class Collected:
     count: int
     events: list[dict[str, Any]]
     ended: Ended
+
+    def split(self, parts: int) -> list[Collected]:
+        """Deal the cases out to as many plans; just this one if the light runner cannot run it."""
+        if not self.plan or parts < 2:
+            return [self]
+        content = marshal.loads(self.plan)
+        dealt = [content["cases"][part::parts] for part in range(parts)]
+        return [
+            replace(self, plan=marshal.dumps({**content, "cases": cases}), count=len(cases))
+            for cases in dealt
+            if cases
+        ]
 
 
 def collect(arguments: Sequence[str]) -> Collected:

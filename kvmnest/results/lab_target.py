@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from kvmnest.errors import HarnessError, UsageError
@@ -16,6 +18,8 @@ from kvmnest.results.targets import Ended, OnEvent
 _TAIL = 16_384
 _USER_FILES = "/root/tests"
 _PLAN = "/kvmnest/plan"
+#: Cases that take about as long as a boot.
+_WORTH_A_LAB = 50
 
 
 class LabTarget:
@@ -38,7 +42,8 @@ class LabTarget:
         patience: float = 120.0,
         on_line: Callable[[str], None] = lambda line: None,
     ) -> None:
-        self._lab = Lab(kernel, kvm_params, kvm_modules, cpus, bochs)
+        self._make_lab = partial(Lab, kernel, kvm_params, kvm_modules, cpus, bochs)
+        self._lab = self._make_lab()
         self._patience = patience
         self._on_line = on_line
         self._files: dict[str, bytes] = {}
@@ -66,15 +71,12 @@ class LabTarget:
 
         Cases of the suite run under the light runner, files of the user under pytest.
         """
-        if self._collected is None and not self._files:
-            self._collected = collect(arguments)
-            if not self._collected.count:
-                # Nothing to boot for: pass on what pytest found wrong.
-                for event in self._collected.events:
-                    on_event(event)
-                return self._collected.ended
-            if self._collected.unsupported:
-                self._on_line(f"under pytest, which is slow here: {self._collected.unsupported}")
+        self._collect(arguments)
+        if self._collected and not self._collected.count:
+            # Nothing to boot for: pass on what pytest found wrong.
+            for event in self._collected.events:
+                on_event(event)
+            return self._collected.ended
         light = self._collected is not None and bool(self._collected.plan)
         files = self._files | rewritten(light=light)
         if self._collected and light:
@@ -84,6 +86,23 @@ class LabTarget:
             argv = ["python3", "-m", "pytest", *arguments]
             argv += [f"--kvmnest-from={first}", f"--kvmnest-events={EVENTS_PATH}"]
         return self._boot(argv, files, on_event)
+
+    def _collect(self, arguments: Sequence[str]) -> None:
+        if self._collected is None and not self._files:
+            self._collected = collect(arguments)
+            if self._collected.unsupported:
+                self._on_line(f"under pytest, which is slow here: {self._collected.unsupported}")
+
+    def split(self, arguments: Sequence[str], jobs: int) -> list[LabTarget]:
+        """Deal the cases out to at most ``jobs`` labs, none with less than a boot is worth."""
+        self._collect(arguments)
+        if self._collected is None:
+            return [self]
+        parts = self._collected.split(min(jobs, self._collected.count // _WORTH_A_LAB))
+        labs = [copy.copy(self) for _ in parts]
+        for lab, part in zip(labs, parts, strict=True):
+            lab._lab, lab._collected = self._make_lab(), part
+        return labs
 
     def _boot(self, argv: list[str], files: dict[str, bytes], on_event: OnEvent) -> Ended:
         tail = b""

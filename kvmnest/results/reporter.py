@@ -142,6 +142,10 @@ class Reporter:
             case.rerun = self._rerun(case.id)
         case.kernel_log, self._kernel_log = self._kernel_log, ""
         self._current = {}
+        self.store(case)
+
+    def store(self, case: Case) -> None:
+        """Add a case that is judged already to the reports."""
         self.run.running = None
         self.run.cases.append(case)
         self.run.complete = len(self.run.cases) == len(self.run.planned)
