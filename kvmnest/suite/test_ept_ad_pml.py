@@ -68,12 +68,12 @@ def test_flags_are_set(l1: L1, kind: Access) -> None:
     assert window.get(1) & ~FLAGS == window.page | WRITE_BACK | RWX
 
 
-@pytest.mark.parametrize("kind", list(Access), ids=lambda kind: kind.name)
-def test_disabled(l1: L1, kind: Access) -> None:
-    """With bit 6 of the EPTP clear no flag is set, and set ones do not matter."""
+def test_disabled(l1: L1) -> None:
+    """With bit 6 of the EPTP clear no flag is set."""
     window = _window(l1, enabled=False)
-    assert window.access(kind, OFFSET) == Succeed()
-    assert _flags(window) == dict.fromkeys(window.levels, 0)
+    for kind in Access:
+        assert window.access(kind, OFFSET) == Succeed()
+        assert _flags(window) == dict.fromkeys(window.levels, 0), kind
 
 
 def test_read_then_write(l1: L1) -> None:
@@ -182,12 +182,12 @@ def test_log_of_writes(l1: L1) -> None:
 
 @pytest.mark.needs(Proc2Ctl.ENABLE_PML)
 @pytest.mark.sdm(PML_SDM)
-@pytest.mark.parametrize("kind", [Access.READ, Access.FETCH], ids=lambda kind: kind.name)
-def test_no_log_without_a_write(l1: L1, kind: Access) -> None:
+def test_no_log_without_a_write(l1: L1) -> None:
     """Accesses that set no dirty flag are not logged."""
     window = _logging(l1)
-    assert window.access(kind) == Succeed()
-    assert window.get(1) & FLAGS == ACCESSED
+    for kind in (Access.FETCH, Access.READ):
+        assert window.access(kind) == Succeed()
+        assert window.get(1) & FLAGS == ACCESSED
     assert _log(l1) == {}
     assert l1.vmread(Field.GUEST_PML_INDEX) == Succeed(PML_ENTRIES - 1)
 
@@ -219,7 +219,7 @@ def test_log_of_guest_paging_structures(l1: L1) -> None:
 
 @pytest.mark.needs(Proc2Ctl.ENABLE_PML)
 @pytest.mark.sdm(PML_SDM)
-@pytest.mark.parametrize("index", [512, 0x8000, 0xFFFF], ids=hex)
+@pytest.mark.parametrize("index", [512, 0xFFFF], ids=hex)
 def test_full(l1: L1, index: int) -> None:
     """An index above 511: the write exits before the dirty flag, the log or memory change."""
     window = _logging(l1, index=index)

@@ -1,0 +1,127 @@
+"""The monitor trap flag: an exit behind each instruction, or before the first."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvmnest.l1 import L1, code
+from kvmnest.suite.support.bitmaps import set_msr_bitmap
+from kvmnest.suite.support.guest import NOT_VALID, Guest
+from kvmnest.vmx import ExitReason, Field, IntrType, Msr, ProcCtl, Rflags, Vector, intr_info
+from kvmnest.vmx.outcome import Exit, Fault, HostExit, Succeed
+
+pytestmark = [
+    pytest.mark.series(19),
+    pytest.mark.sdm("Monitor Trap Flag"),
+    pytest.mark.needs(ProcCtl.MONITOR_TRAP_FLAG),
+]
+
+MTF_EVENT = intr_info(0, IntrType.OTHER_EVENT)
+
+
+def _guest(l1: L1, *flags: ProcCtl) -> Guest:
+    guest = Guest(l1, ProcCtl.MONITOR_TRAP_FLAG, ProcCtl.USE_MSR_BITMAPS, *flags)
+    set_msr_bitmap(l1)
+    return guest
+
+
+def _trap(guest: Guest, offset: int) -> Exit:
+    return Exit(
+        ExitReason.MONITOR_TRAP_FLAG,
+        qualification=0,
+        rip=guest.at(offset),
+        intr_info=NOT_VALID,
+        idt_info=NOT_VALID,
+    )
+
+
+def test_each_instruction(l1: L1) -> None:
+    """With the control set L2 exits behind each instruction, and sees nothing of it."""
+    guest = _guest(l1)
+    program = code.NOP + code.mov("rbx", 7) + b"\x48\xff\xc3" + code.PUSHFQ + b"\x58"
+    seen = guest.run(program)
+    for offset in (1, 11, 14, 15, 16):
+        assert seen == _trap(guest, offset)
+        seen = guest.go_on(seen.regs)
+    assert seen == Succeed()
+    assert (seen.regs["rbx"], seen.regs["rax"]) == (8, 0x2)
+
+
+def test_taken_jump(l1: L1) -> None:
+    """RIP is where L2 goes on, also after a jump."""
+    guest = _guest(l1)
+    assert guest.run(b"\xeb\x02" + code.NOP * 4) == _trap(guest, 4)
+    guest.off(ProcCtl.MONITOR_TRAP_FLAG)
+    assert guest.go_on() == Succeed()
+
+
+@pytest.mark.parametrize("name", ["OUT", "RDMSR", "WRMSR"])
+def test_emulated_instructions(l1: L1, name: str) -> None:
+    """An instruction that the hypervisor below L1 emulates is one instruction, too."""
+    guest = _guest(l1)
+    program, regs = {
+        "OUT": (code.out8(0x80), {}),
+        "RDMSR": (code.RDMSR, {"rcx": int(Msr.TSC_ADJUST)}),
+        "WRMSR": (code.WRMSR, {"rcx": int(Msr.TSC_ADJUST), "rax": 0, "rdx": 0}),
+    }[name]
+    seen = guest.run(program + code.NOP * 2, regs)
+    if name == "OUT":
+        assert isinstance(seen, HostExit)
+        seen = guest.resume()
+    assert seen == _trap(guest, 2)
+    assert guest.go_on(seen.regs) == _trap(guest, 3)
+
+
+@pytest.mark.parametrize("name", ["NOP", "OUT"])
+def test_with_a_pending_single_step(l1: L1, name: str) -> None:
+    """The trap of TF stays pending over the exit, and is delivered at the next entry."""
+    guest = _guest(l1)
+    program = {"NOP": code.NOP * 2, "OUT": code.out8(0x80)}[name]
+    seen = guest.run(program + code.NOP, GUEST_RFLAGS=0x2 | Rflags.TF, EXCEPTION_BITMAP=1 << 1)
+    offset = 1
+    if name == "OUT":
+        assert isinstance(seen, HostExit)
+        seen, offset = guest.resume(), 2
+    assert seen == _trap(guest, offset)
+    (pending,) = guest.vmcs.read(Field.GUEST_PENDING_DBG_EXCEPTIONS)
+    assert pending == 1 << 14
+    guest.off(ProcCtl.MONITOR_TRAP_FLAG)
+    assert guest.go_on() == guest.exception(Vector.DB, offset=offset, qualification=1 << 14)
+
+
+def test_behind_an_injected_event(l1: L1) -> None:
+    """An injected event counts as the first instruction: the exit is at its handler."""
+    guest = _guest(l1)
+    for vector, kind in ((0x30, IntrType.EXTERNAL_INTERRUPT), (6, IntrType.HARDWARE_EXCEPTION)):
+        info = intr_info(vector, kind)
+        seen = guest.run(code.NOP, GUEST_RFLAGS=0x202, VM_ENTRY_INTR_INFO_FIELD=info)
+        handler = l1.sym("l2_64_handlers") + 16 * vector
+        assert seen == _trap(guest, handler - guest.start)
+
+
+def test_exception_of_the_instruction(l1: L1) -> None:
+    """A fault is delivered first, and the exit is at its handler; or L1 intercepts it."""
+    guest = _guest(l1)
+    handler = l1.sym("l2_64_handlers") + 16 * Vector.UD
+    assert guest.run(code.UD2, EXCEPTION_BITMAP=0) == _trap(guest, handler - guest.start)
+    seen = guest.run(code.UD2, EXCEPTION_BITMAP=1 << Vector.UD)
+    assert seen == guest.exception(Vector.UD)
+
+
+@pytest.mark.sdm("Injection of Pending MTF VM Exits")
+def test_injected_trap(l1: L1) -> None:
+    """Type 7, vector 0 injects the exit itself, before the first instruction, control or not."""
+    guest = _guest(l1)
+    for control in (True, False):
+        (guest.on if control else guest.off)(ProcCtl.MONITOR_TRAP_FLAG)
+        seen = guest.run(code.NOP, VM_ENTRY_INTR_INFO_FIELD=MTF_EVENT)
+        assert seen == _trap(guest, 0), control
+        assert guest.vmcs.read(Field.VM_ENTRY_INTR_INFO_FIELD) == (MTF_EVENT & 0x7FFFFFFF,)
+    assert guest.go_on() == Succeed()
+
+
+def test_exit_has_priority(l1: L1) -> None:
+    """An instruction that exits does so instead of trapping behind itself."""
+    guest = _guest(l1)
+    assert guest.run(code.CPUID) == guest.exit(ExitReason.CPUID, 2)
+    assert guest.run(code.UD2, EXCEPTION_BITMAP=0) != Fault(Vector.UD)
