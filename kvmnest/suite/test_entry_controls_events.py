@@ -214,7 +214,12 @@ def test_instruction_length(l1: L1, kind: IntrType) -> None:
     good = [1, 2, 15]
     (good if l1.caps.misc.zero_length_injection else bad).append(0)
     expect_refused(tries, BAD_CONTROL, each(_LENGTH, bad, event))
-    expect_delivered(tries, [{**event, _LENGTH: length} for length in good])
+    cases = [{**event, _LENGTH: length} for length in good]
+    if kind is IntrType.PRIVILEGED_SOFTWARE_EXCEPTION:
+        # KVM drops the event when it has to map memory during the delivery.
+        assert [tries(case) for case in cases] == [Exit(ExitReason.VMCALL)] * len(cases)
+    else:
+        expect_delivered(tries, cases)
 
 
 def test_instruction_length_of_other_types(l1: L1) -> None:
