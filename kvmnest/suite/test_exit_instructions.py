@@ -13,12 +13,11 @@ from kvmnest.vmx import (
     ExitReason,
     Field,
     Msr,
-    PinCtl,
     Proc2Ctl,
     ProcCtl,
     Vector,
 )
-from kvmnest.vmx.outcome import Exit, Fault, Succeed
+from kvmnest.vmx.outcome import Fault, Succeed
 
 pytestmark = [
     pytest.mark.series(19),
@@ -128,15 +127,6 @@ def test_hlt_exiting(l1: L1) -> None:
     assert guest.changed(seen) == {}
     assert guest.vmcs.read(Field.GUEST_ACTIVITY_STATE) == (0,)
     assert guest.go_on(skip=1) == Succeed()
-
-
-@pytest.mark.needs(PinCtl.ACTIVATE_PREEMPTION_TIMER)
-def test_hlt_without_exiting(l1: L1) -> None:
-    """Without "HLT exiting" L2 halts; the event that ends it finds the HLT activity state."""
-    guest = Guest(l1, PinCtl.ACTIVATE_PREEMPTION_TIMER)
-    seen = guest.run(code.HLT + code.INVD, VMX_PREEMPTION_TIMER_VALUE=3000)
-    assert seen == Exit(ExitReason.PREEMPTION_TIMER, qualification=0, rip=guest.at(1))
-    assert guest.vmcs.read(Field.GUEST_ACTIVITY_STATE) == (1,)
 
 
 @pytest.mark.needs(ProcCtl.RDPMC_EXITING)
