@@ -22,6 +22,7 @@ from kvmnest.lab import channel
 
 TYPE_CHECKING = False  # importing typing would cost the guest a tenth of a second
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from typing import Any
 
 EVENTS_PATH = "/run/kvmnest-events"
@@ -138,8 +139,8 @@ def _python_command(argv: list[str]) -> tuple[str, list[str]] | None:
 
 def _become(job: dict[str, Any], code: str, argv: list[str]) -> None:
     """Run Python code in this forked child as a new interpreter would, its modules loaded."""
-    for name in [n for n in sys.modules if n.partition(".")[0] == "kvmnest"]:
-        del sys.modules[name]
+    if job["mtimes"]:  # kvmnest came with this job: only the modules of the boot are loaded
+        _forget_kvmnest()
     os.environ.clear()
     os.environ.update(job["env"])
     sys.argv = argv
@@ -254,28 +255,62 @@ def _write_files(files: dict[str, bytes], mtimes: dict[str, int]) -> None:
         os.utime(path, (mtime, mtime))
 
 
-def _preload() -> None:
-    for name in PRELOAD:
+def _preload(names: Iterable[str]) -> None:
+    for name in names:
         try:
             __import__(name)
-        except ImportError:
+        except Exception:  # the command shall meet the error, if it needs the module
             continue
+
+
+def _load_kvmnest(job: dict[str, Any]) -> None:
+    """Replace the few modules of the boot by all of kvmnest, and load some of it."""
+    _write_files(job["files"], job["mtimes"])
+    _forget_kvmnest()
+    sys.path[0] = "/run"
+    sys.path_importer_cache.clear()
+    _preload(job["preload"])
+
+
+def _forget_kvmnest() -> None:
+    for name in [n for n in sys.modules if n.partition(".")[0] == "kvmnest"]:
+        del sys.modules[name]
+
+
+class _Mailbox:
+    """Marked pages of memory that the host finds in the emulator, and writes to."""
+
+    def __init__(self) -> None:
+        self._pages = mmap.mmap(-1, MAILBOX_PAGES * 4096)
+        self._mark = bytes(byte ^ 0x5A for byte in MAILBOX_MASK)
+
+    def wait(self, port: Port) -> dict[str, Any]:
+        """Tell the host, which may save the machine now, and wait for mail."""
+        self._pages[32:48] = bytes(16)
+        for page in range(MAILBOX_PAGES):
+            self._pages[page * 4096 : page * 4096 + 20] = self._mark + page.to_bytes(4, "little")
+        port.send(channel.SNAPSHOT, self._mark)
+        while not self._pages[40]:
+            pass
+        size = int.from_bytes(self._pages[32:40], "little")
+        mail: dict[str, Any] = marshal.loads(self._pages[4096 : 4096 + size])
+        return mail
+
+
+def _first_job(port: Port) -> dict[str, Any]:
+    if os.path.exists(JOB_PATH):
+        with open(JOB_PATH, "rb") as f:
+            job: dict[str, Any] = marshal.load(f)
+            return job
+    _preload(PRELOAD)
     config = sys.modules.get("_pytest.config")
-    for plugin in getattr(config, "default_plugins", ()):
-        __import__(f"_pytest.{plugin}")
-
-
-def _wait_for_job(port: Port) -> bytes:
-    """Offer a mailbox of marked pages to the host, which may save the machine; wait for mail."""
-    mailbox = mmap.mmap(-1, MAILBOX_PAGES * 4096)
-    mark = bytes(byte ^ 0x5A for byte in MAILBOX_MASK)
-    for page in range(MAILBOX_PAGES):
-        mailbox[page * 4096 : page * 4096 + 20] = mark + page.to_bytes(4, "little")
-    port.send(channel.SNAPSHOT, mark)
-    while not mailbox[40]:
-        pass
-    size = int.from_bytes(mailbox[32:40], "little")
-    return mailbox[4096 : 4096 + size]
+    _preload(f"_pytest.{plugin}" for plugin in getattr(config, "default_plugins", ()))
+    mailbox = _Mailbox()
+    job = mailbox.wait(port)
+    if "preload" in job:
+        _load_kvmnest(job)
+        job = mailbox.wait(port)
+    return job
 
 
 def _run(port: Port) -> None:
@@ -286,14 +321,8 @@ def _run(port: Port) -> None:
     os.makedirs("/run", exist_ok=True)
     os.mkfifo(EVENTS_PATH)
     kmsg = os.open("/dev/kmsg", _O_KMSG)
-    if os.path.exists(JOB_PATH):
-        with open(JOB_PATH, "rb") as f:
-            mail = f.read()
-    else:
-        _preload()
-        mail = _wait_for_job(port)
+    job = _first_job(port)
     received = time.clock_gettime(time.CLOCK_BOOTTIME)
-    job = marshal.loads(mail)
     _write_files(job["files"], job["mtimes"])
     os.makedirs(job["cwd"], exist_ok=True)
     if not _load_modules(job, port, kmsg):

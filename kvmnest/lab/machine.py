@@ -6,6 +6,7 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from kvmnest.lab.guest import MAILBOX_PAGES
 from kvmnest.lab.session import Session, Sink, Times
 from kvmnest.lab.snapshot import SnapshotError
 
-SNAPSHOTS_KEPT = 3  # some 170 MB each
-SNAPSHOT_FORMAT = 1
+SNAPSHOTS_KEPT = 3  # of each kind; some 160 MB each
+SNAPSHOT_FORMAT = 2
+# What the cases use and pytest does not rewrite.
+PRELOAD = ("kvmnest.errors", "kvmnest.vmx", "kvmnest.kvm", "kvmnest.l1")
 
 # Start code that costs much here and serves nothing that a KVM test uses: tracing, BTF for BPF,
 # certificates, debug directories. Names that a kernel does not know are ignored by it.
@@ -54,6 +57,35 @@ def _write_out(data: bytes) -> None:
     sys.stdout.buffer.flush()
 
 
+@dataclass(frozen=True)
+class _Step:
+    """A point at which the guest waits: where it is saved, and what it gets then."""
+
+    kind: str
+    key: str
+    mail: bytes
+
+
+class _Saver:
+    """Called when the guest waits: saves it, if nobody has, and gives it the next mail."""
+
+    def __init__(self, emulator: bochs.Bochs, steps: list[_Step]) -> None:
+        self._emulator = emulator
+        self._steps = list(steps)
+
+    def __call__(self, mark: bytes) -> None:
+        pid, step = self._emulator.pid, self._steps.pop(0)
+        mailbox: list[int] = []
+
+        def build(folder: Path) -> None:
+            mailbox.extend(snapshot.take(pid, folder, mark, MAILBOX_PAGES))
+
+        cache.entry(step.kind, step.key, build, keep=SNAPSHOTS_KEPT)
+        if not mailbox:  # another run of the same lab was faster
+            mailbox.extend(snapshot.take(pid, None, mark, MAILBOX_PAGES))
+        snapshot.fill_mailbox(pid, mailbox, step.mail)
+
+
 class Lab:
     """A kernel and its KVM parameters; each ``run`` boots it anew.
 
@@ -88,8 +120,8 @@ class Lab:
             files |= plan.replacements(Path(kvm_modules), self.kernel)
         self._modules, self._arguments = plan.plan(self.kernel, files, self.params)
         self._layers = [rootfs.python_layer(), rootfs.site_layer(), rootfs.boot_layer()]
-        self._files, self._mtimes = rootfs.kvmnest_files()
-        self._files |= plan.module_files(self._modules)
+        self._kvmnest = rootfs.kvmnest_files()
+        self._files = plan.module_files(self._modules)
         size = sum(layer.path.stat().st_size for layer in self._layers)
         self._memory = image.memory_for(self.kernel.end, size)
         self._snapshots = snapshots and self.emulator.debugger
@@ -156,56 +188,70 @@ class Lab:
                     self._snapshots = False
                     waiting = self._start(emulator, job)
 
-    def _start(self, emulator: bochs.Bochs, job: bytes) -> Sink:
+    def _start(self, emulator: bochs.Bochs, job: dict[str, Any]) -> Sink:
         """Start the emulator in the best way there is; returns what to do when it waits."""
-        key = self._snapshot_key()
-        saved = cache.existing("snapshots", key) if self._snapshots else None
-        if len(job) > snapshot.capacity(MAILBOX_PAGES):
-            saved, self._snapshots = None, False
-        if saved is not None:
+        if self._snapshots:
+            steps = self._steps(job)
+            room = snapshot.capacity(MAILBOX_PAGES)
+            self._snapshots = all(len(step.mail) <= room for step in steps)
+        if not self._snapshots:
+            whole = job | {
+                "files": self._kvmnest.files | job["files"],
+                "mtimes": self._kvmnest.mtimes,
+            }
+            self._boot(emulator, [rootfs.job_layer(marshal.dumps(whole))])
+            return _ignore
+        for number in reversed(range(len(steps))):
+            saved = cache.existing(steps[number].kind, steps[number].key)
+            if saved is None:
+                continue
             try:
-                self._resume(emulator, saved, job)
+                self._resume(emulator, saved, steps[number].mail)
             except SnapshotError:
                 emulator.stop()
                 cache.drop(saved)
-            else:
-                return _ignore
-        layers = [layer.read() for layer in self._layers]
-        if not self._snapshots:
-            layers.append(rootfs.job_layer(job))
+                continue
+            self.times.resumed = True
+            return _Saver(emulator, steps[number + 1 :])
+        self._boot(emulator, [])
+        if not emulator.wait_prompt():
+            raise LabLost(f"the emulator did not start: {emulator.verdict()}")
+        emulator.go_on()
+        return _Saver(emulator, steps)
+
+    def _boot(self, emulator: bochs.Bochs, more: list[bytes]) -> None:
+        """Start from cold, with ``more`` layers."""
+        layers = [*(layer.read() for layer in self._layers), *more]
         with open(emulator.folder / "memory.img", "wb") as f:
             image.write(f, self.kernel.image(), layers, self._command_line(), self.cpus,
                         self._memory)  # fmt: skip
         emulator.start(self._memory, self.cpus, saved=self._snapshots)
-        if not self._snapshots:
-            return _ignore
-        if not emulator.wait_prompt():
-            raise LabLost(f"the emulator did not start: {emulator.verdict()}")
-        emulator.go_on()
 
-        def save(mark: bytes) -> None:
-            pid = emulator.pid
-            mailbox: list[int] = []
-
-            def build(folder: Path) -> None:
-                mailbox.extend(snapshot.take(pid, folder, mark, MAILBOX_PAGES))
-
-            cache.entry("snapshots", key, build, keep=SNAPSHOTS_KEPT)
-            if not mailbox:  # another run of the same lab was faster
-                mailbox.extend(snapshot.take(pid, None, mark, MAILBOX_PAGES))
-            snapshot.fill_mailbox(pid, mailbox, job)
-
-        return save
-
-    def _resume(self, emulator: bochs.Bochs, saved: Path, job: bytes) -> None:
+    def _resume(self, emulator: bochs.Bochs, saved: Path, mail: bytes) -> None:
         """Start an emulator that only has the right shape, and put the saved one into it."""
         (emulator.folder / "memory.img").write_bytes(bytes(image.BLOCK))
         emulator.start(self._memory, self.cpus, saved=True)
         if not emulator.wait_prompt():
             raise SnapshotError("the emulator shows no prompt")
-        snapshot.resume(emulator.pid, saved, job)
+        snapshot.resume(emulator.pid, saved, mail)
         emulator.reset_terminal()
-        self.times.resumed = True
+
+    def _steps(self, job: dict[str, Any]) -> list["_Step"]:
+        """The points at which the guest waits: after the boot, and with kvmnest loaded.
+
+        The second changes with each edit of kvmnest, but is made from the first in no time.
+        """
+        booted = self._snapshot_key()
+        loaded = cache.digest([booted, self._kvmnest.key, *PRELOAD])
+        load = {
+            "files": self._kvmnest.files,
+            "mtimes": self._kvmnest.mtimes,
+            "preload": PRELOAD,
+        }
+        return [
+            _Step("booted", booted, marshal.dumps(load)),
+            _Step("loaded", loaded, marshal.dumps(job)),
+        ]
 
     def _snapshot_key(self) -> str:
         machine = os.uname()
@@ -218,18 +264,18 @@ class Lab:
 
     def _job(
         self, argv: Sequence[str], env: Mapping[str, str], files: Mapping[str, bytes]
-    ) -> bytes:
+    ) -> dict[str, Any]:
         modules = [(plan.module_path(m.name), self._arguments.get(m.name, ""))
                    for m in self._modules]  # fmt: skip
-        return marshal.dumps({
+        return {
             "argv": list(argv),
             "env": GUEST_ENV | dict(env),
             "cwd": "/root",
             "modules": modules,
             "files": self._files | dict(files),
-            "mtimes": self._mtimes,
+            "mtimes": {},
             "log_level": 4,
-        })  # fmt: skip
+        }
 
     def _command_line(self) -> str:
         loaded = {m.name for m in self._modules}

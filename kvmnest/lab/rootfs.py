@@ -261,11 +261,19 @@ main()
 """.encode()
 
 
-def kvmnest_files() -> tuple[dict[str, bytes], dict[str, int]]:
+@dataclass(frozen=True)
+class Tree:
+    """Files for the guest: path -> content, path -> modification time; ``key`` stands for all."""
+
+    key: str
+    files: dict[str, bytes]
+    mtimes: dict[str, int]
+
+
+def kvmnest_files() -> Tree:
     """kvmnest itself: sources (for failure output), compiled code, data.
 
-    Returns guest path -> content and guest path -> modification time (seconds), which Python
-    and pytest compare with their caches.
+    Python and pytest compare the modification times (seconds) with those in their caches.
     """
     base = Path(kvmnest.__file__).parent
     files = sorted(p for p in base.rglob("*") if p.is_file() and "__pycache__" not in p.parts)
@@ -285,7 +293,7 @@ def kvmnest_files() -> tuple[dict[str, bytes], dict[str, int]]:
 
     key = cache.digest([FORMAT, sys.version, *_stamp(files), *(p.read_bytes() for p in files)])
     folder = cache.entry("kvmnest", key, build)
-    return marshal.loads((folder / "files").read_bytes()), mtimes
+    return Tree(key, marshal.loads((folder / "files").read_bytes()), mtimes)
 
 
 def job_layer(job: bytes) -> bytes:
