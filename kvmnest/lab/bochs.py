@@ -25,11 +25,11 @@ from typing import Any
 from kvmnest.lab import cache
 from kvmnest.lab.errors import LabSetupError
 from kvmnest.lab.image import INFO
+from kvmnest.lab.snapshot import ADDR_NO_RANDOMIZE
 
 CPU_MODEL = "corei7_skylake_x"
 IPS = 100_000_000
 _PR_SET_PDEATHSIG = 1
-_ADDR_NO_RANDOMIZE = 0x0040000
 _PREFIX = "kvmnest-lab-"
 
 _CONFIG = """\
@@ -101,7 +101,9 @@ def locate(path: str | None = None) -> Emulator:
     plugins = Path("/usr/lib/x86_64-linux-gnu/bochs/plugins/libbx_term_gui.so")
     if path is None and not plugins.exists():
         raise LabSetupError("Bochs has no terminal display: apt-get install bochs-term")
-    return Emulator(found, "-rc filename" in text, "term")
+    # A build with the display that shows nothing names its class, even when it is stripped.
+    display = "nogui" if b"bx_nogui_gui_c" in Path(found).read_bytes() else "term"
+    return Emulator(found, "-rc filename" in text, display)
 
 
 def _child_setup(saved: bool) -> Callable[[], None]:
@@ -112,7 +114,7 @@ def _child_setup(saved: bool) -> Callable[[], None]:
     def setup() -> None:
         libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if saved:
-            libc.personality(_ADDR_NO_RANDOMIZE)
+            libc.personality(ADDR_NO_RANDOMIZE)
         if os.getppid() != parent:
             os._exit(1)
 

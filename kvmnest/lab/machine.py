@@ -124,7 +124,7 @@ class Lab:
         self._files = plan.module_files(self._modules)
         size = sum(layer.path.stat().st_size for layer in self._layers)
         self._memory = image.memory_for(self.kernel.end, size)
-        self._snapshots = snapshots and self.emulator.debugger
+        self._snapshots = snapshots and self.emulator.debugger and snapshot.supported()
         self._session: Session | None = None
         self.times = Times(prepare=time.monotonic() - started)
 

@@ -7,16 +7,20 @@ debugger prompt with all files open, and its memory is replaced. Every assumptio
 (mapped files, addresses, open files); if one does not hold the caller boots from cold.
 """
 
+import ctypes
+import functools
 import marshal
 import mmap
 import os
 import re
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 from kvmnest.lab.ptrace import Stopped
 
 PAGE = 4096
+ADDR_NO_RANDOMIZE = 0x0040000  # a flag of personality(2)
 _CHUNK = 1 << 20
 _NR_OPEN, _NR_CLOSE, _NR_MMAP, _NR_BRK, _NR_DUP2 = 2, 3, 9, 12, 33
 _MAP_PRIVATE, _MAP_FIXED, _MAP_ANONYMOUS = 0x02, 0x10, 0x20
@@ -80,6 +84,33 @@ def _open_files(pid: int) -> list[tuple[int, str]]:
         kind = re.sub(r"\d+", "N", target) if target.startswith("/dev/") else Path(target).name
         found.append((int(fd.name), kind))
     return sorted(found)
+
+
+@functools.cache
+def supported() -> bool:
+    """Whether this system lets us stop a child process and fix its addresses.
+
+    Containers often forbid one of the two; then every boot is a cold one.
+    """
+    libc = ctypes.CDLL(None)
+
+    def setup() -> None:
+        if libc.personality(ADDR_NO_RANDOMIZE) == -1:
+            os._exit(1)
+
+    try:
+        child = subprocess.Popen(["sleep", "60"], preexec_fn=setup)
+    except OSError:
+        return False
+    try:
+        with Stopped(child.pid) as process:
+            process.extended_state()
+            return "[stack]" in {region.name for region in regions(child.pid)}
+    except OSError:
+        return False
+    finally:
+        child.kill()
+        child.wait()
 
 
 def capacity(pages: int) -> int:

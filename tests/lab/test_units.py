@@ -9,11 +9,12 @@ import os
 import random
 import struct
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from kvmnest.lab import build, cache, channel, debian, image, modules, tools
+from kvmnest.lab import build, cache, channel, debian, image, modules, ptrace, snapshot, tools
 from kvmnest.lab.cpio import Cpio, names
 from kvmnest.lab.decompress import decompress, vmlinux_of
 from kvmnest.lab.errors import KernelSpecError, LabSetupError
@@ -278,3 +279,55 @@ def test_what_is_no_module_is_refused(tmp_path):
         (tmp_path / "kvm.ko").write_bytes(content)
         with pytest.raises(KernelSpecError, match="no kernel module"):
             modules.read(tmp_path / "kvm.ko")
+
+
+def test_a_stopped_process_makes_system_calls_for_us():
+    if not snapshot.supported():
+        pytest.skip("this system does not allow to trace a child")
+    child = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+    assert child.stdin is not None
+    assert child.stdout is not None
+    child.stdin.write(b"up")
+    assert child.stdout.read(2) == b"up"
+    try:
+        with ptrace.Stopped(child.pid) as process, open(f"/proc/{child.pid}/mem", "rb") as memory:
+            before = process.registers()
+            found = snapshot.regions(child.pid)
+            gate = snapshot._syscall_instruction(memory.fileno(), found)
+            assert process.call(gate, 39) == child.pid  # getpid
+            with pytest.raises(OSError, match="Bad file descriptor"):
+                process.call(gate, 3, 999)  # close
+            after = process.registers()
+            assert {k: v for k, v in after.items() if k != "orig_rax"} == {
+                k: v for k, v in before.items() if k != "orig_rax"
+            }
+    finally:
+        child.kill()
+        child.wait()
+
+
+def test_mailbox_pages_are_found_by_their_mark(tmp_path):
+    if not snapshot.supported():
+        pytest.skip("this system does not allow to trace a child")
+    code = (
+        "import mmap, time\n"
+        "pages = mmap.mmap(-1, 3 * 4096, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)\n"
+        "mark = bytes(b ^ 1 for b in b'some mark here!!')\n"
+        "for i in range(3): pages[i * 4096 : i * 4096 + 20] = mark + i.to_bytes(4, 'little')\n"
+        "print('ready', flush=True)\n"
+        "while not pages[40]: pass\n"
+        "size = int.from_bytes(pages[32:40], 'little')\n"
+        "print(bytes(pages[4096 : 4096 + size]).decode(), flush=True)\n"
+    )
+    command = [sys.executable, "-c", code]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    assert child.stdout.readline() == "ready\n"
+    mark = bytes(b ^ 1 for b in b"some mark here!!")
+    addresses = snapshot.take(child.pid, tmp_path, mark, 3)
+    assert (tmp_path / "memory").stat().st_size > 3 * 4096
+    with pytest.raises(snapshot.SnapshotError, match="do not fit"):
+        snapshot.fill_mailbox(child.pid, addresses, bytes(2 * 4096 + 1))
+    snapshot.fill_mailbox(child.pid, addresses, b"x" * 5000)
+    assert child.stdout.readline() == "x" * 5000 + "\n"
+    assert child.wait() == 0
