@@ -57,7 +57,7 @@ class Record:
     scores: dict[str, Score] = field(default_factory=dict)
     suite: str = ""
     clean: dict[str, list[str]] = field(default_factory=dict)
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def holds(self, mutant: Mutant, key: str, suite: str) -> bool:
         """Whether the score of a mutant needs no new run.

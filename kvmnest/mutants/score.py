@@ -141,7 +141,7 @@ class Scorer:
         if failures:
             raise HarnessError(
                 f"{len(failures)} cases fail on the unmodified modules, so a failure means"
-                f" nothing: {', '.join(case.id for case in failures[:5])}"
+                f" nothing: {'; '.join(f'{case.id}: {case.summary}' for case in failures[:3])}"
             )
         if reporter.run.problems:
             raise HarnessError(f"on the unmodified modules: {reporter.run.problems[0]}")

@@ -1,0 +1,84 @@
+"""One mutant for real: built from Debian's source, run in the lab, noticed by the suite."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from kvmnest.cli.main import main
+from kvmnest.errors import HarnessError
+from kvmnest.kernel import build
+from kvmnest.kernel.edits import Edit, EditError
+from kvmnest.lab import kernels
+from kvmnest.lab.errors import LabSetupError
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("bochs") is None, reason="bochs is not installed"),
+    pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed"),
+]
+
+NESTED = "arch/x86/kvm/vmx/nested.c"
+
+
+@pytest.fixture(scope="module")
+def release() -> str:
+    """The lab's default kernel."""
+    return kernels.resolve(None).release
+
+
+def test_detected_then_remembered(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state, report = tmp_path / "state.json", tmp_path / "report.json"
+    arguments = ["mutants", "--only", "vmxon-cpl3,ibpb-nested-exit", "--state", str(state)]
+    assert main([*arguments, "--json", str(report)]) == 0
+    said = capsys.readouterr().out
+    assert "vmxon-cpl3: detected test_vmxon.py::" in said
+    assert "2 mutants of 6.1" in said
+    assert ": 1 detected, 1 masked" in said
+    document = json.loads(report.read_text())
+    assert document["totals"] == {"detected": 1, "missed": 0, "masked": 1, "does not apply": 0}
+
+    def no_build(*_: object) -> Path:
+        raise AssertionError("a score that is known was scored again")
+
+    monkeypatch.setattr("kvmnest.mutants.score.build_modules", no_build)
+    assert main(arguments) == 0
+
+
+def test_nothing_is_built_twice(release: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    edit = Edit(NESTED, "handle_vmxon", "if (vmx_get_cpl(vcpu)) {", "if (0) {")
+    first = build.build_modules([edit], release)
+    assert sorted(path.name for path in first.iterdir()) == ["kvm-intel.ko", "kvm.ko"]
+    monkeypatch.setattr("kvmnest.kernel.build._make", None)
+    assert build.build_modules([edit], release) == first
+
+
+def test_edits_that_cannot_be_built(release: str) -> None:
+    with pytest.raises(EditError, match="does not occur"):
+        build.check_edits([Edit(NESTED, "handle_vmxon", "no such words", "")], release)
+    with pytest.raises(build.BuildError, match=r"nested\.c:\d+:\d+: error: "):
+        build.build_modules([Edit(NESTED, "handle_vmxon", "kvm_inject_gp(", "(]")], release)
+
+
+def test_kernel_that_is_not_debians() -> None:
+    with pytest.raises(LabSetupError, match=r"apt knows no linux-headers-6\.1\.99-mine"):
+        build.build_modules([], "6.1.99-mine")
+
+
+def test_refuses_when_the_unmodified_modules_fail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, release: str
+) -> None:
+    # The modules taken for unmodified ones hold a bug.
+    broken = Edit(NESTED, "handle_vmxon", "if (vmx_get_cpl(vcpu)) {", "if (0) {")
+    folder = build.build_modules([broken], release)
+    monkeypatch.setattr("kvmnest.mutants.score.build_modules", lambda *_: folder)
+    from kvmnest.mutants import catalogue, record, score
+
+    results = record.load(tmp_path / "state.json", release)
+    scorer = score.Scorer(None, release, results, first_only=True)
+    with pytest.raises(HarnessError, match="cases fail on the unmodified modules"):
+        scorer.score(catalogue.select(catalogue.load(), "vmxon-cpl3"), 1)
+    assert results.scores == {}
