@@ -31,7 +31,7 @@ class Score:
 
     ``case``, ``outcome`` and ``text`` say by which case it was detected and how; for the other
     verdicts ``text`` is the reason. ``ran`` counts the cases that ended. ``key`` and ``suite``
-    name the edit and the state of the suite it holds for; ``seconds`` is host time.
+    name the edit and the cases that it holds for; ``seconds`` is host time.
     """
 
     verdict: str
@@ -59,16 +59,16 @@ class Record:
     clean: dict[str, list[str]] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
-    def holds(self, mutant: Mutant, key: str, suite: str) -> bool:
+    def holds(self, mutant: Mutant, key: str, *suites: str) -> bool:
         """Whether the score of a mutant needs no new run.
 
         One that was detected stays so until its edit or the kernel changes; one that was missed
-        is tried again with every other state of the suite.
+        is tried again unless that was by one of the ``suites`` (names of what cases were run).
         """
         score = self.scores.get(mutant.id)
         if score is None or score.key != key or score.verdict == MASKED:
             return False
-        return score.verdict in (DETECTED, UNFIT) or score.suite == suite
+        return score.verdict in (DETECTED, UNFIT) or score.suite in suites
 
     def clean_cases(self, params: Mapping[str, str], suite: str) -> set[str]:
         """Ids that ended without failure on the unmodified modules, for this suite."""

@@ -14,6 +14,7 @@ from typing import Any
 from kvmnest.errors import HarnessError
 from kvmnest.kernel.build import BuildError, build_modules
 from kvmnest.kernel.edits import EditError
+from kvmnest.lab import cache
 from kvmnest.mutants import record
 from kvmnest.mutants.catalogue import Mutant
 from kvmnest.mutants.record import Record, Score
@@ -111,7 +112,13 @@ class Scorer:
         if mutant.masked:
             self.results.add(mutant.id, Score(record.MASKED, key, text=mutant.masked))
             return True
-        return self.results.holds(mutant, key, self._suite)
+        return self.results.holds(mutant, key, self._suite, self._scope(mutant))
+
+    def _scope(self, mutant: Mutant) -> str:
+        """Name of the cases that a run without a failure speaks for."""
+        if not self.first_only:
+            return self._suite
+        return cache.digest([self._suite, *mutant.first_cases(self._ids)])
 
     def _check_unmodified(self, mutants: Sequence[Mutant]) -> None:
         """Run the cases that ``mutants`` name on modules without an edit; none may fail."""
@@ -163,7 +170,8 @@ class Scorer:
             if found is None:
                 what = "the cases it names" if self.first_only else "the suite"
                 text = f"no failure in {what} ({ran} cases)"
-                score = Score(record.MISSED, key, self._suite, text=text, ran=ran, seconds=seconds)
+                scope = self._scope(mutant)
+                score = Score(record.MISSED, key, scope, text=text, ran=ran, seconds=seconds)
             else:
                 score = Score(
                     record.DETECTED,

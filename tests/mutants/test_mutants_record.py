@@ -49,6 +49,7 @@ def test_what_needs_no_new_run(tmp_path: Path) -> None:
     found.scores["one"] = Score(MISSED, KEY, "old suite")
     assert not found.holds(MUTANT, KEY, "suite")
     assert found.holds(MUTANT, KEY, "old suite")
+    assert found.holds(MUTANT, KEY, "suite", "old suite")
 
 
 def test_clean_cases_hold_for_one_suite(tmp_path: Path) -> None:
