@@ -25,6 +25,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="give up after so long without output (default 120)",
     )
     parser.add_argument("--limit", type=float, metavar="SECONDS", help="give up after so long")
+    parser.add_argument(
+        "--cold", action="store_true", help="boot anew, do not continue from a saved boot"
+    )
     parser.add_argument("-v", "--verbose", action="store_true", help="kernel log and times")
     parser.add_argument("command", nargs="+", metavar="COMMAND")
 
@@ -64,8 +67,14 @@ def run(args: argparse.Namespace) -> int:
         sys.stderr.buffer.write(data)
         sys.stderr.buffer.flush()
 
+    settings = parameters(args.kvm_param)
     with Lab(
-        args.kernel, parameters(args.kvm_param), args.kvm_modules, args.cpus, args.bochs
+        args.kernel,
+        settings,
+        args.kvm_modules,
+        args.cpus,
+        args.bochs,
+        snapshots=not args.cold,
     ) as lab:
         status = lab.run(
             args.command,

@@ -18,7 +18,7 @@ from kvmnest.lab.session import Session, Sink, Times
 from kvmnest.lab.snapshot import SnapshotError
 
 SNAPSHOTS_KEPT = 3  # of each kind; some 160 MB each
-SNAPSHOT_FORMAT = 2
+SNAPSHOT_FORMAT = 3
 # What the cases use and pytest does not rewrite.
 PRELOAD = ("kvmnest.errors", "kvmnest.vmx", "kvmnest.kvm", "kvmnest.l1")
 
@@ -80,7 +80,10 @@ class _Saver:
         def build(folder: Path) -> None:
             mailbox.extend(snapshot.take(pid, folder, mark, MAILBOX_PAGES))
 
-        cache.entry(step.kind, step.key, build, keep=SNAPSHOTS_KEPT)
+        try:
+            cache.entry(step.kind, step.key, build, keep=SNAPSHOTS_KEPT)
+        except LabSetupError as e:  # a full disk: this run can do without
+            raise SnapshotError(str(e)) from e
         if not mailbox:  # another run of the same lab was faster
             mailbox.extend(snapshot.take(pid, None, mark, MAILBOX_PAGES))
         snapshot.fill_mailbox(pid, mailbox, step.mail)

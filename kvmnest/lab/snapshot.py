@@ -16,6 +16,7 @@ import re
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from kvmnest.lab.ptrace import Stopped
 
@@ -62,7 +63,8 @@ def _fixed(found: list[Region]) -> list[tuple[object, ...]]:
     stamps: dict[str, tuple[int, int]] = {}
     fixed: list[tuple[object, ...]] = []
     for region in found:
-        if region.name.startswith("/"):
+        # Writable ones are replaced, in a process that was itself resumed by another file's.
+        if region.name.startswith("/") and not region.saved:
             if region.name not in stamps:
                 status = os.stat(region.name)
                 stamps[region.name] = (status.st_size, status.st_mtime_ns)
@@ -138,6 +140,7 @@ def take(pid: int, folder: Path | None, mark: bytes, pages: int) -> list[int]:
                 target = folder / "memory" if folder is not None else Path(os.devnull)
                 with open(target, "wb") as out:
                     copy.run(memory.fileno(), out.fileno() if folder is not None else -1, saved)
+                gate = _syscall_instruction(memory.fileno(), found)
             mailbox = [copy.mailbox.get(i, 0) for i in range(pages)]
             if 0 in mailbox or len(copy.mailbox) != pages:
                 raise SnapshotError(f"{len(copy.mailbox)} of {pages} mailbox pages found")
@@ -145,6 +148,7 @@ def take(pid: int, folder: Path | None, mark: bytes, pages: int) -> list[int]:
                 "fixed": _fixed(found),
                 "files": _open_files(pid),
                 "saved": [(r.start, r.end, r.perms, r.name) for r in saved],
+                "break": process.call(gate, _NR_BRK, 0),
                 "registers": process.registers(),
                 "extended": process.extended_state(),
                 "mailbox": mailbox,
@@ -229,7 +233,7 @@ def resume(pid: int, folder: Path, job: bytes) -> None:
             later = set(state["files"]) - set(_open_files(pid))
             if set(_open_files(pid)) - set(state["files"]) or len(later) > 1:
                 raise SnapshotError("the emulator has other files open than when it was saved")
-            _replace(process, found, state["saved"], folder / "memory", list(later))
+            _replace(process, found, state, folder / "memory", list(later))
             process.set_extended_state(state["extended"])
             process.set_registers(state["registers"])
             fill_mailbox(pid, state["mailbox"], job)
@@ -240,7 +244,7 @@ def resume(pid: int, folder: Path, job: bytes) -> None:
 def _replace(
     process: Stopped,
     found: list[Region],
-    saved: list[tuple[int, int, str, str]],
+    state: dict[str, Any],
     source: Path,
     later: list[tuple[int, str]],
 ) -> None:
@@ -249,7 +253,6 @@ def _replace(
     ``later`` are files (descriptor, name) that Bochs opens only when it needs them.
     """
     pid = process.pid
-    heap_end = {r.name: r.end for r in found}.get("[heap]", 0)
     stack = next(r for r in found if r.name == "[stack]")
     with open(f"/proc/{pid}/mem", "r+b", buffering=0) as memory, open(source, "rb") as content:
         gate = _syscall_instruction(memory.fileno(), found)
@@ -262,8 +265,10 @@ def _replace(
                 process.call(gate, _NR_CLOSE, opened)
         os.pwrite(memory.fileno(), os.fsencode(source) + b"\0", scratch)
         fd = process.call(gate, _NR_OPEN, scratch, os.O_RDONLY)
+        if process.call(gate, _NR_BRK, 0) < state["break"]:
+            process.call(gate, _NR_BRK, state["break"])
         position = 0
-        for start, end, perms, name in saved:
+        for start, end, perms, name in state["saved"]:
             size = end - start
             if name == "[stack]":
                 if start < stack.start:
@@ -272,8 +277,6 @@ def _replace(
                 data = os.pread(content.fileno(), size, position)
                 os.pwrite(memory.fileno(), data, start)
             else:
-                if name == "[heap]" and end > heap_end:
-                    process.call(gate, _NR_BRK, end)
                 process.call(gate, _NR_MMAP, start, size, _protection(perms),
                              _MAP_PRIVATE | _MAP_FIXED, fd, position)  # fmt: skip
             position += size
