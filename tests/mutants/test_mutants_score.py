@@ -59,8 +59,9 @@ def test_nothing_is_built_twice(release: str, monkeypatch: pytest.MonkeyPatch) -
 def test_edits_that_cannot_be_built(release: str) -> None:
     with pytest.raises(EditError, match="does not occur"):
         build.check_edits([Edit(NESTED, "handle_vmxon", "no such words", "")], release)
+    edit = Edit(NESTED, "nested_vmx_check_permission", "if (vmx_get_cpl(vcpu)) {", "if (]) {")
     with pytest.raises(build.BuildError, match=r"nested\.c:\d+:\d+: error: "):
-        build.build_modules([Edit(NESTED, "handle_vmxon", "kvm_inject_gp(", "(]")], release)
+        build.build_modules([edit], release)
 
 
 def test_kernel_that_is_not_debians() -> None:
