@@ -1,0 +1,154 @@
+"""The VMX-preemption timer: when it counts, what its exit leaves behind, what beats it."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvmnest.l1 import L1, code
+from kvmnest.suite.support.guest import NOT_VALID, Guest
+from kvmnest.vmx import (
+    ExitCtl,
+    ExitReason,
+    Field,
+    IntrType,
+    PinCtl,
+    ProcCtl,
+    Vector,
+    intr_info,
+)
+from kvmnest.vmx.outcome import Exit, Fault, Succeed
+
+TIMER = PinCtl.ACTIVATE_PREEMPTION_TIMER
+
+pytestmark = [
+    pytest.mark.series(19),
+    pytest.mark.sdm("VMX-Preemption Timer"),
+    pytest.mark.needs(TIMER),
+]
+
+#: Longer than L2's few instructions take on the slowest host: minutes.
+NEVER = 0xFFFFFFFF
+#: Some milliseconds: L2 has reached its HLT or loop by then, and nobody waits for it.
+SHORT = 1 << 19
+#: RFLAGS with IF set: Bochs 2.7 ends no loop of L2 for its host's timer while L2 has IF clear.
+IF = 0x202
+LOOP = b"\xeb\xfe"
+HLT_STATE = 1
+
+
+def _expired(guest: Guest, offset: int = 0) -> Exit:
+    return Exit(
+        ExitReason.PREEMPTION_TIMER,
+        qualification=0,
+        rip=guest.at(offset),
+        intr_info=NOT_VALID,
+        idt_info=NOT_VALID,
+    )
+
+
+def test_zero_expires_at_once(l1: L1) -> None:
+    """With value 0 L2 executes nothing, whatever its RFLAGS.IF is."""
+    guest = Guest(l1, TIMER)
+    for flags in (0x2, 0x202):
+        seen = guest.run(code.CPUID, VMX_PREEMPTION_TIMER_VALUE=0, GUEST_RFLAGS=flags)
+        assert seen == _expired(guest)
+        assert guest.changed(seen) == {}
+        assert guest.vmcs[Field.GUEST_RFLAGS] == flags
+        assert guest.vmcs[Field.VMX_PREEMPTION_TIMER_VALUE] == 0
+
+
+def test_not_active(l1: L1) -> None:
+    """Without the control the field means nothing."""
+    guest = Guest(l1)
+    assert guest.run(code.NOP, VMX_PREEMPTION_TIMER_VALUE=0) == Succeed()
+    guest.on(TIMER)
+    assert guest.run(code.NOP, VMX_PREEMPTION_TIMER_VALUE=0) == _expired(guest)
+    guest.off(TIMER)
+    assert guest.run(code.NOP, VMX_PREEMPTION_TIMER_VALUE=0) == Succeed()
+
+
+def test_loop_is_ended(l1: L1) -> None:
+    """A loop without an exit ends when the timer is down."""
+    guest = Guest(l1, TIMER)
+    seen = guest.run(code.NOP + LOOP, VMX_PREEMPTION_TIMER_VALUE=SHORT, GUEST_RFLAGS=IF)
+    assert seen == _expired(guest, 1)
+    assert guest.changed(seen) == {}
+
+
+def test_halted_guest_is_woken(l1: L1) -> None:
+    """The timer counts in the HLT state too, and the exit saves that state."""
+    guest = Guest(l1, TIMER)
+    seen = guest.run(code.HLT + code.INVD, VMX_PREEMPTION_TIMER_VALUE=SHORT)
+    assert seen == _expired(guest, 1)
+    assert guest.vmcs[Field.GUEST_ACTIVITY_STATE] == HLT_STATE
+    # L2 is entered in that state again and halts on.
+    seen = guest.run(code.INVD, VMX_PREEMPTION_TIMER_VALUE=SHORT, GUEST_ACTIVITY_STATE=HLT_STATE)
+    assert seen == _expired(guest)
+    assert guest.vmcs[Field.GUEST_ACTIVITY_STATE] == HLT_STATE
+
+
+@pytest.mark.needs(ExitCtl.SAVE_PREEMPTION_TIMER)
+def test_value_is_saved(l1: L1) -> None:
+    """With "save VMX-preemption timer value" the field holds what is left, else what was set."""
+    guest = Guest(l1, TIMER)
+    guest.off(ExitCtl.SAVE_PREEMPTION_TIMER)
+    assert guest.run(code.NOP, VMX_PREEMPTION_TIMER_VALUE=NEVER) == Succeed()
+    assert guest.vmcs[Field.VMX_PREEMPTION_TIMER_VALUE] == NEVER
+    guest.on(ExitCtl.SAVE_PREEMPTION_TIMER)
+    assert guest.run(code.NOP, VMX_PREEMPTION_TIMER_VALUE=NEVER) == Succeed()
+    left = guest.vmcs[Field.VMX_PREEMPTION_TIMER_VALUE]
+    # It went down, by far less than a half.
+    assert NEVER // 2 < left < NEVER
+    assert guest.run(
+        code.NOP + LOOP, VMX_PREEMPTION_TIMER_VALUE=SHORT, GUEST_RFLAGS=IF
+    ) == _expired(guest, 1)
+    assert guest.vmcs[Field.VMX_PREEMPTION_TIMER_VALUE] == 0
+
+
+@pytest.mark.needs(ExitCtl.SAVE_PREEMPTION_TIMER)
+def test_rate_is_the_tscs(l1: L1) -> None:
+    """The timer counts down by 1 each time the TSC bit named by IA32_VMX_MISC[4:0] changes."""
+    guest = Guest(l1, TIMER, ProcCtl.USE_TSC_OFFSETTING)
+    guest.off(ProcCtl.RDTSC_EXITING)
+    guest.on(ExitCtl.SAVE_PREEMPTION_TIMER)
+    shift = l1.caps.misc.preemption_timer_rate
+    before = l1.rdtsc().value
+    # Two readings of L2 with a loop of 20,000 between them: the timer saw at least that time.
+    spin = b"\xb9\x20\x4e\x00\x00\xff\xc9\x75\xfc"
+    read = b"\x0f\x31\x48\xc1\xe2\x20\x48\x09\xd0"
+    seen = guest.run(
+        read + b"\x49\x89\xc0" + spin + read, VMX_PREEMPTION_TIMER_VALUE=NEVER, TSC_OFFSET=0
+    )
+    assert seen == Succeed()
+    after = l1.rdtsc().value
+    inside = seen.regs["rax"] - seen.regs["r8"]
+    counted = NEVER - guest.vmcs[Field.VMX_PREEMPTION_TIMER_VALUE]
+    assert inside >> shift <= counted + 1
+    assert counted <= ((after - before) >> shift) + 1
+
+
+@pytest.mark.sdm("VM Exits Induced by the VMX-Preemption Timer")
+def test_injected_event_goes_first(l1: L1) -> None:
+    """An injected event is delivered before the timer's exit: RIP is the handler's."""
+    guest = Guest(l1, TIMER)
+    seen = guest.run(
+        code.NOP,
+        VMX_PREEMPTION_TIMER_VALUE=0,
+        VM_ENTRY_INTR_INFO_FIELD=intr_info(Vector.UD, IntrType.HARDWARE_EXCEPTION),
+    )
+    assert isinstance(seen, Exit)
+    assert seen.reason == ExitReason.PREEMPTION_TIMER
+    assert seen == Exit(ExitReason.PREEMPTION_TIMER, intr_info=NOT_VALID, idt_info=NOT_VALID)
+    # Nothing of the handler ran: it reports when it is resumed without the timer.
+    guest.off(TIMER)
+    assert guest.go_on() == Fault(Vector.UD, error_code=0, rip=0)
+
+
+@pytest.mark.sdm("VM Exits Induced by the VMX-Preemption Timer")
+def test_comes_before_an_nmi_window(l1: L1) -> None:
+    """The timer's exit has priority over NMI-window and interrupt-window exits."""
+    guest = Guest(l1, TIMER, ProcCtl.INTERRUPT_WINDOW_EXITING)
+    seen = guest.run(code.NOP, VMX_PREEMPTION_TIMER_VALUE=0, GUEST_RFLAGS=0x202)
+    assert seen == _expired(guest)
+    guest.off(TIMER)
+    assert guest.go_on() == Exit(ExitReason.INTERRUPT_WINDOW, qualification=0, rip=guest.at())
