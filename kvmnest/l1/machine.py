@@ -6,11 +6,12 @@ import functools
 import signal
 import threading
 from collections import deque
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self
 
 from kvmnest.errors import HarnessError
-from kvmnest.kvm import Cap, Kvm, Memory, Vcpu, Vm
+from kvmnest.kvm import Cap, Kvm, KvmMsrError, Memory, Vcpu, Vm
 from kvmnest.l1 import payload as payload_module
 from kvmnest.l1 import roundtrip
 from kvmnest.l1.cpu import Cpu, check_layout
@@ -321,8 +322,22 @@ class Machine:
         return address
 
     def round_trip(self) -> None:
-        """Save the VM, destroy it, and restore it into a new VM around the same memory."""
+        """Save and destroy the VM, and restore it into a new one around the same memory."""
         roundtrip.round_trip(self)
+
+    def set_feature_msrs(self, values: Mapping[Msr, int] | Mapping[int, int]) -> None:
+        """Set MSRs as a host does before its guest starts: the VMX capabilities, for example.
+
+        Linux refuses a change once the vCPU has run (commit "KVM: x86: Disallow writes to
+        immutable feature MSRs after KVM_RUN", 6.4), so the vCPU then becomes a new one in the
+        same state. Raises KvmMsrError if a new vCPU refuses too.
+        """
+        self.touched, self._caps = True, None
+        msrs = {int(index): value for index, value in values.items()}
+        try:
+            self._vcpus[0].set_msrs(msrs)
+        except KvmMsrError:
+            roundtrip.round_trip(self, msrs)
 
     @functools.cached_property
     def done64(self) -> bytes:

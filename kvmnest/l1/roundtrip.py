@@ -6,6 +6,7 @@ to the vCPU's state like its registers; a header alone (VMXON without a current 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -72,9 +73,11 @@ def restore(vcpu: Vcpu, state: VcpuState) -> None:
         vcpu.set_nested_state(state.nested)
 
 
-def round_trip(l1: Machine) -> None:
-    """Replace ``l1.vm`` and its vCPUs by new ones in the same state."""
+def round_trip(l1: Machine, msrs: Mapping[int, int] | None = None) -> None:
+    """Replace ``l1.vm`` and its vCPUs by new ones in the same state but for ``msrs``."""
     states = [save(l1, vcpu) for vcpu in l1._vcpus]
+    for state in states:
+        state.msrs.update(msrs or {})
     for vcpu in l1._vcpus:
         vcpu.close()
     l1._vm.close()

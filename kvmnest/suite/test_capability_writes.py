@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterator
 
 import pytest
 
-from kvmnest.kvm import KvmMsrError
+from kvmnest.kvm import Kvm, KvmMsrError, Vcpu
 from kvmnest.l1 import L1
 from kvmnest.suite.support.entries import BAD_CONTROL, BAD_GUEST, Entries
 from kvmnest.vmx import (
@@ -29,6 +30,7 @@ from kvmnest.vmx import (
     VmxError,
     Width,
 )
+from kvmnest.vmx.capinfo import BasicInfo, MiscInfo
 from kvmnest.vmx.outcome import Exit, Fault, Succeed, VMfailInvalid, VMfailValid
 
 pytestmark = [
@@ -57,142 +59,169 @@ def _get(l1: L1, msr: Msr) -> int:
     return l1.vcpu.get_msrs([msr])[msr]
 
 
-def check_refused(l1: L1, msr: Msr, value: int, why: str) -> None:
+@pytest.fixture
+def unstarted(kvm: Kvm) -> Iterator[Vcpu]:
+    """A vCPU that has never run: after the first KVM_RUN newer kernels refuse every change."""
+    with kvm.create_vm() as vm, vm.create_vcpu() as vcpu:
+        vcpu.set_cpuid(kvm.supported_cpuid())
+        yield vcpu
+
+
+def check_taken(vcpu: Vcpu, msr: Msr, value: int, why: object = "") -> None:
+    """Assert that KVM_SET_MSRS takes a value, and put the old one back."""
+    before = vcpu.get_msrs([msr])[msr]
+    assert vcpu.set_msrs({msr: value}) == 1, why
+    assert vcpu.get_msrs([msr])[msr] == value, why
+    assert vcpu.set_msrs({msr: before}) == 1, why
+
+
+def check_refused(vcpu: Vcpu, msr: Msr, value: int, why: str) -> None:
     """Assert that KVM_SET_MSRS refuses a value and that the MSR stays."""
-    before = _get(l1, msr)
+    before = vcpu.get_msrs([msr])[msr]
     try:
-        l1.vcpu.set_msrs({msr: value})
+        vcpu.set_msrs({msr: value})
     except KvmMsrError:
         taken = False
     else:
         taken = True
     assert not taken, f"{msr.name} took {value:#x}: {why}"
-    assert _get(l1, msr) == before, why
+    assert vcpu.get_msrs([msr])[msr] == before, why
 
 
 # --- what KVM_SET_MSRS takes ---
 
 
-def test_fewer_controls(l1: L1) -> None:
-    """May-be-1 bits can be taken away and given back; L1 and the plain MSR show it."""
+def test_fewer_controls(unstarted: Vcpu) -> None:
+    """May-be-1 bits can be taken away and given back; the plain MSR shows it."""
     for kind, msr in CONTROLS.items():
-        full = _get(l1, msr)
+        full = unstarted.get_msrs([msr])[msr]
         optional = full >> 32 & ~full & LOW
         assert optional
         for bit in (n for n in range(32) if optional >> n & 1):
             value = full & ~(1 << 32 + bit)
-            assert l1.vcpu.set_msrs({msr: value}) == 1, bit
-            assert l1.rdmsr(msr) == Succeed(value)
+            check_taken(unstarted, msr, value, bit)
             if kind is not Proc2Ctl:
-                plain = l1.rdmsr(Msr[msr.name.replace("TRUE_", "")]).value
-                assert plain >> 32 == value >> 32, bit
-            assert l1.vcpu.set_msrs({msr: full}) == 1, bit
-            assert l1.rdmsr(msr) == Succeed(full)
+                unstarted.set_msrs({msr: value})
+                plain = Msr[msr.name.replace("TRUE_", "")]
+                assert unstarted.get_msrs([plain])[plain] >> 32 == value >> 32, bit
+                unstarted.set_msrs({msr: full})
 
 
-def test_controls_that_do_not_exist(l1: L1) -> None:
+def test_l1_reads_what_the_host_set(l1: L1) -> None:
+    """RDMSR gives L1 the restricted value of each capability MSR, of the plain ones too."""
+    for kind, msr in CONTROLS.items():
+        full = _get(l1, msr)
+        optional = full >> 32 & ~full & LOW
+        value = full & ~((optional & -optional) << 32)
+        l1.set_feature_msrs({msr: value})
+        assert l1.rdmsr(msr) == Succeed(value)
+        if kind is not Proc2Ctl:
+            plain = l1.rdmsr(Msr[msr.name.replace("TRUE_", "")]).value
+            assert plain >> 32 == value >> 32, msr.name
+    values = {
+        Msr.IA32_VMX_EPT_VPID_CAP: _get(l1, Msr.IA32_VMX_EPT_VPID_CAP) & ~EptVpidCap.INVVPID,
+        Msr.IA32_VMX_BASIC: _get(l1, Msr.IA32_VMX_BASIC) & ~BasicCap.INS_OUTS_INFO,
+        Msr.IA32_VMX_MISC: _get(l1, Msr.IA32_VMX_MISC) & ~Misc.ACTIVITY_HLT,
+        Msr.IA32_VMX_VMFUNC: 0,
+        Msr.IA32_VMX_CR0_FIXED0: _get(l1, Msr.IA32_VMX_CR0_FIXED0) | 1 << 3,
+        Msr.IA32_VMX_CR4_FIXED0: _get(l1, Msr.IA32_VMX_CR4_FIXED0) | 1 << 3,
+    }
+    l1.set_feature_msrs(values)
+    for msr, value in values.items():
+        assert l1.rdmsr(msr) == Succeed(value), msr.name
+
+
+def test_controls_that_do_not_exist(kvm: Kvm, unstarted: Vcpu) -> None:
     """A control that KVM does not offer to any guest cannot be added."""
     for msr in CONTROLS.values():
-        full = _get(l1, msr)
-        offered = l1.kvm.feature_msrs([msr])[msr]
+        full = unstarted.get_msrs([msr])[msr]
+        offered = kvm.feature_msrs([msr])[msr]
         for bit in (n for n in range(32) if not offered >> 32 + n & 1):
-            check_refused(l1, msr, full | 1 << 32 + bit, f"bit {bit} may be 1")
-        assert l1.rdmsr(msr) == Succeed(full)
+            check_refused(unstarted, msr, full | 1 << 32 + bit, f"bit {bit} may be 1")
 
 
-def test_must_be_one(l1: L1) -> None:
+def test_must_be_one(unstarted: Vcpu) -> None:
     """A must-be-1 bit cannot be dropped; a control can be made one of them."""
     for msr in CONTROLS.values():
-        full = _get(l1, msr)
+        full = unstarted.get_msrs([msr])[msr]
         for bit in (n for n in range(32) if full >> n & 1):
-            check_refused(l1, msr, full & ~(1 << bit), f"bit {bit} must be 1")
+            check_refused(unstarted, msr, full & ~(1 << bit), f"bit {bit} must be 1")
         optional = full >> 32 & ~full & LOW
-        bit = optional & -optional
-        assert l1.vcpu.set_msrs({msr: full | bit}) == 1
-        assert l1.rdmsr(msr) == Succeed(full | bit)
+        check_taken(unstarted, msr, full | optional & -optional)
 
 
-def test_generated_msrs(l1: L1) -> None:
+def test_generated_msrs(unstarted: Vcpu) -> None:
     """The plain control MSRs and CR0/CR4 FIXED1 follow from others: they cannot be set."""
     for msr in GENERATED:
-        value = _get(l1, msr)
-        check_refused(l1, msr, value, "the same value")
-        check_refused(l1, msr, 0, "0")
+        value = unstarted.get_msrs([msr])[msr]
+        check_refused(unstarted, msr, value, "the same value")
+        check_refused(unstarted, msr, 0, "0")
 
 
-def test_ept_vpid_cap(l1: L1) -> None:
+def test_ept_vpid_cap(unstarted: Vcpu) -> None:
     """Bits of IA32_VMX_EPT_VPID_CAP can be cleared one by one, none can be added."""
     msr = Msr.IA32_VMX_EPT_VPID_CAP
-    full = _get(l1, msr)
+    full = unstarted.get_msrs([msr])[msr]
     for bit in range(64):
         if full >> bit & 1:
-            assert l1.vcpu.set_msrs({msr: full & ~(1 << bit)}) == 1, bit
-            assert l1.rdmsr(msr) == Succeed(full & ~(1 << bit))
-            assert l1.vcpu.set_msrs({msr: full}) == 1
+            check_taken(unstarted, msr, full & ~(1 << bit), bit)
         else:
-            check_refused(l1, msr, full | 1 << bit, f"bit {bit}")
-    assert l1.rdmsr(msr) == Succeed(full)
+            check_refused(unstarted, msr, full | 1 << bit, f"bit {bit}")
 
 
-def test_basic(l1: L1) -> None:
+def test_basic(unstarted: Vcpu) -> None:
     """IA32_VMX_BASIC keeps the revision identifier; features go, the region may grow."""
     msr = Msr.IA32_VMX_BASIC
-    full = _get(l1, msr)
+    full = unstarted.get_msrs([msr])[msr]
     for bit in range(31):
-        check_refused(l1, msr, full ^ 1 << bit, f"revision identifier, bit {bit}")
-    check_refused(l1, msr, full | 1 << 31, "bit 31")
-    check_refused(l1, msr, full | BasicCap.PHYSICAL_32BIT, "32-bit addresses")
+        check_refused(unstarted, msr, full ^ 1 << bit, f"revision identifier, bit {bit}")
+    check_refused(unstarted, msr, full | 1 << 31, "bit 31")
+    check_refused(unstarted, msr, full | BasicCap.PHYSICAL_32BIT, "32-bit addresses")
     for flag in (BasicCap.DUAL_MONITOR, BasicCap.INS_OUTS_INFO, BasicCap.TRUE_CONTROLS):
         if full & flag:
-            assert l1.vcpu.set_msrs({msr: full & ~flag}) == 1
-            assert l1.rdmsr(msr) == Succeed(full & ~flag)
-            assert l1.vcpu.set_msrs({msr: full}) == 1
+            check_taken(unstarted, msr, full & ~flag, flag.name)
         else:
-            check_refused(l1, msr, full | flag, flag.name or "")
-    size = l1.caps.basic.region_size
-    check_refused(l1, msr, full & ~(0x1FFF << 32) | (size - 1) << 32, "a smaller region")
+            check_refused(unstarted, msr, full | flag, flag.name or "")
+    size = BasicInfo(full).region_size
+    check_refused(unstarted, msr, full & ~(0x1FFF << 32) | (size - 1) << 32, "a smaller region")
 
 
-def test_misc(l1: L1) -> None:
+def test_misc(unstarted: Vcpu) -> None:
     """IA32_VMX_MISC: features can go, none can come, counts can only shrink."""
     msr = Msr.IA32_VMX_MISC
-    full = _get(l1, msr)
+    full = unstarted.get_msrs([msr])[msr]
     for flag in Misc:
         if full & flag:
-            assert l1.vcpu.set_msrs({msr: full & ~flag}) == 1, flag.name
-            assert l1.rdmsr(msr) == Succeed(full & ~flag)
-            assert l1.vcpu.set_msrs({msr: full}) == 1
+            check_taken(unstarted, msr, full & ~flag, flag.name)
         else:
-            check_refused(l1, msr, full | flag, flag.name or "")
+            check_refused(unstarted, msr, full | flag, flag.name or "")
     for bit in (9, 10, 11, 12, 13, 31):
-        check_refused(l1, msr, full | 1 << bit, f"reserved bit {bit}")
-    targets = l1.caps.misc.cr3_targets
-    check_refused(l1, msr, full + ((targets + 1) << 16), "more CR3 targets")
-    check_refused(l1, msr, full ^ 1 << 32, "MSEG revision identifier")
-    if l1.caps.supports(PinCtl.ACTIVATE_PREEMPTION_TIMER):
-        check_refused(l1, msr, full ^ 1, "another rate of the preemption timer")
+        check_refused(unstarted, msr, full | 1 << bit, f"reserved bit {bit}")
+    targets = MiscInfo(full).cr3_targets
+    check_refused(unstarted, msr, full + ((targets + 1) << 16), "more CR3 targets")
+    check_refused(unstarted, msr, full ^ 1 << 32, "MSEG revision identifier")
+    pin = Msr.IA32_VMX_TRUE_PINBASED_CTLS
+    if unstarted.get_msrs([pin])[pin] >> 32 & PinCtl.ACTIVATE_PREEMPTION_TIMER:
+        check_refused(unstarted, msr, full ^ 1, "another rate of the preemption timer")
 
 
-def test_vmfunc(l1: L1) -> None:
+def test_vmfunc(unstarted: Vcpu) -> None:
     """IA32_VMX_VMFUNC: functions can go, none can come."""
     msr = Msr.IA32_VMX_VMFUNC
-    full = _get(l1, msr)
+    full = unstarted.get_msrs([msr])[msr]
     for bit in (n for n in range(64) if not full >> n & 1):
-        check_refused(l1, msr, full | 1 << bit, f"function {bit}")
-    assert l1.vcpu.set_msrs({msr: 0}) == 1
-    assert l1.rdmsr(msr) == Succeed(0)
-    assert l1.vcpu.set_msrs({msr: full}) == 1
+        check_refused(unstarted, msr, full | 1 << bit, f"function {bit}")
+    check_taken(unstarted, msr, 0)
 
 
 @pytest.mark.parametrize("register", ["CR0", "CR4"])
-def test_fixed_to_one(l1: L1, register: str) -> None:
+def test_fixed_to_one(unstarted: Vcpu, register: str) -> None:
     """Bits fixed to 1 stay fixed; FIXED0 can have more of them."""
     msr = Msr[f"IA32_VMX_{register}_FIXED0"]
-    full = _get(l1, msr)
+    full = unstarted.get_msrs([msr])[msr]
     for bit in (n for n in range(64) if full >> n & 1):
-        check_refused(l1, msr, full & ~(1 << bit), f"bit {bit}")
-    assert l1.vcpu.set_msrs({msr: full | 1 << 3}) == 1
-    assert l1.rdmsr(msr) == Succeed(full | 1 << 3)
+        check_refused(unstarted, msr, full & ~(1 << bit), f"bit {bit}")
+    check_taken(unstarted, msr, full | 1 << 3)
 
 
 def test_not_in_vmx_operation(l1: L1) -> None:
@@ -201,7 +230,7 @@ def test_not_in_vmx_operation(l1: L1) -> None:
     assert l1.vcpu.set_msrs(values) == len(values)
     l1.enter_vmx()
     for msr, value in values.items():
-        check_refused(l1, Msr(msr), value, "in VMX operation")
+        check_refused(l1.vcpu, Msr(msr), value, "in VMX operation")
     assert l1.vmxoff() == Succeed()
     assert l1.vcpu.set_msrs(values) == len(values)
 
@@ -225,7 +254,7 @@ def test_control_taken_away(l1: L1) -> None:
     for flag in flags:
         msr = CONTROLS[type(flag)]
         full = _get(l1, msr)
-        assert l1.vcpu.set_msrs({msr: full & ~(int(flag) << 32)}) == 1
+        l1.set_feature_msrs({msr: full & ~(int(flag) << 32)})
         assert not l1.caps.supports(flag)
         l1.launchable()
         tries = Entries(l1)
@@ -233,7 +262,7 @@ def test_control_taken_away(l1: L1) -> None:
         assert tries({**pat, **tries.using(flag)}) == BAD_CONTROL, flag
         assert tries({}) == tries.vmcall(), flag
         assert l1.vmxoff() == Succeed()
-        assert l1.vcpu.set_msrs({msr: full}) == 1
+        l1.set_feature_msrs({msr: full})
 
 
 @pytest.mark.sdm("VM-Execution Control Fields")
@@ -248,7 +277,7 @@ def test_control_made_mandatory(l1: L1) -> None:
     for flag in flags:
         msr = CONTROLS[type(flag)]
         full = _get(l1, msr)
-        assert l1.vcpu.set_msrs({msr: full | int(flag)}) == 1
+        l1.set_feature_msrs({msr: full | int(flag)})
         l1.launchable()
         tries = Entries(l1)
         # Secondary controls count only when they are activated.
@@ -257,7 +286,7 @@ def test_control_made_mandatory(l1: L1) -> None:
         assert tries({**good, **tries.using(without=flag)}) == BAD_CONTROL, flag
         assert tries(good) == tries.vmcall(), flag
         assert l1.vmxoff() == Succeed()
-        assert l1.vcpu.set_msrs({msr: full}) == 1
+        l1.set_feature_msrs({msr: full})
 
 
 @pytest.mark.sdm("VMWRITE - Write Field to Virtual-Machine Control Structure")
@@ -267,7 +296,7 @@ def test_without_vmwrite_any_field(l1: L1) -> None:
     An unsupported encoding is error 12, also when its kind is the read-only one.
     """
     full = _get(l1, Msr.IA32_VMX_MISC)
-    assert l1.vcpu.set_msrs({Msr.IA32_VMX_MISC: full & ~Misc.VMWRITE_ANY_FIELD}) == 1
+    l1.set_feature_msrs({Msr.IA32_VMX_MISC: full & ~Misc.VMWRITE_ANY_FIELD})
     l1.launchable()
     assert l1.vmlaunch() == Exit(ExitReason.VMCALL)
     fields = [f for f in Field if f.kind is Kind.EXIT_INFO and l1.caps.field_exists(f)]
@@ -291,7 +320,7 @@ def test_without_vmwrite_any_field(l1: L1) -> None:
 def test_more_fixed_bits(l1: L1) -> None:
     """A CR0 bit that the host fixes to 1 is needed by VMXON and cannot be cleared after it."""
     msr = Msr.IA32_VMX_CR0_FIXED0
-    assert l1.vcpu.set_msrs({msr: _get(l1, msr) | Cr0.AM}) == 1
+    l1.set_feature_msrs({msr: _get(l1, msr) | Cr0.AM})
     cr0 = l1.read_cr(0).value
     assert not cr0 & Cr0.AM
     protection = Fault(Vector.GP, error_code=0, rip=0)
@@ -306,7 +335,7 @@ def test_more_fixed_bits(l1: L1) -> None:
 def test_activity_state_taken_away(l1: L1) -> None:
     """An activity state that IA32_VMX_MISC no longer reports is refused."""
     msr = Msr.IA32_VMX_MISC
-    assert l1.vcpu.set_msrs({msr: _get(l1, msr) & ~Misc.ACTIVITY_HLT}) == 1
+    l1.set_feature_msrs({msr: _get(l1, msr) & ~Misc.ACTIVITY_HLT})
     l1.launchable()
     tries = Entries(l1)
     # Should L2 be entered all the same, the interrupt window ends the HLT state at once.
@@ -320,7 +349,7 @@ def test_activity_state_taken_away(l1: L1) -> None:
 def test_accessed_dirty_taken_away(l1: L1) -> None:
     """Without the capability bit 6 of the EPTP is reserved: error 7."""
     msr = Msr.IA32_VMX_EPT_VPID_CAP
-    assert l1.vcpu.set_msrs({msr: _get(l1, msr) & ~EptVpidCap.ACCESSED_DIRTY}) == 1
+    l1.set_feature_msrs({msr: _get(l1, msr) & ~EptVpidCap.ACCESSED_DIRTY})
     vmcs = l1.launchable(ept=True)
     tries = Entries(l1)
     assert tries({Field.EPT_POINTER: vmcs[Field.EPT_POINTER] | 1 << 6}) == BAD_CONTROL
@@ -331,7 +360,7 @@ def test_accessed_dirty_taken_away(l1: L1) -> None:
 @pytest.mark.sdm("VM-Function Controls")
 def test_vm_function_taken_away(l1: L1) -> None:
     """A VM function that IA32_VMX_VMFUNC no longer reports cannot be enabled: error 7."""
-    assert l1.vcpu.set_msrs({Msr.IA32_VMX_VMFUNC: 0}) == 1
+    l1.set_feature_msrs({Msr.IA32_VMX_VMFUNC: 0})
     l1.launchable(ept=True)
     tries = Entries(l1)
     enabled = tries.using(Proc2Ctl.ENABLE_VM_FUNCTIONS)
@@ -345,7 +374,7 @@ def test_larger_region(l1: L1) -> None:
     msr = Msr.IA32_VMX_BASIC
     full = _get(l1, msr)
     larger = full & ~(0x1FFF << 32) | 0x1000 << 32
-    assert l1.vcpu.set_msrs({msr: larger}) == 1
+    l1.set_feature_msrs({msr: larger})
     assert l1.rdmsr(msr) == Succeed(larger)
     l1.launchable()
     assert l1.vmlaunch() == Exit(ExitReason.VMCALL)

@@ -62,7 +62,7 @@ def _restricted(kvm: Kvm, flags: EptVpidCap) -> L1:
     """An L1 without some bits of IA32_VMX_EPT_VPID_CAP, which the host took away at the start."""
     l1 = L1(kvm)
     value = l1.vcpu.get_msrs([Msr.IA32_VMX_EPT_VPID_CAP])[Msr.IA32_VMX_EPT_VPID_CAP]
-    l1.vcpu.set_msrs({Msr.IA32_VMX_EPT_VPID_CAP: value & ~flags.value})
+    l1.set_feature_msrs({Msr.IA32_VMX_EPT_VPID_CAP: value & ~flags.value})
     return l1
 
 

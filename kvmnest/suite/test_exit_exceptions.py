@@ -294,3 +294,25 @@ def test_triple_fault(l1: L1) -> None:
     seen = guest.go_on()
     assert seen == Fault(Vector.UD, error_code=0, rip=0)
     assert guest.run(code.NOP) == Succeed()
+
+
+@pytest.mark.sdm("Saving Non-Register State")
+@pytest.mark.parametrize("blocking", [1, 2], ids=["STI", "MOV-SS"])
+def test_blocking_is_saved(l1: L1, blocking: int) -> None:
+    """A fault that exits leaves blocking as it was: the instruction has not been executed."""
+    guest = Guest(l1)
+    for program, fields, vector in (
+        (b"\x58", {"GUEST_RSP": 0x50000000}, Vector.PF),  # POP RAX
+        (b"\x8e\xd8", {}, Vector.GP),  # MOV DS, AX with a selector beyond the GDT
+    ):
+        seen = guest.run(
+            program,
+            {"rax": 0x7FF0},
+            EXCEPTION_BITMAP=1 << vector,
+            GUEST_RFLAGS=0x202,
+            GUEST_INTERRUPTIBILITY_INFO=blocking,
+            **fields,
+        )
+        info = intr_info(vector, IntrType.HARDWARE_EXCEPTION, True)
+        assert seen == Exit(ExitReason.EXCEPTION_NMI, rip=guest.at(), intr_info=info)
+        assert guest.vmcs[Field.GUEST_INTERRUPTIBILITY_INFO] == blocking

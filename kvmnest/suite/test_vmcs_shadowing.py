@@ -278,7 +278,7 @@ def test_shadow_indicator_without_capability(l1: L1) -> None:
     """Where "VMCS shadowing" cannot be 1, VMPTRLD refuses the indicator: error 11."""
     msr = 0x48B
     value = l1.vcpu.get_msrs([msr])[msr]
-    assert l1.vcpu.set_msrs({msr: value & ~(Proc2Ctl.VMCS_SHADOWING << 32)}) == 1
+    l1.set_feature_msrs({msr: value & ~(Proc2Ctl.VMCS_SHADOWING << 32)})
     vmcs = l1.launchable()
     region = l1.prepare_region(l1.sym("vmcs_b"), l1.caps.basic.revision_id | SHADOW)
     assert l1.vmptrld(region) == VMfailValid(VmxError.VMPTRLD_INCORRECT_REVISION_ID)
