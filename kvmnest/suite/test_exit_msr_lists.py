@@ -75,6 +75,21 @@ def test_store_gives_l2s_values(l1: L1) -> None:
     assert l1.rdmsr(Msr.FS_BASE) == Succeed(0)
 
 
+def test_store_of_the_tsc(l1: L1) -> None:
+    """IA32_TSC is stored as L1's RDMSR would read it: without L2's offset."""
+    guest = _guest(l1)
+    where = _area(guest, "store", (Msr.TSC, 0), (Msr.TSC, 0))
+    assert guest.run(code.NOP) == Succeed()
+    l1.vcpu.set_tsc_offset(l1.vcpu.get_tsc_offset() + (1 << 45))
+    guest.on(ProcCtl.USE_TSC_OFFSETTING)
+    for offset in (0, 1 << 50, -(1 << 40)):
+        before = l1.rdtsc()
+        assert guest.run(code.RDTSC, TSC_OFFSET=offset & (1 << 64) - 1) == Succeed()
+        after = l1.rdtsc()
+        first, second = (value for _, value in _stored(l1, where, 2))
+        assert before.value < first <= second < after.value, hex(offset)
+
+
 def test_store_counts_and_order(l1: L1) -> None:
     """As many entries as the count says are stored, also the recommended maximum of them."""
     guest = _guest(l1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from kvmnest.kvm import Cap
 from kvmnest.l1 import L1, code
 from kvmnest.suite.support.guest import NOT_VALID, Guest
 from kvmnest.vmx import (
@@ -11,12 +12,13 @@ from kvmnest.vmx import (
     ExitReason,
     Field,
     IntrType,
+    Msr,
     PinCtl,
     ProcCtl,
     Vector,
     intr_info,
 )
-from kvmnest.vmx.outcome import Exit, Fault, Succeed
+from kvmnest.vmx.outcome import Exit, Fault, HostExit, Succeed
 
 TIMER = PinCtl.ACTIVATE_PREEMPTION_TIMER
 
@@ -30,10 +32,19 @@ pytestmark = [
 NEVER = 0xFFFFFFFF
 #: Some milliseconds: L2 has reached its HLT or loop by then, and nobody waits for it.
 SHORT = 1 << 19
+#: Longer than the host takes to save and restore a VM.
+LONG = 1 << 21
 #: RFLAGS with IF set: Bochs 2.7 ends no loop of L2 for its host's timer while L2 has IF clear.
 IF = 0x202
 LOOP = b"\xeb\xfe"
+OUT_80 = code.out8(0x80)
 HLT_STATE = 1
+
+
+def _deadline(l1: L1) -> tuple[int, int]:
+    """Flags and deadline, in units of the timer, in the header of the nested state."""
+    header = l1.vcpu.get_nested_state()[:40]
+    return int.from_bytes(header[28:32], "little"), int.from_bytes(header[32:40], "little")
 
 
 def _expired(guest: Guest, offset: int = 0) -> Exit:
@@ -125,6 +136,38 @@ def test_rate_is_the_tscs(l1: L1) -> None:
     counted = NEVER - guest.vmcs[Field.VMX_PREEMPTION_TIMER_VALUE]
     assert inside >> shift <= counted + 1
     assert counted <= ((after - before) >> shift) + 1
+
+
+@pytest.mark.needs(Cap.NESTED_STATE)
+@pytest.mark.series(24)
+def test_deadline_moves_with_l2(l1: L1) -> None:
+    """The nested state holds the deadline; restored, the timer counts on and does not start anew.
+
+    Kernel documentation, "KVM_SET_NESTED_STATE": KVM_STATE_VMX_PREEMPTION_TIMER_DEADLINE.
+    """
+    guest = Guest(l1, TIMER)
+    seen = guest.run(OUT_80, VMX_PREEMPTION_TIMER_VALUE=NEVER)
+    assert isinstance(seen, HostExit)
+    flags, deadline = _deadline(l1)
+    assert flags & 1
+    l1.round_trip()
+    assert _deadline(l1) == (flags, deadline)
+    assert guest.resume() == Succeed()
+
+
+@pytest.mark.needs(Cap.NESTED_STATE)
+@pytest.mark.series(24)
+def test_deadline_that_passed_meanwhile(l1: L1) -> None:
+    """A timer that ran down while L2 was saved expires at once when L2 is restored."""
+    guest = Guest(l1, TIMER)
+    seen = guest.run(OUT_80 + code.NOP, VMX_PREEMPTION_TIMER_VALUE=LONG)
+    assert isinstance(seen, HostExit)
+    l1.vcpu.run(immediate_exit=True)
+    _, deadline = _deadline(l1)
+    while l1.vcpu.get_msrs([Msr.TSC])[Msr.TSC] >> l1.caps.misc.preemption_timer_rate < deadline:
+        pass
+    l1.round_trip()
+    assert guest.resume() == _expired(guest, 2)
 
 
 @pytest.mark.sdm("VM Exits Induced by the VMX-Preemption Timer")

@@ -137,7 +137,10 @@ def test_operand_not_mapped(l1: L1, name: str) -> None:
     l1.launchable()
     write = 2 if name == "vmread" else 0
     at = 0x40000120
-    assert _do(l1, name, at=at) == Fault(Vector.PF, error_code=write, cr2=at, rip=0)
+    # KVM lets the processor access some fields of a shadow VMCS by itself, and others not.
+    for field in (Field.GUEST_RIP, Field.GUEST_LDTR_LIMIT):
+        seen = _do(l1, name, field, at=at)
+        assert seen == Fault(Vector.PF, error_code=write, cr2=at, rip=0), field.name
 
 
 @pytest.mark.parametrize("name", BOTH)

@@ -1,0 +1,140 @@
+"""INIT signals and start-up IPIs that arrive while L2 runs, halts or waits for SIPI."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from kvmnest.kvm import Cap, Vm, exits
+from kvmnest.l1 import L1, code
+from kvmnest.suite.support.apic import Apic
+from kvmnest.suite.support.guest import NOT_VALID, Guest
+from kvmnest.vmx import ActivityState, ExitReason, Field, Misc
+from kvmnest.vmx.outcome import Exit, HostExit, Succeed
+
+pytestmark = [
+    pytest.mark.series(19),
+    pytest.mark.sdm("Other Causes of VM Exits"),
+    pytest.mark.needs(Cap.SIGNAL_MSI),
+]
+
+OUT_80 = code.out8(0x80)
+#: A message-signaled interrupt to APIC 0, and its delivery modes.
+TO_APIC_0 = 0xFEE00000
+INIT, SIPI = 5 << 8, 6 << 8
+
+
+def _guest(l1: L1) -> Guest:
+    Apic(l1)  # no IPI reaches an APIC that software has not enabled
+    return Guest(l1)
+
+
+def _stopped(l1: L1, behind: bytes = code.NOP, **fields: int) -> Guest:
+    """L2 stopped by an OUT that userspace sees, and which is done; ``behind`` follows it."""
+    guest = _guest(l1)
+    seen = guest.run(OUT_80 + behind, **fields)
+    assert isinstance(seen, HostExit)
+    assert isinstance(l1.vcpu.run(immediate_exit=True), exits.IntrExit)
+    return guest
+
+
+def _exit(guest: Guest, reason: ExitReason, qualification: int, offset: int) -> Exit:
+    return Exit(
+        reason,
+        qualification=qualification,
+        rip=guest.at(offset),
+        intr_info=NOT_VALID,
+        idt_info=NOT_VALID,
+    )
+
+
+def test_init_in_l2(l1: L1) -> None:
+    """INIT exits before L2's next instruction, whatever RFLAGS.IF is, and resets nothing."""
+    for flags in (0x2, 0x202):
+        guest = _stopped(l1, GUEST_RFLAGS=flags)
+        before = l1.vcpu.get_regs()
+        assert l1.vm.signal_msi(TO_APIC_0, INIT) == 1
+        seen = guest.resume()
+        assert seen == _exit(guest, ExitReason.INIT_SIGNAL, 0, 2)
+        assert guest.changed(seen) == {}
+        assert guest.vmcs.read(Field.GUEST_RFLAGS, Field.GUEST_ACTIVITY_STATE) == (flags, 0)
+        assert guest.vmcs[Field.GUEST_RSP] == before.rsp
+        # The signal is used up by the exit: L2 goes on.
+        assert guest.go_on() == Succeed()
+        assert l1.vmxoff() == Succeed()
+
+
+@pytest.mark.needs(Misc.ACTIVITY_HLT)
+def test_init_wakes_from_hlt(l1: L1) -> None:
+    """INIT exits from the HLT state too."""
+    guest = _guest(l1)
+    assert guest.run(code.NOP) == Succeed()
+    assert l1.vm.signal_msi(TO_APIC_0, INIT) == 1
+    # INIT is blocked in VMX root operation: it waits until L2 is entered.
+    seen = guest.run(code.NOP, GUEST_ACTIVITY_STATE=ActivityState.HLT)
+    assert seen == _exit(guest, ExitReason.INIT_SIGNAL, 0, 0)
+
+
+@pytest.mark.sdm("Restrictions on VMX Operation")
+def test_init_is_blocked_in_root_operation(l1: L1) -> None:
+    """In VMX root operation INIT waits: L1 runs on, and the next entry to L2 exits."""
+    guest = _guest(l1)
+    assert l1.vm.signal_msi(TO_APIC_0, INIT) == 1
+    cr3 = l1.read_cr(3)
+    assert cr3 == Succeed(l1.sym("l1_pml4"))
+    for _ in range(2):
+        assert l1.cpuid(0) == Succeed()
+    assert guest.run(code.NOP) == _exit(guest, ExitReason.INIT_SIGNAL, 0, 0)
+    assert guest.go_on() == Succeed()
+
+
+def test_sipi_does_not_touch_an_active_l2(l1: L1) -> None:
+    """A start-up IPI counts only in the wait-for-SIPI state: L2 that is active goes on."""
+    guest = _stopped(l1)
+    l1.vm.signal_msi(TO_APIC_0, SIPI | 0x12)
+    seen = guest.resume()
+    assert seen == Succeed()
+    assert guest.changed(seen) == {}
+    # Nothing of it is left for later.
+    assert guest.run(code.NOP) == Succeed()
+
+
+@contextlib.contextmanager
+def _sender(vm: Vm, *modes: int) -> Iterator[None]:
+    """A thread that sends these IPIs again and again: KVM drops a SIPI that nobody waits for."""
+    done = threading.Event()
+
+    def send() -> None:
+        while not done.wait(0.002):
+            for mode in modes:
+                vm.signal_msi(TO_APIC_0, mode)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+@pytest.mark.needs(Misc.ACTIVITY_WAIT_FOR_SIPI)
+def test_sipi_to_a_waiting_l2(l1: L1) -> None:
+    """L2 entered in the wait-for-SIPI state exits for the start-up IPI, with its vector."""
+    guest = _guest(l1)
+    assert guest.run(code.NOP) == Succeed()
+    for vector in (0x9A, 0x00, 0xFF):
+        with _sender(l1.vm, SIPI | vector):
+            seen = guest.run(
+                code.NOP,
+                GUEST_RFLAGS=0x202,
+                GUEST_ACTIVITY_STATE=ActivityState.WAIT_FOR_SIPI,
+            )
+        assert seen == _exit(guest, ExitReason.SIPI_SIGNAL, vector, 0)
+        assert guest.changed(seen) == {}
+        assert guest.vmcs[Field.GUEST_ACTIVITY_STATE] == ActivityState.WAIT_FOR_SIPI
+        guest.vmcs[Field.GUEST_ACTIVITY_STATE] = ActivityState.ACTIVE
+        assert guest.go_on() == Succeed()
