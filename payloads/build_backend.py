@@ -2,7 +2,9 @@
 
 Before setuptools looks at the tree, the cffi declarations are compiled to
 ``kvmnest/kvm/_abi.py``, the payload to ``kvmnest/data/l1.elf`` and the lab's ROM to
-``kvmnest/data/lab_boot.bin``, so an installed wheel needs neither a compiler nor binutils.
+``kvmnest/data/lab_boot.bin``, so an installed wheel needs neither a compiler nor binutils. A
+source distribution carries them too: as long as its sources are untouched it installs without
+binutils.
 """
 
 import importlib.util
@@ -11,9 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from setuptools import build_meta
+from setuptools.command import egg_info
 
 ROOT = Path(__file__).resolve().parent.parent
 _PACKAGE = ROOT / "kvmnest"
+
+# The list of the source distribution's files, which setuptools would look for in the top folder.
+egg_info.manifest_maker.template = "payloads/MANIFEST.in"
 
 get_requires_for_build_sdist = build_meta.get_requires_for_build_sdist
 get_requires_for_build_wheel = build_meta.get_requires_for_build_wheel
@@ -36,7 +42,11 @@ def _generate() -> None:
     sys.path.insert(0, str(ROOT))
     try:
         _load("kvm/cdef.py").generate()
-        _load("l1/build.py").build()
+        payload = _load("l1/build.py")
+        # Its build ID is the hash of its sources.
+        wanted = bytes.fromhex(payload.source_hash())
+        if not payload.ELF.is_file() or wanted not in payload.ELF.read_bytes():
+            payload.build()
         _load("lab/build.py").build()
     finally:
         sys.path.remove(str(ROOT))
