@@ -11,6 +11,7 @@ origin = { subject = "...", hash = "...", cve = "..." }   # of the real bug, if 
 params = { ept = "0" }                       # module parameters that the bug needs
 cases = ["test_entry_controls.py::test_vpid_zero"]        # run first; fnmatch patterns
 masked = "why no case can notice it in the lab"           # then it is not scored
+missed = "why it is not noticed"                          # if a miss is what one expects
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from kvmnest.kernel.edits import Edit
 MUTANTS_FILE = Path(__file__).parent.parent / "data" / "mutants.toml"
 
 _TEXTS = ("id", "title", "file", "function", "expression", "replacement")
-_KEYS = {*_TEXTS, "origin", "params", "cases", "masked"}
+_KEYS = {*_TEXTS, "origin", "params", "cases", "masked", "missed"}
 _ORIGIN = {"subject", "hash", "cve"}
 
 
@@ -43,6 +44,7 @@ class Mutant:
     params: dict[str, str] = field(default_factory=dict)
     cases: tuple[str, ...] = ()
     masked: str = ""
+    missed: str = ""
 
     def first_cases(self, ids: Iterable[str]) -> list[str]:
         """The cases among ``ids`` that ``cases`` names, in the order of the patterns."""
@@ -108,4 +110,5 @@ def _mutant(table: dict[str, Any], number: int, path: Path) -> Mutant:
         params={key: str(value) for key, value in table.get("params", {}).items()},
         cases=tuple(table.get("cases", ())),
         masked=table.get("masked", ""),
+        missed=table.get("missed", ""),
     )

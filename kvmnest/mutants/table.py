@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kvmnest.mutants.catalogue import Mutant
-from kvmnest.mutants.record import DETECTED, SCHEMA, VERDICTS, Score
+from kvmnest.mutants.record import DETECTED, MISSED, SCHEMA, VERDICTS, Score
 
 _LONGEST = 110
 
@@ -33,6 +33,11 @@ def counts(scores: Mapping[str, Score]) -> dict[str, int]:
     }
 
 
+def reason(mutant: Mutant, score: Score) -> str:
+    """Why a mutant was not detected: what the catalogue knows of it, else what was run."""
+    return mutant.missed if score.verdict == MISSED and mutant.missed else score.text
+
+
 def table(mutants: Sequence[Mutant], scores: Mapping[str, Score], kernel: str) -> list[str]:
     """Lines of the table, the missed ones once more at the end, totals last."""
     width = max((len(mutant.id) for mutant in mutants), default=0)
@@ -45,7 +50,7 @@ def table(mutants: Sequence[Mutant], scores: Mapping[str, Score], kernel: str) -
             if verdict == DETECTED:
                 said = f"{score.case} ({score.outcome}: {score.text})"
             else:
-                said = f"{verdict}: {score.text}"
+                said = f"{verdict}: {reason(mutant, score)}"
             said = " ".join(said.split())
             shown = said if len(said) <= _LONGEST else f"{said[: _LONGEST - 3]}..."
             lines.append(f"{mutant.id:{width}}  {shown}")
@@ -67,7 +72,7 @@ def document(mutants: Sequence[Mutant], scores: Mapping[str, Score], kernel: str
                 "verdict": scores[mutant.id].verdict,
                 "case": scores[mutant.id].case or None,
                 "outcome": scores[mutant.id].outcome or None,
-                "text": scores[mutant.id].text,
+                "text": reason(mutant, scores[mutant.id]),
             }
             for mutant in mutants
         ],

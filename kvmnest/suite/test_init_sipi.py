@@ -12,7 +12,7 @@ from kvmnest.kvm import Cap, Vm, exits
 from kvmnest.l1 import L1, code
 from kvmnest.suite.support.apic import Apic
 from kvmnest.suite.support.guest import NOT_VALID, Guest
-from kvmnest.vmx import ActivityState, ExitReason, Field, Misc
+from kvmnest.vmx import ActivityState, ExitReason, Field, Misc, Rflags, Vector
 from kvmnest.vmx.outcome import Exit, HostExit, Succeed
 
 pytestmark = [
@@ -65,6 +65,20 @@ def test_init_in_l2(l1: L1) -> None:
         # The signal is used up by the exit: L2 goes on.
         assert guest.go_on() == Succeed()
         assert l1.vmxoff() == Succeed()
+
+
+@pytest.mark.sdm("Saving Non-Register State")
+def test_init_keeps_a_pending_single_step(l1: L1) -> None:
+    """The trap of TF behind an instruction stays pending over the exit for INIT."""
+    guest = _guest(l1)
+    # L2 sets TF itself (PUSH RAX; POPFQ), so that the OUT is the instruction that traps.
+    program = b"\x50\x9d" + OUT_80 + code.NOP
+    seen = guest.run(program, {"rax": 0x2 | Rflags.TF}, EXCEPTION_BITMAP=1 << 1)
+    assert isinstance(seen, HostExit)
+    assert l1.vm.signal_msi(TO_APIC_0, INIT) == 1
+    assert guest.resume() == _exit(guest, ExitReason.INIT_SIGNAL, 0, 4)
+    assert guest.vmcs[Field.GUEST_PENDING_DBG_EXCEPTIONS] == 1 << 14
+    assert guest.go_on() == guest.exception(Vector.DB, offset=4, qualification=1 << 14)
 
 
 @pytest.mark.needs(Misc.ACTIVITY_HLT)

@@ -124,6 +124,26 @@ def test_nmi_exit_comes_before_an_interrupt_exit(l1: L1) -> None:
     assert apic.open_window() == [0x61]
 
 
+def test_nmi_in_l2(l1: L1) -> None:
+    """Without NMI exiting L2's handler gets it, and NMIs are then blocked for L2."""
+    guest = _guest(l1)
+    seen = guest.run(code.out8(0x80) + code.NOP)
+    assert isinstance(seen, HostExit)
+    l1.vcpu.nmi()
+    assert guest.resume() == Fault(Vector.NMI, error_code=0, rip=2)
+    assert _blocking(guest) == BLOCKED
+    # A second NMI waits until L2's IRET.
+    stack = _iret_frame(guest, behind=4)
+    seen = guest.run(
+        code.out8(0x80) + IRETQ + code.NOP * 2,
+        GUEST_INTERRUPTIBILITY_INFO=BLOCKED,
+        GUEST_RSP=stack,
+    )
+    assert isinstance(seen, HostExit)
+    l1.vcpu.nmi()
+    assert guest.resume() == Fault(Vector.NMI, error_code=0, rip=4)
+
+
 @pytest.mark.sdm("VM Entries: Event Injection")
 def test_injected_nmi(l1: L1) -> None:
     """An injected NMI arrives at L2's handler, with NMIs blocked from then on."""

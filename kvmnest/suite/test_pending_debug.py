@@ -1,0 +1,62 @@
+"""Pending debug exceptions in the guest-state area: delivered behind VM entry, or kept."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvmnest.l1 import L1, code
+from kvmnest.suite.support.guest import Guest
+from kvmnest.vmx import Field, IntrType, Vector, intr_info
+from kvmnest.vmx.outcome import Fault, Succeed
+
+pytestmark = [
+    pytest.mark.series(21),
+    pytest.mark.sdm("Delivery of Pending Debug Exceptions after VM Entry"),
+]
+
+BS = 1 << 14
+#: Breakpoint 0 was met, and a breakpoint that was met is enabled.
+B0 = 1 << 0 | 1 << 12
+
+
+@pytest.mark.parametrize("pending", [BS, B0, BS | B0], ids=["BS", "B0", "BS-B0"])
+def test_delivered_at_entry(l1: L1, pending: int) -> None:
+    """The debug exception comes before L2's first instruction, with its cause."""
+    guest = Guest(l1)
+    seen = guest.run(code.NOP, EXCEPTION_BITMAP=1 << 1, GUEST_PENDING_DBG_EXCEPTIONS=pending)
+    assert seen == guest.exception(Vector.DB, qualification=pending & ~(1 << 12))
+    # It is used up.
+    assert guest.vmcs.read(Field.GUEST_PENDING_DBG_EXCEPTIONS) == (0,)
+    assert guest.go_on() == Succeed()
+
+
+def test_delivered_to_l2(l1: L1) -> None:
+    """Without an intercept L2's own handler gets it at its first instruction."""
+    guest = Guest(l1)
+    seen = guest.run(code.NOP, EXCEPTION_BITMAP=0, GUEST_PENDING_DBG_EXCEPTIONS=BS)
+    assert seen == Fault(Vector.DB, error_code=0, rip=0)
+
+
+def test_each_entry_has_its_own(l1: L1) -> None:
+    """What one entry delivered is not delivered by the next, nor by that of another VMCS."""
+    guest = Guest(l1)
+    for pending in (BS, 0, B0, 0):
+        seen = guest.run(code.NOP, EXCEPTION_BITMAP=1 << 1, GUEST_PENDING_DBG_EXCEPTIONS=pending)
+        if pending:
+            assert seen == guest.exception(Vector.DB, qualification=pending & ~(1 << 12))
+        else:
+            assert seen == Succeed()
+
+
+@pytest.mark.parametrize("vector", [Vector.UD, Vector.NMI], ids=["UD", "NMI"])
+def test_lost_by_an_injected_event(l1: L1, vector: Vector) -> None:
+    """An injected hardware exception or NMI leaves no debug exception pending behind it."""
+    guest = Guest(l1)
+    kind = IntrType.NMI if vector is Vector.NMI else IntrType.HARDWARE_EXCEPTION
+    seen = guest.run(
+        code.NOP,
+        EXCEPTION_BITMAP=1 << 1,
+        GUEST_PENDING_DBG_EXCEPTIONS=BS,
+        VM_ENTRY_INTR_INFO_FIELD=intr_info(vector, kind),
+    )
+    assert seen == Fault(vector, error_code=0, rip=0)

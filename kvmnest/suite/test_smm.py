@@ -1,0 +1,90 @@
+"""System-management interrupts under the default treatment: VMX operation survives SMI and RSM."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvmnest.kvm import Cap, exits
+from kvmnest.l1 import L1, code
+from kvmnest.suite.support.guest import Guest
+from kvmnest.vmx import Cr4, ExitReason, Field, VmxError
+from kvmnest.vmx.outcome import Exit, HostExit, Succeed, VMfailValid
+
+pytestmark = [
+    pytest.mark.series(24),
+    pytest.mark.sdm("Default Treatment of SMI Delivery"),
+    pytest.mark.needs(Cap.X86_SMM, Cap.MULTI_ADDRESS_SPACE),
+]
+
+#: SMBASE after a reset; SMM starts 8000h above it, in an environment like real mode.
+SMBASE = 0x30000
+SEEN_CR4 = SMBASE + 0x8100
+#: MOV EAX, CR4; MOV CS:[8100h], EAX; INC WORD CS:[8104h]; RSM
+HANDLER = b"\x0f\x20\xe0\x2e\x66\xa3\x00\x81\x2e\xff\x06\x04\x81\x0f\xaa"
+
+
+def _install(l1: L1) -> None:
+    # KVM keeps memory slots of their own for SMM, in address space 1 (bits 31:16 of a slot).
+    l1.vm.add_memory(1 << 16, 0, l1.memory)
+    # The pages there are a spare VMCS region and, for the save area, virtual-APIC page.
+    l1.write(SMBASE + 0x8000, HANDLER)
+    l1.write(SEEN_CR4, b"\xff" * 4 + bytes(4))
+
+
+def _smi(l1: L1) -> None:
+    """Let L1 take an SMI before its next instruction, and check what the handler saw."""
+    count = l1.read_int(SEEN_CR4 + 4, 2)
+    l1.vcpu.smi()
+    assert l1.cpuid(0) == Succeed()
+    _taken(l1, count + 1)
+
+
+def _taken(l1: L1, count: int) -> None:
+    assert l1.read_int(SEEN_CR4 + 4, 2) == count
+    # CR4.VMXE is 0 in SMM, so that the handler is outside VMX operation.
+    assert not l1.read_int(SEEN_CR4, 4) & Cr4.VMXE
+
+
+def test_outside_vmx_operation(l1: L1) -> None:
+    """RSM brings CR4 back with VMXE, and VMXON works."""
+    _install(l1)
+    cr4 = l1.read_cr(4)
+    _smi(l1)
+    assert l1.read_cr(4) == cr4
+    l1.enter_vmx()
+    _smi(l1)
+    assert l1.vmxoff() == Succeed()
+
+
+@pytest.mark.sdm("Default Treatment of RSM")
+def test_in_root_operation(l1: L1) -> None:
+    """RSM returns to VMX root operation with the current VMCS and its launch state."""
+    _install(l1)
+    vmcs = l1.launchable()
+    _smi(l1)
+    assert l1.vmptrst() == Succeed(vmcs.address)
+    assert l1.vmresume() == VMfailValid(VmxError.VMRESUME_NONLAUNCHED_VMCS)
+    assert l1.vmlaunch() == Exit(ExitReason.VMCALL)
+    _smi(l1)
+    assert l1.vmresume() == Exit(ExitReason.VMCALL)
+    assert l1.vmread(Field.VM_EXIT_REASON) == Succeed(int(ExitReason.VMCALL))
+    assert l1.vmxoff() == Succeed()
+
+
+@pytest.mark.sdm("Default Treatment of RSM")
+def test_in_l2(l1: L1) -> None:
+    """An SMI in L2 is no VM exit: after RSM L2 goes on where it was."""
+    _install(l1)
+    guest = Guest(l1)
+    assert guest.run(code.NOP) == Succeed()
+    for count in (1, 2):
+        seen = guest.run(code.out8(0x80) + code.NOP * 2, GUEST_RFLAGS=0x202)
+        assert isinstance(seen, HostExit)
+        assert isinstance(seen.exit, exits.IoExit)
+        l1.vcpu.smi()
+        seen = guest.resume()
+        assert seen == Succeed()
+        assert guest.changed(seen) == {}
+        _taken(l1, count)
+    assert guest.vmcs.read(Field.GUEST_CR4) == (guest.vmcs.baseline[Field.GUEST_CR4],)
+    assert l1.vmptrst() == Succeed(guest.vmcs.address)
