@@ -6,7 +6,8 @@ The record is ``kvmnest/data/known.toml``, a list of tables::
     case = "test_exits.py::test_pause*"   # fnmatch pattern on the case id
     target = "any"                        # "any", "kvm" or "lab"
     kernels = ">=6.1,<6.13"               # or "any"
-    params = { ept = "N" }                # optional: kvm_intel parameters it depends on
+    params = { ept = "N" }                # optional: kvm_intel parameters it depends on, and
+                                          # nested_roundtrip for that option of the run
     reason = "what is seen, in one sentence"
     upstream = "KVM: nVMX: subject of the commit"   # optional
 """

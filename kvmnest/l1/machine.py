@@ -102,6 +102,8 @@ class Machine:
         #: what it changed.
         self.touched = False
         self._powered_on: VcpuState | None = None
+        self._enabled: list[tuple[Cap, int]] = []
+        self._slots = [0]
         try:
             self._load_payload()
             self._vm = self.create_vm()
@@ -120,11 +122,25 @@ class Machine:
                 vm.enable_cap(Cap.SPLIT_IRQCHIP, 24)
             elif self.irqchip == "full":
                 vm.create_irqchip()
-            vm.add_memory(0, 0, self.memory)
+            for cap, argument in self._enabled:
+                vm.enable_cap(cap, argument)
+            for slot in self._slots:
+                vm.add_memory(slot, 0, self.memory)
         except BaseException:
             vm.close()
             raise
         return vm
+
+    def enable_cap(self, cap: Cap, argument: int = 1) -> None:
+        """KVM_ENABLE_CAP on the VM, and on those that replace it in round trips."""
+        self.vm.enable_cap(cap, argument)
+        self._enabled.append((cap, argument))
+
+    def enable_smm(self) -> None:
+        """Let SMM see L1's memory: it has memory slots of its own, in address space 1."""
+        slot = 1 << 16
+        self.vm.add_memory(slot, 0, self.memory)
+        self._slots.append(slot)
 
     def create_vcpu(self, vm: Vm, index: int) -> Vcpu:
         """Make vCPU ``index`` of ``vm`` with L1's CPUID."""

@@ -92,7 +92,9 @@ class Reporter:
         self.ended = None
         if not self.run.facts:
             self.run.facts = {name: value for name, value in event.items() if name != "e"}
-            params = event["kvm_params"]
+            # An option of the run counts as a parameter: some deviations need it.
+            moved = "Y" if self.run.options.get("nested_roundtrip") else "N"
+            params = {**event["kvm_params"], "nested_roundtrip": moved}
             self._known = known.load(self.run.target, event["kernel"], params)
         elif event["kernel"] != self.run.kernel:
             raise HarnessError(f"the kernel changed from {self.run.kernel} to {event['kernel']}")

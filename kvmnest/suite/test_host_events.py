@@ -79,7 +79,7 @@ def test_injected_exception(l1: L1, vector: Vector, error: int | None) -> None:
 
 def test_pending_exception(l1: L1) -> None:
     """An exception that is pending and not yet delivered is intercepted by L1's bitmap."""
-    l1.vm.enable_cap(Cap.EXCEPTION_PAYLOAD, 1)
+    l1.enable_cap(Cap.EXCEPTION_PAYLOAD)
     for bitmap in (0, 1 << Vector.GP):
         guest = _stopped(l1, EXCEPTION_BITMAP=bitmap)
         events = _events(l1, pending=1, nr=Vector.GP, has_error_code=1, error_code=0x28)
@@ -95,7 +95,7 @@ def test_pending_exception(l1: L1) -> None:
 
 def test_triple_fault(l1: L1) -> None:
     """A triple fault that userspace reports for L2 is an exit to L1, without event in flight."""
-    l1.vm.enable_cap(Cap.X86_TRIPLE_FAULT_EVENT, 1)
+    l1.enable_cap(Cap.X86_TRIPLE_FAULT_EVENT)
     for injected in (0, 1):
         guest = _stopped(l1)
         events = _events(l1, injected=injected, nr=Vector.UD)

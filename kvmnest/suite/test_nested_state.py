@@ -153,7 +153,7 @@ def test_refused_state_leaves_nothing_pending(l1: L1) -> None:
 @pytest.mark.sdm("Information for VM Exits That Occur During Event Delivery")
 def test_triple_fault_ends_an_event(l1: L1) -> None:
     """The IDT-vectoring information of a triple-fault exit is not valid."""
-    l1.vm.enable_cap(Cap.X86_TRIPLE_FAULT_EVENT, 1)
+    l1.enable_cap(Cap.X86_TRIPLE_FAULT_EVENT)
     guest = _stopped(l1)
     assert _is_out(guest.run(OUT))
     # KVM ends the OUT at the next KVM_RUN; before that no event can be in flight.

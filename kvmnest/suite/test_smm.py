@@ -24,8 +24,7 @@ HANDLER = b"\x0f\x20\xe0\x2e\x66\xa3\x00\x81\x2e\xff\x06\x04\x81\x0f\xaa"
 
 
 def _install(l1: L1) -> None:
-    # KVM keeps memory slots of their own for SMM, in address space 1 (bits 31:16 of a slot).
-    l1.vm.add_memory(1 << 16, 0, l1.memory)
+    l1.enable_smm()
     # The pages there are a spare VMCS region and, for the save area, virtual-APIC page.
     l1.write(SMBASE + 0x8000, HANDLER)
     l1.write(SEEN_CR4, b"\xff" * 4 + bytes(4))

@@ -72,9 +72,8 @@ def test_offset_of_rdtscp_and_rdmsr(l1: L1) -> None:
 def test_offset_of_the_host_adds(l1: L1) -> None:
     """L1's own offset, given by the host, is part of what L2 reads: the two add up."""
     guest = Guest(l1, ProcCtl.USE_TSC_OFFSETTING)
-    vcpu = l1.vcpu
     for host in (1 << 44, 1 << 46):
-        vcpu.set_tsc_offset(host)
+        l1.vcpu.set_tsc_offset(host)
         before, first, second, after = _between(l1, guest, TSC_OFFSET=1 << 52)
         assert before < first - (1 << 52) < second - (1 << 52) < after
         # L1's own counter is as before the entry again: without L2's offset.
