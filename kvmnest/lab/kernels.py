@@ -134,7 +134,7 @@ def _store_unpacked(package: Path, to: Path) -> None:
     _store(_kernel_file(package), found, builtin, to)
 
 
-def _cached_releases() -> dict[str, str]:
+def cached_releases() -> dict[str, str]:
     """Release -> cache key of the Debian kernels fetched before."""
     folder = cache.root() / "debian"
     keys = {p.name: p.read_text() for p in folder.glob("*-amd64")} if folder.is_dir() else {}
@@ -161,7 +161,7 @@ def _from_version(spec: str) -> Kernel:
     notes = cache.root() / "debian"
     notes.mkdir(mode=0o700, exist_ok=True)
     answer = notes / f"answer-{cache.digest([spec, debian.system_stamp()])}"
-    cached = _cached_releases()
+    cached = cached_releases()
     if answer.is_file() and answer.read_text() in cached:
         return _load(cache.entry("kernels", cached[answer.read_text()], _gone))
     try:

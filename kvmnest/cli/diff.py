@@ -1,0 +1,43 @@
+"""``kvmnest diff``: what changed between two runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the verb."""
+    parser = subparsers.add_parser(
+        "diff",
+        help="compare two results files: new failures, fixes, new skips",
+        epilog="exit codes: 0 no new failure, 1 a new failure, 2 usage, 3 a file cannot be read",
+    )
+    parser.add_argument("old", type=Path, metavar="OLD.json")
+    parser.add_argument("new", type=Path, metavar="NEW.json")
+    parser.add_argument("--json", action="store_true", help="print a JSON document")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the verb."""
+    from kvmnest.results import diff, jsonfile
+
+    old, new = jsonfile.load(options.old), jsonfile.load(options.new)
+    changes = diff.compare(old, new)
+    if options.json:
+        print(json.dumps([asdict(change) for change in changes], indent=1))
+    else:
+        for document, path in ((old, options.old), (new, options.new)):
+            unfinished = "" if document.get("complete") else ", not complete"
+            print(f"{path}: {document['kernel']} ({document['target']}{unfinished})")
+        for change in changes:
+            outcomes = f"{change.before or '-'} -> {change.after or '-'}"
+            text = f": {change.text}" if change.text and change.after != "passed" else ""
+            print(f"{change.kind:17}  {change.id} ({outcomes}){text}")
+        counts = {kind: sum(c.kind == kind for c in changes) for kind in diff.KINDS}
+        shown = ", ".join(f"{number} {kind}" for kind, number in counts.items() if number)
+        print(shown or "no change")
+    return 1 if any(change.kind == "new failure" for change in changes) else 0

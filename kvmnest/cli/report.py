@@ -1,0 +1,61 @@
+"""``kvmnest report``: turn a results file into what other programs and people read."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from kvmnest.errors import HarnessError, UsageError
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the verb."""
+    parser = subparsers.add_parser(
+        "report",
+        help="make an HTML page, KTAP or GitHub annotations of a results file",
+        epilog="FILE may be - for standard output. Exit codes: 0 written, 2 usage, 3 a file"
+        " cannot be read or written",
+    )
+    parser.add_argument("results", type=Path, metavar="RESULTS.json")
+    parser.add_argument("--html", metavar="FILE", help="one page that needs nothing else")
+    parser.add_argument("--compare", type=Path, metavar="OLD.json", help="a run to compare with")
+    parser.add_argument("--ktap", metavar="FILE", help="KTAP version 1")
+    parser.add_argument(
+        "--github",
+        action="store_true",
+        help="print error annotations, and add a table to $GITHUB_STEP_SUMMARY if it is set",
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the verb."""
+    from kvmnest.results import github, html, jsonfile, ktap
+
+    if not (options.html or options.ktap or options.github):
+        raise UsageError("say what to make: --html, --ktap or --github")
+    document = jsonfile.load(options.results)
+    old = jsonfile.load(options.compare) if options.compare else None
+    if options.html:
+        _write(options.html, [html.page(document, old)])
+    if options.ktap:
+        _write(options.ktap, ktap.lines(document))
+    if options.github:
+        _write("-", github.error_lines(document))
+        if os.environ.get("GITHUB_STEP_SUMMARY"):
+            _write(os.environ["GITHUB_STEP_SUMMARY"], github.summary(document), mode="a")
+    return 0
+
+
+def _write(name: str, lines: Iterable[str], mode: str = "w") -> None:
+    if name == "-":
+        sys.stdout.writelines(f"{line}\n" for line in lines)
+        return
+    try:
+        with open(name, mode, encoding="utf-8") as file:
+            file.writelines(f"{line}\n" for line in lines)
+    except OSError as error:
+        raise HarnessError(f"cannot write {name}: {error.strerror or error}") from error

@@ -1,0 +1,83 @@
+"""VMX capability MSRs of this machine, of a kernel in the lab, or of a saved file; compared."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kvmnest.cases.capabilities import SCHEMA, read
+from kvmnest.errors import HarnessError, UsageError
+from kvmnest.vmx import Capabilities
+
+Document = dict[str, Any]
+
+
+def here() -> Document:
+    """Of this machine's KVM. Raises KvmUnavailable, or HarnessError without VMX."""
+    return _with_vmx(read())
+
+
+def in_lab(
+    kernel: str | None,
+    params: Mapping[str, str] | None = None,
+    modules: str | None = None,
+    bochs: str | None = None,
+) -> Document:
+    """Of a kernel in the lab. Raises what Lab raises, HarnessError if KVM offers no VMX there."""
+    from kvmnest.lab.machine import Lab
+
+    output = b""
+
+    def take(data: bytes) -> None:
+        nonlocal output
+        output += data
+
+    with Lab(kernel, params, modules, 1, bochs) as lab:
+        status = lab.run(
+            ["python3", "-m", "kvmnest.cases.capabilities"],
+            on_output=take,
+            on_error=take,
+            idle_limit=120,
+        )
+    if status:
+        lines = output.decode(errors="replace").strip().splitlines() or ["no message"]
+        raise HarnessError(f"cannot read the capabilities in the lab: {lines[-1]}")
+    return _with_vmx(json.loads(output))
+
+
+def load(path: Path) -> Document:
+    """Read what ``kvmnest caps --json`` wrote. Raises UsageError for anything else."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot read {path}: {error}") from error
+    if not isinstance(found, dict) or found.get("schema") != SCHEMA or "msrs" not in found:
+        raise UsageError(f"{path} is not a file of kvmnest caps --json (schema {SCHEMA})")
+    return found
+
+
+def decoded(document: Document) -> list[tuple[str, str, str]]:
+    """Lines of (MSR, bit or number, value) in the SDM's names."""
+    msrs = {int(index, 16): int(value, 16) for index, value in document["msrs"].items()}
+    lines = Capabilities.from_msrs(msrs).decode()
+    return [(msr.name, name, text) for msr, name, text in lines]
+
+
+def compare(old: Document, new: Document) -> list[tuple[str, str, str, str]]:
+    """What differs: (MSR, bit or number, old value, new value); "-" where one has it not."""
+    before, after = ({(m, n): v for m, n, v in decoded(doc)} for doc in (old, new))
+    # Both in the order of the MSRs, what only the second has last.
+    names = [*before, *(name for name in after if name not in before)]
+    return [
+        (*name, before.get(name, "-"), after.get(name, "-"))
+        for name in names
+        if before.get(name) != after.get(name)
+    ]
+
+
+def _with_vmx(document: Document) -> Document:
+    if not document["msrs"]:
+        raise HarnessError(f"KVM offers no VMX to guests: {document.get('reason', '')}")
+    return document

@@ -1,0 +1,100 @@
+"""One HTML page of a run that needs nothing else: no script from elsewhere, no font, no network."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterator
+from importlib.resources import files
+from typing import Any
+
+from kvmnest.results import diff
+from kvmnest.results.model import OUTCOMES, PATCHES
+
+_ORDER = ("failed", "error", "known", "skipped", "passed")
+
+
+def page(document: dict[str, Any], old: dict[str, Any] | None = None) -> str:
+    """The page of a results document (schema 1), compared with an earlier one if given."""
+    template = files("kvmnest.data").joinpath("report.html").read_text(encoding="utf-8")
+    parts = {
+        "TITLE": f"kvmnest: {_text(document['kernel'])} ({_text(document['target'])})",
+        "FACTS": "".join(_facts(document)),
+        "CHANGES": "".join(_changes(old, document)) if old else "",
+        "SUMMARY": "".join(_summary(document)),
+        "CASES": "".join(_cases(document)),
+    }
+    for name, text in parts.items():
+        template = template.replace(f"<!--{name}-->", text, 1)
+    return template
+
+
+def _text(value: object) -> str:
+    return html.escape("" if value is None else str(value), quote=True)
+
+
+def _facts(document: dict[str, Any]) -> Iterator[str]:
+    params = " ".join(f"{name}={value}" for name, value in document["kvm_params"].items())
+    facts = {
+        "target": document["target"],
+        "started": document.get("started"),
+        "seconds": document.get("seconds"),
+        **{n: v for n, v in document.get("facts", {}).items() if isinstance(v, str)},
+        "kvm_intel": params,
+        "problems": "; ".join(document.get("problems", ())),
+    }
+    for name, value in facts.items():
+        if value:
+            yield f"<dt>{_text(name)}</dt><dd>{_text(value)}</dd>"
+
+
+def _changes(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
+    changes = diff.compare(old, new)
+    yield f"<h2>Compared with {_text(old['kernel'])}</h2>"
+    if not changes:
+        yield "<p>No change.</p>"
+        return
+    yield "<table><tr><th>change</th><th>case</th><th>before</th><th>now</th></tr>"
+    for change in changes:
+        yield (
+            f"<tr><td>{_text(change.kind)}</td><td><code>{_text(change.id)}</code></td>"
+            f"<td>{_text(change.before or '-')}</td><td>{_text(change.after or '-')}</td></tr>"
+        )
+    yield "</table>"
+
+
+def _summary(document: dict[str, Any]) -> Iterator[str]:
+    counts: dict[int, dict[str, int]] = {}
+    for case in document["cases"]:
+        row = counts.setdefault(case.get("series") or 0, dict.fromkeys(OUTCOMES, 0))
+        row[case["outcome"]] += 1
+    yield "<tr><th>patch</th>" + "".join(f"<th>{name}</th>" for name in OUTCOMES) + "</tr>"
+    for series, row in sorted(counts.items()):
+        name = f"{series} {PATCHES[series]}" if series in PATCHES else "other"
+        cells = "".join(
+            f'<td class="{outcome if row[outcome] else "none"}">{row[outcome] or ""}</td>'
+            for outcome in OUTCOMES
+        )
+        yield f"<tr><td>{_text(name)}</td>{cells}</tr>"
+    total = document["summary"]
+    cells = "".join(f"<td>{total[outcome]}</td>" for outcome in OUTCOMES)
+    yield f"<tr class=total><td>all</td>{cells}</tr>"
+
+
+def _cases(document: dict[str, Any]) -> Iterator[str]:
+    for case in sorted(document["cases"], key=lambda c: _ORDER.index(c["outcome"])):
+        outcome = case["outcome"]
+        summary = case.get("summary") or case.get("detail", "").partition("\n")[0]
+        body = case.get("detail", "")
+        if case.get("kernel_log"):
+            body += f"\n\nkernel log:\n{case['kernel_log']}"
+        if case.get("rerun"):
+            body += f"\n\nrerun: {case['rerun']}"
+        opened = " open" if outcome in ("failed", "error") else ""
+        yield (
+            f'<details class="case {outcome}" data-outcome="{outcome}"'
+            f' data-series="{_text(case.get("series"))}"{opened}>'
+            f"<summary><b>{outcome}</b> <code>{_text(case['id'])}</code>"
+            f" <span>{_text(summary)}</span></summary>"
+            f"<p>SDM, “{_text(case.get('sdm'))}”; patch {_text(case.get('series'))};"
+            f" {case['seconds']:.3f} s</p><pre>{_text(body.strip())}</pre></details>\n"
+        )
