@@ -211,3 +211,33 @@ def resolve(spec: str | None = None) -> Kernel:
     if "/" in spec or not re.match(r"\d+\.\d+", spec):
         raise KernelSpecError(f"{spec}: no such directory, and no Debian kernel version")
     return _from_version(spec)
+
+
+@dataclass
+class Available:
+    """A Debian kernel: in the archive (or only in the cache), and whether it is cached."""
+
+    release: str
+    cached: bool
+
+
+def available() -> list[Available]:
+    """Kernels that apt knows or the cache holds, oldest first; only the cache's without apt."""
+    cached = cached_releases()
+    try:
+        known = set(debian.Apt().releases())
+    except LabSetupError:
+        known = set()
+    releases = sorted(known | set(cached), key=debian.version_key)
+    return [Available(release, release in cached) for release in releases]
+
+
+def forget(release: str) -> str:
+    """Drop a Debian kernel from the cache; returns its release. KernelSpecError if not there."""
+    cached = cached_releases()
+    name = debian.match(release, cached)
+    if name is None:
+        raise KernelSpecError(f"no kernel {release} in the cache")
+    cache.drop(cache.root() / "kernels" / cached[name])
+    (cache.root() / "debian" / name).unlink(missing_ok=True)
+    return name

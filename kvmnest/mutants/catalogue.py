@@ -7,7 +7,7 @@ file = "arch/x86/kvm/vmx/nested.c"
 function = "nested_check_vm_execution_controls"
 expression = "CC(a && b)"                    # must occur once in the function
 replacement = "0"
-origin = { subject = "...", hash = "...", cve = "..." }   # of the real bug, if it is one
+origin = { subject = "...", hash = "...", cve = "...", fixed = "v4.18" }   # of the real bug
 params = { ept = "0" }                       # module parameters that the bug needs
 cases = ["test_entry_controls.py::test_vpid_zero"]        # run first; fnmatch patterns
 masked = "why no case can notice it in the lab"           # then it is not scored
@@ -30,7 +30,7 @@ MUTANTS_FILE = Path(__file__).parent.parent / "data" / "mutants.toml"
 
 _TEXTS = ("id", "title", "file", "function", "expression", "replacement")
 _KEYS = {*_TEXTS, "origin", "params", "cases", "masked", "missed"}
-_ORIGIN = {"subject", "hash", "cve"}
+_ORIGIN = {"subject", "hash", "cve", "fixed"}
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ def page(document: dict[str, Any], old: dict[str, Any] | None = None) -> str:
         "CASES": "".join(_cases(document)),
     }
     for name, text in parts.items():
-        template = template.replace(f"<!--{name}-->", text, 1)
+        template = template.replace(f"<!--{name}-->", text)
     return template
 
 
@@ -53,13 +53,14 @@ def _changes(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
     if not changes:
         yield "<p>No change.</p>"
         return
-    yield "<table><tr><th>change</th><th>case</th><th>before</th><th>now</th></tr>"
+    yield f"<details open><summary>{len(changes)} changes</summary>"
+    yield "<table class=changes><tr><th>change</th><th>case</th><th>before</th><th>now</th></tr>"
     for change in changes:
         yield (
             f"<tr><td>{_text(change.kind)}</td><td><code>{_text(change.id)}</code></td>"
             f"<td>{_text(change.before or '-')}</td><td>{_text(change.after or '-')}</td></tr>"
         )
-    yield "</table>"
+    yield "</table></details>"
 
 
 def _summary(document: dict[str, Any]) -> Iterator[str]:

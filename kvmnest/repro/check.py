@@ -1,0 +1,93 @@
+"""Does this kernel have that bug? Runs reproducers and judges what they show."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kvmnest.repro.corpus import Bug
+from kvmnest.results.model import Case, Run
+from kvmnest.results.progress import Progress
+from kvmnest.results.reporter import Reporter
+from kvmnest.results.runner import Plan, pytest_arguments, run_cases, split_selection
+from kvmnest.results.targets import Target
+
+VULNERABLE, FIXED, NOT_APPLICABLE = "VULNERABLE", "FIXED", "NOT APPLICABLE"
+
+#: Gives a target for kernel parameters.
+MakeTarget = Callable[[Mapping[str, str]], Target]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a kernel showed: ``verdict`` is one of the three, ``evidence`` one or more lines."""
+
+    bug: Bug
+    verdict: str
+    kernel: str
+    evidence: str
+
+    @property
+    def exit_code(self) -> int:
+        """1 VULNERABLE, 0 FIXED, 4 NOT APPLICABLE."""
+        return {VULNERABLE: 1, FIXED: 0, NOT_APPLICABLE: 4}[self.verdict]
+
+
+def check(bugs: Sequence[Bug], make_target: MakeTarget) -> list[Verdict]:
+    """Run the reproducers of bugs, those with the same parameters together.
+
+    Raises UsageError, HarnessError or what the target raises if they cannot be run at all.
+    """
+    groups: dict[tuple[tuple[str, str], ...], list[Bug]] = {}
+    for bug in bugs:
+        groups.setdefault(tuple(sorted(bug.params.items())), []).append(bug)
+    found: dict[str, Verdict] = {}
+    for params, group in groups.items():
+        target = make_target(dict(params))
+        run = _run(target, list(dict.fromkeys(bug.case for bug in group)))
+        cases = {case.id: case for case in run.cases}
+        for bug in group:
+            found[bug.id] = judge(bug, cases.get(bug.case), run)
+    return [found[bug.id] for bug in bugs]
+
+
+def judge(bug: Bug, case: Case | None, run: Run) -> Verdict:
+    """A case that fails, or in which the kernel dies, shows the bug; one that passes, the fix."""
+    if case is None:
+        problem = run.problems[0] if run.problems else "the reproducer did not run"
+        return Verdict(bug, NOT_APPLICABLE, run.kernel, problem)
+    text = case.summary or case.detail.partition("\n")[0]
+    if case.outcome in ("failed", "error"):
+        return Verdict(bug, VULNERABLE, run.kernel, text)
+    if case.outcome == "passed":
+        return Verdict(bug, FIXED, run.kernel, f"{case.id} passes")
+    return Verdict(bug, NOT_APPLICABLE, run.kernel, text)
+
+
+class _Quiet(Reporter):
+    def __init__(self, target: Target) -> None:
+        progress = Progress(io.StringIO(), quiet=True)
+        super().__init__(Run(target.name), progress, own_clock=target.guest_clock)
+
+
+def _run(target: Target, cases: list[str]) -> Run:
+    modules, _ = split_selection(cases)
+    reporter = _Quiet(target)
+    run_cases(target, pytest_arguments(Plan(), target.name, modules, []), reporter)
+    return reporter.run
+
+
+def document(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
+    """As a JSON document."""
+    return [
+        {
+            "id": verdict.bug.id,
+            "verdict": verdict.verdict,
+            "kernel": verdict.kernel,
+            "case": verdict.bug.case,
+            "evidence": verdict.evidence,
+        }
+        for verdict in verdicts
+    ]

@@ -1,0 +1,79 @@
+"""kvmnest repro: its corpus, its verdicts, and both ways in the lab."""
+
+import json
+
+import pytest
+
+from kvmnest.cli.main import main
+from kvmnest.errors import HarnessError
+from kvmnest.kernel.build import build_modules
+from kvmnest.lab import kernels
+from kvmnest.mutants import catalogue
+from kvmnest.repro import corpus
+from kvmnest.repro.check import FIXED, NOT_APPLICABLE, VULNERABLE, judge
+from kvmnest.results.model import Case, Run
+
+
+def test_the_corpus_is_large_and_points_at_real_cases():
+    found = corpus.load()
+    assert len(found.bugs) >= 25
+    from kvmnest.mutants.score import collect_ids
+
+    assert {bug.case for bug in found.bugs} <= set(collect_ids())
+    cves = {bug.cve for bug in found.bugs}
+    assert {"CVE-2018-12904", "CVE-2016-9588", "CVE-2014-3645", "CVE-2014-3646"} <= cves
+
+
+@pytest.mark.parametrize(
+    ("outcome", "verdict", "code"),
+    [
+        ("failed", VULNERABLE, 1),
+        ("error", VULNERABLE, 1),
+        ("passed", FIXED, 0),
+        ("skipped", NOT_APPLICABLE, 4),
+        (None, NOT_APPLICABLE, 4),
+    ],
+)
+def test_verdicts(outcome, verdict, code):
+    bug = corpus.load().bugs[0]
+    case = Case(bug.case, 3, "x", outcome, 0.1, detail="why\nmore") if outcome else None
+    found = judge(bug, case, Run("lab"))
+    assert (found.verdict, found.exit_code) == (verdict, code)
+
+
+def test_a_damaged_record(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text("{}")
+    with pytest.raises(HarnessError, match="no detection table"):
+        corpus.load(path)
+
+
+def test_an_unknown_bug(capsys):
+    assert main(["repro", "CVE-1999-0001"]) == 2
+    assert "kvmnest repro list" in capsys.readouterr().err
+
+
+def test_list(capsys):
+    assert main(["repro", "list", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert all(bug["subject"] and bug["case"] for bug in found)
+
+
+def test_both_ways_in_the_lab(capsys):
+    """CVE-2018-12904 on the stock kernel, and on one with the bug put back."""
+    mutant = next(m for m in catalogue.load() if m.id == "vmx-cpl")
+    arguments = ["repro", "CVE-2018-12904", "--target", "lab"]
+    assert main(arguments) == 0
+    assert capsys.readouterr().out.startswith("FIXED")
+    folder = build_modules([mutant.edit], kernels.resolve().release)
+    assert main([*arguments, "--kvm-modules", str(folder)]) == 1
+    assert capsys.readouterr().out.startswith("VULNERABLE")
+
+
+def test_kernels(capsys):
+    release = kernels.resolve().release
+    assert main(["kernels", "--json"]) == 0
+    found = {entry["release"]: entry["cached"] for entry in json.loads(capsys.readouterr().out)}
+    assert found[release] is True
+    assert main(["kernels", "forget", "9.9.9"]) == 2
+    assert main(["kernels", "steal", "6.1"]) == 2
