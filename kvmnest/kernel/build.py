@@ -73,6 +73,42 @@ def build_modules(edits: Sequence[Edit], release: str) -> Path:
         raise LabSetupError(cache.describe(error, "building kernel modules")) from error
 
 
+def build_tree(tree: Path, release: str, to: Path) -> None:
+    """Compile the KVM of a source ``tree`` for a Debian kernel and put both modules into ``to``.
+
+    ``tree`` has arch/x86/kvm and virt/kvm, as close to the kernel's own source as the change
+    under test allows. Only files that differ from that source are compiled again. Raises
+    BuildError if it does not compile, LabSetupError as ``build_modules``.
+    """
+    kernel = source.prepare(release)
+    if not (tree / _KVM / "Makefile").is_file():
+        raise LabSetupError(f"{tree} is no kernel source: it has no {_KVM}")
+    base = _base(kernel)
+    try:
+        with tempfile.TemporaryDirectory(prefix="kvmnest-kvm-", dir=cache.root()) as scratch:
+            work = Path(scratch) / "tree"
+            _copy_built(base, work)
+            for folder in (_KVM, "virt/kvm"):
+                for path in sorted((tree / folder).rglob("*")):
+                    name = path.relative_to(tree)
+                    if path.is_file() and path.suffix in (".c", ".h", ".S"):
+                        _overlay(path, kernel.tree / name, work / name)
+            _make(kernel, work)
+            to.mkdir(parents=True, exist_ok=True)
+            for module in _MODULES:
+                (to / module).write_bytes(modules.lean(work / _KVM / module))
+    except OSError as error:
+        raise LabSetupError(cache.describe(error, "building kernel modules")) from error
+
+
+def _overlay(path: Path, shipped: Path, target: Path) -> None:
+    """Take a source file over if it is not what was shipped: its object file is old then."""
+    content = path.read_bytes()
+    if not shipped.is_file() or shipped.read_bytes() != content:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(content)
+
+
 def check_edits(edits: Sequence[Edit], release: str) -> None:
     """Raise EditError if an edit does not match the source of ``release``."""
     tree = source.prepare(release).tree

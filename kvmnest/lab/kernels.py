@@ -241,3 +241,27 @@ def forget(release: str) -> str:
     cache.drop(cache.root() / "kernels" / cached[name])
     (cache.root() / "debian" / name).unlink(missing_ok=True)
     return name
+
+
+def between(first: str, last: str) -> list[str]:
+    """Debian's releases from one to another, both included, of the flavour of ``first``.
+
+    Raises KernelSpecError if apt knows one of them not. Empty if ``last`` is older.
+    """
+    known = {entry.release for entry in available()}
+    ends = []
+    for spec in (first, last):
+        name = debian.match(spec, known)
+        if name is None:
+            raise KernelSpecError(f"no kernel {spec} in Debian's archive (apt-get update may help)")
+        ends.append(name)
+    cloud = "-cloud-" in ends[0]
+    low, high = (debian.version_key(name) for name in ends)
+    found = [
+        name
+        for name in known
+        if ("-cloud-" in name) == cloud
+        and "-rt-" not in name
+        and low <= debian.version_key(name) <= high
+    ]
+    return sorted(found, key=debian.version_key)

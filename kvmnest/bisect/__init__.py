@@ -1,0 +1,1 @@
+"""Which kernel, or which commit, changed the outcome of a case."""

@@ -1,0 +1,90 @@
+"""One step of a bisection: is this kernel good or bad, or can it not be told?"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvmnest.errors import KvmnestError, UsageError
+from kvmnest.results.lab_target import LabTarget
+from kvmnest.results.model import Run
+from kvmnest.results.progress import Progress
+from kvmnest.results.reporter import Reporter
+from kvmnest.results.runner import Plan, pytest_arguments, run_cases, split_selection
+
+GOOD, BAD, SKIP = "good", "bad", "skip"
+#: What ``git bisect run`` makes of an exit code.
+EXIT_CODES = {GOOD: 0, BAD: 1, SKIP: 125}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """``verdict`` is good, bad or skip; ``evidence`` is one line."""
+
+    verdict: str
+    evidence: str
+    kernel: str = ""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of each kernel: does this case pass?
+
+    ``repeat`` runs must agree; ``params`` are module parameters.
+    """
+
+    case: str
+    params: Mapping[str, str]
+    repeat: int = 1
+    bochs: str | None = None
+
+    def ask(self, kernel: str | None, kvm_modules: Path | None = None) -> Answer:
+        """Boot a kernel in the lab and run the case.
+
+        A failure, also one that is a known deviation, is bad, and so is a kernel that dies in the
+        case. A kernel that does not boot, lacks what the case needs, or gives different answers
+        is skipped. Raises UsageError if there is no such case.
+        """
+        modules, paths = split_selection([self.case])
+        if paths:
+            raise UsageError(f"{self.case} is no case of the suite")
+        answers = []
+        for _ in range(self.repeat):
+            try:
+                answer = self._once(modules, kernel, kvm_modules)
+            except UsageError:
+                raise
+            except KvmnestError as error:
+                answer = Answer(SKIP, str(error).partition("\n")[0])
+            answers.append(answer)
+            if answer.verdict == SKIP:
+                return answer
+        verdicts = [answer.verdict for answer in answers]
+        if len(set(verdicts)) > 1:
+            return Answer(SKIP, f"flaky: {', '.join(verdicts)}", answers[0].kernel)
+        return answers[0]
+
+    def _once(self, modules: list[str], kernel: str | None, kvm_modules: Path | None) -> Answer:
+        target = LabTarget(
+            kernel=kernel, kvm_modules=kvm_modules, kvm_params=self.params, bochs=self.bochs
+        )
+        progress = Progress(io.StringIO(), quiet=True)
+        reporter = Reporter(Run(target.name), progress, own_clock=True)
+        run_cases(target, pytest_arguments(Plan(), "lab", modules, []), reporter)
+        return judge(reporter.run)
+
+
+def judge(run: Run) -> Answer:
+    """The answer of one run: bad if any of its cases failed, skip if none of them could run."""
+    for case in run.cases:
+        if case.outcome in ("failed", "error", "known"):
+            text = case.summary or case.detail.partition("\n")[0]
+            return Answer(BAD, f"{case.id}: {text}", run.kernel)
+    if any(case.outcome == "passed" for case in run.cases):
+        passed = sum(case.outcome == "passed" for case in run.cases)
+        return Answer(GOOD, f"{passed} passed", run.kernel)
+    text = run.cases[0].detail.partition("\n")[0] if run.cases else "nothing ran"
+    problem = run.problems[0] if run.problems else text
+    return Answer(SKIP, problem, run.kernel)

@@ -1,0 +1,39 @@
+"""``kvmnest build``: kvm.ko and kvm-intel.ko of a source tree, for a Debian kernel."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the verb."""
+    parser = subparsers.add_parser(
+        "build",
+        help="build KVM's modules of a source tree for a Debian kernel of the lab",
+        description="Compile arch/x86/kvm and virt/kvm of TREE against a Debian kernel's headers"
+        " and put kvm.ko and kvm-intel.ko into DIR, for --kvm-modules DIR.",
+        epilog="exit codes: 0 built, 1 it does not compile, 2 usage, 3 a package or tool is"
+        " missing",
+    )
+    parser.add_argument("tree", type=Path, metavar="TREE")
+    parser.add_argument("to", type=Path, metavar="DIR")
+    parser.add_argument("--kernel", metavar="SPEC", help="Debian version (default: 6.1)")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the verb."""
+    import sys
+
+    from kvmnest.kernel.build import BuildError, build_tree
+    from kvmnest.lab import kernels
+
+    release = kernels.resolve(options.kernel).release
+    try:
+        build_tree(options.tree.resolve(), release, options.to)
+    except BuildError as error:
+        print(f"kvmnest: {error}", file=sys.stderr)
+        return 1
+    print(f"{options.to}: kvm.ko and kvm-intel.ko for {release}")
+    return 0
