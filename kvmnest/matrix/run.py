@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -99,7 +98,7 @@ class Matrix:
         shown = ", ".join(f"{number} {name}" for name, number in counts.items() if number)
         problem = reporter.run.problems[0] if reporter.run.problems else "nothing ran"
         self.on_line(f"{cell.name}: {shown or problem}")
-        return json.loads(path.read_text(encoding="utf-8"))
+        return jsonfile.load(path)
 
 
 def differences(documents: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
