@@ -89,6 +89,17 @@ apt_packages() {
     fi
 }
 
+# optional_packages NAME...: for tests that are skipped where these cannot be installed.
+optional_packages() {
+    local missing
+    mapfile -t missing < <(missing_packages "$@")
+    [ ${#missing[@]} -gt 0 ] || return 0
+    echo "${0##*/}: installing ${missing[*]}, if that is possible"
+    as_root apt-get -qq install -y --no-install-recommends "${missing[@]}" \
+        >/dev/null 2>&1 </dev/null ||
+        echo "${0##*/}: not possible; what needs ${missing[*]} is left out"
+}
+
 setup() {
     local extras=$1 base key
     local packages=(binutils bochs bochs-term bochsbios gcc linux-libc-dev vgabios)
@@ -96,6 +107,7 @@ setup() {
     [ "$base" != /usr/bin/python3 ] || packages+=(python3-venv)
     [ "$extras" != dev ] || packages+=(shellcheck)
     apt_packages "${packages[@]}"
+    [ "$extras" != dev ] || optional_packages vagrant vagrant-libvirt
 
     python=.venv/bin/python
     key=$({
