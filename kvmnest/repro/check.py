@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kvmnest.errors import HarnessError
 from kvmnest.repro.corpus import Bug
 from kvmnest.results.model import Case, Run
 from kvmnest.results.progress import Progress
-from kvmnest.results.reporter import Reporter
+from kvmnest.results.reporter import CRASHED, Reporter
 from kvmnest.results.runner import Plan, pytest_arguments, run_cases, split_selection
 from kvmnest.results.targets import Target
 
@@ -54,11 +55,17 @@ def check(bugs: Sequence[Bug], make_target: MakeTarget) -> list[Verdict]:
 
 
 def judge(bug: Bug, case: Case | None, run: Run) -> Verdict:
-    """A case that fails, or in which the kernel dies, shows the bug; one that passes, the fix."""
+    """A case that fails, or in which the kernel dies, shows the bug; one that passes, the fix.
+
+    Raises HarnessError if the case did not run, or broke for a reason that is not the kernel's.
+    """
     if case is None:
-        problem = run.problems[0] if run.problems else "the reproducer did not run"
-        return Verdict(bug, NOT_APPLICABLE, run.kernel, problem)
+        problem = run.problems[0] if run.problems else "it did not run"
+        raise HarnessError(f"{bug.id}: {problem}")
     text = case.summary or case.detail.partition("\n")[0]
+    crashed = case.summary.startswith(CRASHED)
+    if case.outcome == "error" and not crashed:
+        raise HarnessError(f"{bug.id}: {text}")
     if case.outcome in ("failed", "error"):
         return Verdict(bug, VULNERABLE, run.kernel, text)
     if case.outcome == "passed":

@@ -19,6 +19,10 @@ from kvmnest.results.progress import Progress
 Event = dict[str, Any]
 
 
+#: How the summary of a case begins in which the kernel or the process died.
+CRASHED = "crashed: "
+
+
 class Reporter:
     """Results of one run, over as many processes as it takes.
 
@@ -171,7 +175,7 @@ class Reporter:
                 outcome="error",
                 seconds=round(seconds, 6),
                 detail=why,
-                summary=f"crashed: {why.partition(chr(10))[0]}",
+                summary=f"{CRASHED}{why.partition(chr(10))[0]}",
             )
         )
 

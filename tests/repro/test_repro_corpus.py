@@ -28,17 +28,26 @@ def test_the_corpus_is_large_and_points_at_real_cases():
     ("outcome", "verdict", "code"),
     [
         ("failed", VULNERABLE, 1),
-        ("error", VULNERABLE, 1),
+        ("crashed", VULNERABLE, 1),
         ("passed", FIXED, 0),
         ("skipped", NOT_APPLICABLE, 4),
-        (None, NOT_APPLICABLE, 4),
     ],
 )
 def test_verdicts(outcome, verdict, code):
     bug = corpus.load().bugs[0]
-    case = Case(bug.case, 3, "x", outcome, 0.1, detail="why\nmore") if outcome else None
+    case = Case(bug.case, 3, "x", outcome, 0.1, detail="why\nmore")
+    if outcome == "crashed":
+        case.outcome, case.summary = "error", "crashed: the guest kernel panicked"
     found = judge(bug, case, Run("lab"))
     assert (found.verdict, found.exit_code) == (verdict, code)
+
+
+@pytest.mark.parametrize("outcome", ["error", None])
+def test_trouble_of_the_harness_is_no_verdict(outcome):
+    bug = corpus.load().bugs[0]
+    case = Case(bug.case, 3, "x", outcome, 0.1, detail="cannot open x") if outcome else None
+    with pytest.raises(HarnessError, match=r"cannot open x|did not run"):
+        judge(bug, case, Run("lab"))
 
 
 def test_a_damaged_record(tmp_path):
