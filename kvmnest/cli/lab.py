@@ -59,6 +59,29 @@ def parameters(settings: list[str]) -> dict[str, str]:
     return found
 
 
+def use_host(options: argparse.Namespace) -> bool:
+    """Whether --target and the options of the lab mean this machine's /dev/kvm.
+
+    Raises UsageError if they contradict each other, KvmUnavailable or HarnessError for --target
+    kvm where /dev/kvm does not do.
+    """
+    from kvmnest.results.environment import require_kvm, why_not_kvm
+
+    given = {
+        "--kernel": options.kernel,
+        "--kvm-modules": options.kvm_modules,
+        "--kvm-param": options.kvm_param,
+        "--bochs": options.bochs,
+    }
+    lab_only = next((name for name, value in given.items() if value), None)
+    if options.target == "kvm":
+        if lab_only:
+            raise UsageError(f"{lab_only} needs --target lab: the host's kernel stays as it is")
+        require_kvm()
+        return True
+    return options.target == "auto" and not lab_only and not why_not_kvm()
+
+
 def run(args: argparse.Namespace) -> int:
     """Run the command; returns its exit status (128 + signal if a signal killed it)."""
     from kvmnest.lab.machine import Lab

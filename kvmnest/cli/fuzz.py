@@ -1,0 +1,122 @@
+"""``kvmnest fuzz``: random near-valid VMCSs against the SDM's rules of VM entry."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+from kvmnest.cli.lab import add_options, parameters, use_host
+from kvmnest.errors import HarnessError, UsageError
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the verb."""
+    parser = subparsers.add_parser(
+        "fuzz",
+        help="try random near-valid VMCSs, and compare the kernel with the SDM's rules",
+        description="Enter VMCSs that differ from a legal one in a few fields, and compare how"
+        " VM entry ends with what the rules of VM entry say.",
+        epilog="exit codes: 0 all agree (or disagree in a known way), 1 a new disagreement or a"
+        " crash, 2 usage, 3 harness or environment error, 130 interrupted",
+    )
+    parser.add_argument("--target", choices=("auto", "kvm", "lab"), default="auto")
+    parser.add_argument("--seed", type=int, metavar="S", help="(default: a random one, printed)")
+    parser.add_argument("--cases", type=int, metavar="N", help="how many (default: 1000)")
+    parser.add_argument("--seconds", type=float, metavar="N", help="stop after this time")
+    parser.add_argument("--jobs", type=int, metavar="N", help="labs at once (default: the cores)")
+    parser.add_argument("--journal", type=Path, metavar="FILE", help="where cases are noted")
+    parser.add_argument(
+        "--continue", dest="go_on", action="store_true", help="go on with a journal, after a crash"
+    )
+    parser.add_argument("--tests", type=Path, metavar="DIR", help="write a test for each finding")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report")
+    parser.add_argument("--no-shrink", action="store_true", help="keep findings as they are")
+    add_options(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the verb."""
+    from kvmnest.fuzz.journal import Journal
+    from kvmnest.fuzz.machines import LabMachine, LocalMachine, Machine
+    from kvmnest.fuzz.run import Fuzzer
+    from kvmnest.lab import cache
+
+    for name in ("cases", "seconds", "jobs"):
+        value = getattr(options, name)
+        if value is not None and value <= 0:
+            raise UsageError(f"--{name} must be above 0, not {value:g}")
+    if options.go_on and options.seed is None:
+        raise UsageError("--continue needs the --seed of the run")
+    seed = random.SystemRandom().randrange(1 << 32) if options.seed is None else options.seed
+    for folder in (options.tests, options.json and options.json.parent):
+        if folder and not os.access(folder, os.W_OK):
+            raise UsageError(f"cannot write to {folder}: not a writable directory")
+    machine: Machine = LocalMachine()
+    if not use_host(options):
+        machine = LabMachine(
+            options.kernel, parameters(options.kvm_param), options.kvm_modules, options.bochs
+        )
+    chosen = {"seed": seed, "target": machine.name, "kernel": options.kernel}
+    chosen |= {"kvm_modules": options.kvm_modules, "kvm_params": options.kvm_param}
+    path = options.journal or cache.root() / "fuzz" / f"{cache.digest([chosen])[:16]}.jsonl"
+    if not options.go_on and not options.journal:
+        path.unlink(missing_ok=True)
+    journal = Journal(path, chosen, go_on=options.go_on)
+    print(f"seed {seed}, journal {path}", flush=True)
+    fuzzer = Fuzzer(machine, journal, seed, lambda line: print(line, flush=True))
+    count = options.cases or (None if options.seconds else 1000)
+    cores = len(os.sched_getaffinity(0))
+    jobs = 1 if machine.name == "kvm" else options.jobs or min(4, cores)
+    report = fuzzer.run(count, options.seconds, jobs)
+    _print(report)
+    findings = list(report.findings.values())
+    for finding in findings:
+        print(f"case {finding.number} ({finding.count} like it): {finding.verdict.text}")
+    if not options.no_shrink:
+        findings = [_shrunk(fuzzer, finding) for finding in findings]
+        report.findings = {str(finding.number): finding for finding in findings}
+    _write(options, fuzzer, report)
+    return 1 if findings or report.warnings else 0
+
+
+def _print(report: Any) -> None:
+    outcomes = ", ".join(f"{number} {name}" for name, number in report.outcomes.most_common())
+    print(f"{report.tried} cases: {outcomes}")
+    kinds = report.kinds
+    print(f"{kinds['agree']} agree, {kinds['known']} known, {kinds['disagree']} disagree")
+    for reason, number in report.known.most_common():
+        print(f"known, {number}: {reason}")
+    for line in report.warnings:
+        print(f"kernel warning in {line}")
+
+
+def _shrunk(fuzzer: Any, finding: Any) -> Any:
+    from kvmnest.fuzz.journal import CRASHED
+    from kvmnest.fuzz.shrink import shrink
+
+    if finding.seen[0] == CRASHED:
+        return finding
+    small = shrink(fuzzer.machine, fuzzer.judge, finding)
+    changes = " ".join(f"{field.name}={value:#x}" for field, value in small.case.changes.items())
+    print(f"smallest: case {small.number}: {small.case.mode.name} {changes}: {small.verdict.text}")
+    return small
+
+
+def _write(options: argparse.Namespace, fuzzer: Any, report: Any) -> None:
+    from kvmnest.fuzz.testfile import write
+
+    try:
+        if options.json:
+            text = json.dumps(report.document(), indent=1)
+            options.json.write_text(f"{text}\n", encoding="utf-8")
+        for finding in report.findings.values() if options.tests else ():
+            path = options.tests / f"test_fuzz_{fuzzer.seed}_{finding.number}.py"
+            text = write(finding, fuzzer.judge, fuzzer.seed, fuzzer.machine.name)
+            path.write_text(text, encoding="utf-8")
+            print(f"test: {path}")
+    except OSError as error:
+        raise HarnessError(f"cannot write {error.filename}: {error.strerror}") from error

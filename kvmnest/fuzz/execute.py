@@ -1,0 +1,156 @@
+"""Try VM entries on this kernel's KVM, one after the other: also run inside the lab's guest.
+
+``python3 -m kvmnest.fuzz.execute CASES EVENTS``: CASES holds one JSON array of cases, EVENTS is
+where lines of JSON go: what this machine is, {"start": n} before each case, {"end": n, "outcome":
+[...]} after it. {"start": n} is on the disk before the case runs, if EVENTS is a file there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from kvmnest import host
+from kvmnest.errors import HarnessError, KvmnestError
+from kvmnest.fuzz.model import REGION, FuzzCase, base_fields, base_memory
+from kvmnest.kvm import Kvm
+from kvmnest.l1 import L1, L2Mode, VmLost
+from kvmnest.vmx import Field
+from kvmnest.vmx.outcome import (
+    EntryFailure,
+    Exit,
+    Fault,
+    HostExit,
+    Outcome,
+    VMfailInvalid,
+    VMfailValid,
+)
+
+#: Seconds after which an L2 that does not come back counts as entered and hung.
+BUDGET = 1.0
+#: Leaves of CPUID that the rules look at.
+_LEAVES = ((1, 0), (7, 0), (7, 1), (0xA, 0), (0x80000001, 0), (0x80000008, 0))
+
+Seen = list[Any]
+"""An outcome as JSON: its name, then its numbers."""
+
+
+def encode(outcome: Outcome) -> Seen:
+    """``["Exit", reason]``, ``["VMfailValid", error]``, ``["EntryFailure", reason, qual]``..."""
+    if isinstance(outcome, Exit):
+        return ["Exit", int(outcome.reason)]
+    if isinstance(outcome, VMfailValid):
+        return ["VMfailValid", int(outcome.error)]
+    if isinstance(outcome, EntryFailure):
+        return ["EntryFailure", int(outcome.reason), int(outcome.qualification)]
+    if isinstance(outcome, Fault):
+        return ["Fault", int(outcome.vector)]
+    if isinstance(outcome, VMfailInvalid):
+        return ["VMfailInvalid"]
+    return ["HostExit" if isinstance(outcome, HostExit) else "other", repr(outcome)]
+
+
+class Executor:
+    """Enters one VMCS again and again; a new L1 only after one was lost."""
+
+    def __init__(self, kvm: Kvm) -> None:
+        self._kvm = kvm
+        self._l1: L1 | None = None
+        self._launched = False
+        self._bases: dict[tuple[L2Mode, bool], dict[Field, int]] = {}
+
+    def run(self, case: FuzzCase) -> Seen:
+        """Try one case. Raises KvmError if KVM does not even make a VM."""
+        l1 = self._ready()
+        memory = {**base_memory(), **case.memory}
+        for label, content in memory.items():
+            l1.write(l1.sym(label), content)
+        try:
+            l1.vmcs.update(case.fields(self._base(case)))
+            outcome = l1.vmresume() if self._launched else l1.vmlaunch()
+        except VmLost as error:
+            self.close()
+            return ["lost", error.kind]
+        except HarnessError as error:
+            # A VMWRITE failed or L1 answered nonsense.
+            self.close()
+            return ["other", str(error)]
+        l1.stop_budget()
+        if isinstance(outcome, HostExit):
+            self.close()
+        else:
+            self._launched = self._launched or isinstance(outcome, Exit)
+            for label in case.memory:
+                l1.write(l1.sym(label), bytes(len(case.memory[label])))
+        return encode(outcome)
+
+    def _base(self, case: FuzzCase) -> Mapping[Field, int]:
+        key = case.mode, case.bare
+        if key not in self._bases:
+            assert self._l1 is not None
+            self._bases[key] = base_fields(
+                self._l1.caps, self._l1.payload, case.mode, bare=case.bare
+            )
+        return self._bases[key]
+
+    def _ready(self) -> L1:
+        if self._l1 is None:
+            self._l1 = L1(self._kvm, budget=BUDGET)
+            self._l1.launchable(region=REGION)
+            self._launched = False
+        return self._l1
+
+    def facts(self) -> dict[str, Any]:
+        """What the rules need to know of this machine, and what it is."""
+        l1 = self._ready()
+        leaves = []
+        for leaf, subleaf in _LEAVES:
+            leaves.append([leaf, subleaf, *l1.cpuid(leaf, subleaf).value])
+        l1.stop_budget()
+        return {
+            "kernel": host.kernel(),
+            "cpu": host.cpu_model(),
+            "params": host.kvm_intel_params(),
+            "msrs": {str(index): value for index, value in l1.caps.msrs.items()},
+            "cpuid": leaves,
+        }
+
+    def close(self) -> None:
+        """Destroy the VM."""
+        if self._l1 is not None:
+            self._l1.close()
+            self._l1 = None
+
+
+def main(cases_path: str, events_path: str) -> int:
+    """Run all cases of a file; returns an exit code."""
+    with open(cases_path, encoding="utf-8") as file:
+        numbered = json.load(file)
+    descriptor = os.open(events_path, os.O_WRONLY | os.O_APPEND)
+    regular = os.path.isfile(events_path)
+
+    def say(**event: Any) -> None:
+        os.write(descriptor, json.dumps(event).encode() + b"\n")
+        if regular and "start" in event:
+            os.fsync(descriptor)
+
+    try:
+        with Kvm() as kvm:
+            executor = Executor(kvm)
+            say(facts=executor.facts())
+            for number, found in numbered:
+                case = FuzzCase.from_json(found)
+                say(start=number)
+                say(end=number, outcome=executor.run(case))
+            executor.close()
+    except KvmnestError as error:
+        print(f"kvmnest: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], sys.argv[2]))

@@ -1,0 +1,211 @@
+"""Does what the kernel did agree with the SDM's rules? And is a disagreement a known one?"""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvmnest.errors import HarnessError
+from kvmnest.fuzz.execute import Seen
+from kvmnest.fuzz.model import REGION, FuzzCase, StaticMemory, base_fields
+from kvmnest.known import kernel_in_range
+from kvmnest.l1 import payload as payload_module
+from kvmnest.l1.baseline import L2Mode
+from kvmnest.vmx import Capabilities, Field
+from kvmnest.vmx.capinfo import Cpu
+from kvmnest.vmx.errors import VmxError
+from kvmnest.vmx.outcome import EntryFailure, Outcome, VMfailValid
+from kvmnest.vmx.reasons import ExitReason
+from kvmnest.vmx.rules import EntryContext, Prediction, Stage, Violation, check, predict
+
+FILE = Path(__file__).parent.parent / "data" / "disagreements.toml"
+
+AGREE, KNOWN, DISAGREE = "agree", "known", "disagree"
+
+
+@dataclass(frozen=True)
+class Disagreement:
+    """A known one: see ``kvmnest/data/disagreements.toml`` for what each part means."""
+
+    kind: str
+    reason: str
+    rule: str = "*"
+    outcome: str = ""
+    fields: tuple[str, ...] = ()
+    target: str = "any"
+    kernels: str = "any"
+
+    def applies(self, target: str, kernel: str) -> bool:
+        """Whether it belongs to this kernel."""
+        return self.target in ("any", target) and kernel_in_range(kernel, self.kernels)
+
+
+@functools.cache
+def load(path: Path = FILE) -> tuple[Disagreement, ...]:
+    """Read the known disagreements. Raises HarnessError for a file that is not right."""
+    try:
+        found = tomllib.loads(path.read_text(encoding="utf-8"))["disagreement"]
+        entries = [{**entry, "fields": tuple(entry.get("fields", ()))} for entry in found]
+        known = tuple(Disagreement(**entry) for entry in entries)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise HarnessError(f"{path} is damaged: {error}") from error
+    for entry in known:
+        if entry.kind not in ("missed", "late", "extra"):
+            raise HarnessError(f"{path}: unknown kind {entry.kind!r}")
+    return known
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """``kind`` is agree, known or disagree; ``text`` says what differs or why it is known.
+
+    Verdicts with the same ``signature`` are about the same thing.
+    """
+
+    kind: str
+    text: str = ""
+    signature: str = ""
+
+
+class Judge:
+    """Rules and known disagreements for one machine, whose ``facts`` the executor told.
+
+    Raises ValueError if the facts are no such facts or say that there is no VMX.
+    """
+
+    def __init__(self, facts: Mapping[str, Any], target: str) -> None:
+        try:
+            leaves = {(leaf, sub): tuple(rest) for leaf, sub, *rest in facts["cpuid"]}
+            msrs = {int(index): int(value) for index, value in facts["msrs"].items()}
+            self.kernel = str(facts["kernel"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"not the facts of a machine: {error}") from error
+        self.caps = Capabilities.from_msrs(msrs, Cpu.from_cpuid(leaves))
+        self.payload = payload_module.default()
+        self.target = target
+        self.known = [entry for entry in load() if entry.applies(target, self.kernel)]
+        self._bases: dict[tuple[L2Mode, bool], dict[Field, int]] = {}
+
+    def base(self, case: FuzzCase) -> Mapping[Field, int]:
+        """The VMCS that a case changes."""
+        key = case.mode, case.bare
+        if key not in self._bases:
+            self._bases[key] = base_fields(self.caps, self.payload, case.mode, bare=case.bare)
+        return self._bases[key]
+
+    def predict(self, case: FuzzCase) -> Prediction:
+        """What the SDM says."""
+        return predict(case.fields(self.base(case)), self.caps, *self._surroundings(case))
+
+    def violations(self, case: FuzzCase) -> list[Violation]:
+        """Every rule that the case breaks, of all stages."""
+        return check(case.fields(self.base(case)), self.caps, *self._surroundings(case))
+
+    def _surroundings(self, case: FuzzCase) -> tuple[StaticMemory, EntryContext]:
+        memory = StaticMemory(self.payload, self.caps.basic.revision_id, case.memory)
+        return memory, EntryContext(current_vmcs=self.payload[REGION])
+
+    def verdict(self, case: FuzzCase, seen: Seen) -> Verdict:
+        """Judge one case by what became of it."""
+        violations = self.violations(case)
+        if _allowed(violations, seen, ordered=True):
+            return Verdict(AGREE)
+        reasons = self._reasons(case, violations, seen)
+        if reasons:
+            return Verdict(KNOWN, "; ".join(reasons), "; ".join(reasons))
+        rules = [str(violation) for violation in violations]
+        name = shown(seen)
+        said = "; ".join(rules) or "no rule objects"
+        return Verdict(DISAGREE, f"{name}, but {said}", f"{name}: {' | '.join(sorted(rules))}")
+
+    def _reasons(
+        self, case: FuzzCase, violations: Sequence[Violation], seen: Seen
+    ) -> tuple[str, ...]:
+        """Why the outcome is understood: the fewest known disagreements that explain it."""
+        missed = self._matching("missed", violations)
+        late = self._matching("late", violations)
+        left = [violation for violation in violations if violation not in missed]
+        # A refused entry may be refused for a rule that others of the same kernel miss.
+        for rest, ordered, used in (
+            (left, True, missed),
+            (violations, False, late),
+            (left, False, {**missed, **late}),
+        ):
+            if used and _allowed(rest, seen, ordered=ordered):
+                return tuple(dict.fromkeys(entry.reason for entry in used.values()))
+        for entry in self.known:
+            if (
+                entry.kind == "extra"
+                and fnmatch.fnmatchcase(shown(seen), entry.outcome)
+                and all(self._differs(case, name) for name in entry.fields)
+            ):
+                return (entry.reason,)
+        return ()
+
+    def _matching(
+        self, kind: str, violations: Sequence[Violation]
+    ) -> dict[Violation, Disagreement]:
+        return {
+            violation: entry
+            for violation in violations
+            for entry in reversed(self.known)
+            if entry.kind == kind and fnmatch.fnmatchcase(str(violation), _literal(entry.rule))
+        }
+
+    def _differs(self, case: FuzzCase, name: str) -> bool:
+        """Whether a field is changed; "NAME:bit" asks whether that bit is 1."""
+        field, _, bit = name.partition(":")
+        if bit:
+            value = case.fields(self.base(case)).get(Field[field], 0)
+            return bool(value >> int(bit) & 1)
+        return Field[field] in case.changes
+
+
+def _literal(pattern: str) -> str:
+    """A pattern in which only ``*`` is special: the texts of rules end in brackets."""
+    return pattern.replace("[", "[[]")
+
+
+def _allowed(violations: Sequence[Violation], seen: Seen, *, ordered: bool) -> bool:
+    """Whether an outcome is possible with these broken rules.
+
+    ``ordered``: stages come in the SDM's order; otherwise any broken rule may be the first.
+    """
+    binding = [violation for violation in violations if not violation.optional]
+    if seen[0] == "Exit" or seen == ["lost", "hang"]:
+        return not binding
+    outcome = _outcome(seen)
+    if outcome is None:
+        return False
+    if not ordered:
+        return any(Prediction((violation,)).allows(outcome) for violation in violations)
+    groups = ((Stage.CONTROL, Stage.HOST), (Stage.GUEST,), (Stage.MSR_LOAD,))
+    before: list[Violation] = []
+    for group in groups:
+        before += [violation for violation in violations if violation.stage in group]
+        if any(not violation.optional for violation in before):
+            break
+    return Prediction(tuple(before)).allows(outcome)
+
+
+def _outcome(seen: Seen) -> Outcome | None:
+    if seen[0] == "VMfailValid":
+        return VMfailValid(VmxError(seen[1]))
+    if seen[0] == "EntryFailure":
+        return EntryFailure(ExitReason(seen[1]), seen[2])
+    return None
+
+
+def shown(seen: Seen) -> str:
+    """An outcome in words: "VMfailValid(7)", "Exit(PREEMPTION_TIMER)", "lost: triple fault"."""
+    name, *rest = seen
+    if name == "Exit":
+        return "VM entry succeeded"
+    if name == "EntryFailure":
+        return f"EntryFailure({ExitReason(rest[0]).name}, qualification {rest[1]})"
+    return f"{name}({rest[0]})" if rest else str(name)

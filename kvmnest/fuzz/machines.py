@@ -1,0 +1,178 @@
+"""Where cases are tried: on this machine's /dev/kvm, or on a kernel in the lab."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+from kvmnest.errors import HarnessError
+from kvmnest.fuzz.execute import Seen
+from kvmnest.fuzz.model import FuzzCase
+from kvmnest.lab.errors import LabHang, LabLost, LabPanic, LabRunError
+from kvmnest.lab.guest import EVENTS_PATH
+from kvmnest.lab.machine import Lab
+from kvmnest.results.targets import LineEvents
+
+OnEvent = Callable[[dict[str, Any]], None]
+Numbered = Sequence[tuple[int, FuzzCase]]
+
+#: Seconds without any event after which the kernel is taken to hang.
+PATIENCE = 60.0
+_CASES = "/kvmnest/fuzz.json"
+
+
+class Machine(Protocol):
+    """A kernel's KVM on which VM entries can be tried."""
+
+    name: str
+
+    def run(self, cases: Numbered, on_event: OnEvent, journal: Path | None) -> str:
+        """Try cases; what the executor says goes to ``on_event``.
+
+        Returns "" if all were tried, else how the kernel or the process was lost in one of them.
+        On a machine that a case can crash, events reach ``journal`` (a file) before that.
+
+        Raises:
+            KvmnestError: it could not even be started.
+        """
+        ...
+
+
+def _write_cases(cases: Numbered) -> bytes:
+    return json.dumps([[number, case.to_json()] for number, case in cases]).encode()
+
+
+class LabMachine:
+    """A fresh boot of the lab for every call; arguments are those of ``kvmnest.lab.machine.Lab``.
+
+    Kernel warnings arrive as events {"kernel": text}, before the end of the case they belong to.
+    """
+
+    name = "lab"
+
+    def __init__(
+        self,
+        kernel: str | None = None,
+        params: Mapping[str, str] | None = None,
+        modules: str | None = None,
+        bochs: str | None = None,
+    ) -> None:
+        self._make: Callable[[], Lab] = partial(Lab, kernel, params, modules, 1, bochs)
+        self._make()
+
+    def run(self, cases: Numbered, on_event: OnEvent, journal: Path | None) -> str:
+        """See Machine; the lab's crash is not this machine's, so ``journal`` is not needed."""
+        output = b""
+
+        def take_output(data: bytes) -> None:
+            nonlocal output
+            output = (output + data)[-4096:]
+
+        lines = LineEvents(on_event)
+        lab = self._make()
+        try:
+            status = lab.run(
+                ["python3", "-m", "kvmnest.fuzz.execute", _CASES, EVENTS_PATH],
+                on_event=lambda line: lines.feed(line + b"\n"),
+                on_output=take_output,
+                on_kernel=lambda text: on_event({"kernel": text.decode(errors="replace")}),
+                idle_limit=PATIENCE,
+                files={_CASES: _write_cases(cases)},
+            )
+        except (LabHang, LabLost, LabPanic, LabRunError) as error:
+            if not lab.info:
+                raise
+            return str(error).partition("\n")[0]
+        if status > 0:
+            raise HarnessError(f"the lab: {_last_line(output)}")
+        return f"killed by signal {-status} in the lab" if status else ""
+
+
+class LocalMachine:
+    """This machine's /dev/kvm, in a process of its own."""
+
+    name = "kvm"
+
+    def run(self, cases: Numbered, on_event: OnEvent, journal: Path | None) -> str:
+        """See Machine."""
+        with tempfile.TemporaryDirectory(prefix="kvmnest-") as folder:
+            source = Path(folder) / "cases.json"
+            source.write_bytes(_write_cases(cases))
+            events = journal or Path(folder) / "events"
+            events.touch(mode=0o600)
+            with events.open("rb") as reader, (Path(folder) / "output").open("w+b") as output:
+                reader.seek(0, os.SEEK_END)
+                argv = [sys.executable, "-m", "kvmnest.fuzz.execute", str(source), str(events)]
+                process = subprocess.Popen(
+                    argv,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    start_new_session=True,
+                )
+                lines = LineEvents(on_event)
+                try:
+                    hung = self._follow(process, reader, lines)
+                finally:
+                    if process.poll() is None:
+                        process.kill()
+                        process.wait(10)
+                output.seek(0)
+                said = output.read()
+        if hung:
+            return f"no sign of life for {PATIENCE:.0f} s"
+        if process.returncode < 0:
+            return f"killed by {signal.Signals(-process.returncode).name}"
+        if process.returncode:
+            raise HarnessError(_last_line(said).removeprefix("kvmnest: "))
+        return ""
+
+    def _follow(self, process: subprocess.Popen[bytes], reader: Any, lines: LineEvents) -> bool:
+        last = time.monotonic()
+        while True:
+            ended = process.poll() is not None
+            data = reader.read()
+            if data:
+                lines.feed(data)
+                last = time.monotonic()
+            elif ended:
+                return False
+            elif time.monotonic() - last > PATIENCE:
+                return True
+            else:
+                time.sleep(0.05)
+
+
+def _last_line(output: bytes) -> str:
+    lines = output.decode(errors="replace").strip().splitlines()
+    return lines[-1] if lines else "the executor said nothing"
+
+
+def try_all(machine: Machine, cases: Sequence[FuzzCase]) -> list[Seen | None]:
+    """What becomes of each case; None for those in which the kernel was lost."""
+    found: dict[int, Seen] = {}
+    first = 0
+
+    def take(event: dict[str, Any]) -> None:
+        nonlocal first
+        if "start" in event:
+            first = event["start"] + 1
+        elif "end" in event:
+            found[event["end"]] = event["outcome"]
+
+    while first < len(cases):
+        before = first
+        rest = [(number, cases[number]) for number in range(first, len(cases))]
+        why = machine.run(rest, take, None)
+        if why and first == before:
+            raise HarnessError(f"no case was tried: {why}")
+    return [found.get(number) for number in range(len(cases))]

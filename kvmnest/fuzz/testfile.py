@@ -1,0 +1,83 @@
+"""A finding as a test: a file that pytest with kvmnest's fixtures runs as it is."""
+
+from __future__ import annotations
+
+from kvmnest.fuzz.judge import Judge, shown
+from kvmnest.fuzz.model import FuzzCase
+from kvmnest.fuzz.run import Finding
+from kvmnest.l1.payload import Payload
+from kvmnest.vmx import Field
+from kvmnest.vmx.outcome import EntryFailure, Outcome, VMfailValid
+
+_PAGE = 4096
+
+
+def write(finding: Finding, judge: Judge, seed: int, target: str) -> str:
+    """Source of the test. It states what the rules say, so it fails where the finding was made."""
+    case = finding.case
+    prediction = judge.predict(case)
+    failures = (
+        [_source(outcome) for outcome in prediction.failures] if prediction.violations else []
+    )
+    section = prediction.violations[0].section if prediction.violations else "VM Entries"
+    kinds = {type(outcome).__name__ for outcome in prediction.failures}
+    if not prediction.must_fail:
+        kinds.add("Exit")
+    imports = [f"from kvmnest.vmx.outcome import {', '.join(sorted(kinds))}"]
+    names = ["Field", *(["ExitReason"] if "EntryFailure" in kinds else ())]
+    names += ["VmxError"] if "VMfailValid" in kinds else []
+    imports.insert(0, f"from kvmnest.vmx import {', '.join(sorted(names))}")
+    lines = [
+        f'"""Found by `kvmnest fuzz --target {target} --seed {seed}`, case {finding.number}.',
+        "",
+        f"Seen on {judge.kernel}: {shown(finding.seen)}. The rules:",
+        *(f"  {violation}" for violation in prediction.violations or ("none objects",)),
+        '"""',
+        "",
+        "import pytest",
+        "",
+        "from kvmnest.l1 import L1, L2Mode",
+        *imports,
+        "",
+        "",
+        "@pytest.mark.series(16)",
+        f'@pytest.mark.sdm("{section}")',
+        f"def test_fuzz_{seed}_{finding.number}(l1: L1) -> None:",
+        f"    vmcs = l1.launchable(mode=L2Mode.{case.mode.name})",
+    ]
+    for label, content in case.memory.items():
+        text = content.rstrip(b"\0").hex()
+        lines.append(f'    l1.write(l1.sym("{label}"), bytes.fromhex("{text}"))')
+    for field, value in _differences(case, judge).items():
+        lines.append(f"    vmcs[Field.{field.name}] = {_value(value, judge.payload)}")
+    lines.append("    outcome = l1.vmlaunch()")
+    wanted = [f"outcome == {text}" for text in failures]
+    if not prediction.must_fail:
+        wanted.append("isinstance(outcome, Exit)")
+    lines.append(f"    assert {' or '.join(wanted)}")
+    return "\n".join(lines) + "\n"
+
+
+def _differences(case: FuzzCase, judge: Judge) -> dict[Field, int]:
+    """All fields that differ from the suite's baseline."""
+    plain = judge.base(FuzzCase(case.mode, bare=True))
+    return {
+        field: value
+        for field, value in case.fields(judge.base(case)).items()
+        if plain.get(field) != value
+    }
+
+
+def _value(value: int, payload: Payload) -> str:
+    if value >= 0x1000 and value % _PAGE == 0:
+        for label, address in payload.symbols.items():
+            if address == value and label.islower():
+                return f'l1.sym("{label}")'
+    return f"{value:#x}"
+
+
+def _source(outcome: Outcome) -> str:
+    if isinstance(outcome, VMfailValid):
+        return f"VMfailValid(VmxError.{outcome.error.name})"
+    assert isinstance(outcome, EntryFailure)
+    return f"EntryFailure(ExitReason.{outcome.reason.name}, {outcome.qualification})"
