@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
+import signal
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from kvmnest.cli.lab import parameters
-from kvmnest.errors import HarnessError, UsageError
+from kvmnest.errors import UsageError
 
 
 def add_parser(subparsers: Any) -> None:
@@ -18,7 +21,8 @@ def add_parser(subparsers: Any) -> None:
         "matrix",
         help="run the suite on many kernels and settings, and show what differs",
         epilog="exit codes: 0 no case failed, 1 a case failed somewhere, 2 usage, 3 a kernel"
-        " could not be run or another error of the environment, 130 interrupted",
+        " could not be run or another error of the environment, 4 no case is selected,"
+        " 130 interrupted (the same command goes on)",
     )
     parser.add_argument("selected", nargs="*", metavar="CASE", help="cases (default: all)")
     parser.add_argument("--kernels", nargs="+", required=True, metavar="SPEC", help="in order")
@@ -30,7 +34,24 @@ def add_parser(subparsers: Any) -> None:
         metavar="NAME=VALUE[,NAME=VALUE]",
         help="run each kernel with these parameters too (repeatable)",
     )
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, metavar="N")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        metavar="N",
+        help="labs at once on this machine (default: one for each core)",
+    )
+    parser.add_argument(
+        "--scheduler",
+        metavar="ADDRESS",
+        help="run on the workers of this Dask scheduler instead, such as tcp://HOST:8786",
+    )
+    parser.add_argument(
+        "--parts",
+        type=int,
+        default=1,
+        metavar="N",
+        help="tasks that share the cases of a kernel (default: 1)",
+    )
     parser.add_argument("--state", type=Path, metavar="DIR", help="where results are kept")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all outcomes")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page")
@@ -39,39 +60,91 @@ def add_parser(subparsers: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the verb."""
-    from kvmnest.lab import cache
-    from kvmnest.matrix.page import page
-    from kvmnest.matrix.run import Cell, Matrix, changes
+    import json
+    import shutil
 
-    if options.jobs < 1:
-        raise UsageError(f"--jobs must be at least 1, not {options.jobs}")
+    from kvmnest.lab import cache
+    from kvmnest.matrix.compare import as_json
+    from kvmnest.matrix.page import page
+    from kvmnest.matrix.run import Engine, Local, Matrix, check_writable, write_file
+    from kvmnest.matrix.table import lines
+
+    _check(options)
     settings = [(), *(tuple(parameters(text.split(",")).items()) for text in options.setting)]
-    cells = [Cell(kernel, setting) for setting in settings for kernel in options.kernels]
+    _no_duplicates("--setting", settings[1:])
+    # What a long run would end in is found before it.
+    for path in (options.json, options.html):
+        if path:
+            check_writable(path)
+    signal.signal(signal.SIGTERM, _terminated)
+    out = _Out()
+    engine: Engine = Local(options.jobs or len(os.sched_getaffinity(0)))
+    if options.scheduler is not None:
+        from kvmnest.matrix.cluster import Cluster
+
+        engine = Cluster(options.scheduler, out.line, options.bochs)
     matrix = Matrix(
         options.state or cache.root() / "matrix",
         options.selected,
         options.keyword,
         options.bochs,
-        lambda line: print(line, flush=True),
+        out.line,
+        options.parts,
     )
-    documents = matrix.run(cells, options.jobs)
-    print()
-    found = changes(documents)
-    for left, right, lines in found:
-        print(f"{left} -> {right}:")
-        for line in lines:
-            print(f"  {line}")
-    if not found:
-        print("every case has the same outcome everywhere")
-    for path, text in (
-        (options.json, json.dumps({"schema": 1, "columns": documents}, indent=1)),
-        (options.html, page(documents)),
-    ):
-        if path:
-            try:
-                path.write_text(f"{text}\n", encoding="utf-8")
-            except OSError as error:
-                raise HarnessError(f"cannot write {path}: {error.strerror or error}") from error
+    documents = matrix.run(_cells(options.kernels, settings), engine)
+    if options.json:
+        write_file(options.json, json.dumps(as_json(documents), indent=1))
+    if options.html:
+        write_file(options.html, page(documents))
+    out.line("")
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    for line in lines(documents, shutil.get_terminal_size((100, 24)).columns, colour=colour):
+        out.line(line)
     if any(d["summary"]["failed"] or d["summary"]["error"] for d in documents.values()):
         return 1
     return 3 if any(d["problems"] or not d["cases"] for d in documents.values()) else 0
+
+
+class _Out:
+    """Standard output; one that went away, as with head, ends neither the run nor its files."""
+
+    def __init__(self) -> None:
+        self._gone = False
+
+    def line(self, text: str) -> None:
+        if self._gone:
+            return
+        try:
+            print(text, flush=True)
+        except BrokenPipeError:
+            self._gone = True
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _cells(kernels: Sequence[str], settings: Sequence[tuple[tuple[str, str], ...]]) -> list[Any]:
+    from kvmnest.matrix.cell import Cell
+
+    return [Cell(kernel, setting) for setting in settings for kernel in kernels]
+
+
+def _check(options: argparse.Namespace) -> None:
+    for name in ("jobs", "parts"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name} must be at least 1, not {value}")
+    if options.scheduler and options.jobs:
+        raise UsageError("--jobs is for this machine: a scheduler's workers run one job each")
+    if options.json and options.html and options.json.resolve() == options.html.resolve():
+        raise UsageError(f"--json and --html both name {options.json}")
+    _no_duplicates("--kernels", options.kernels)
+
+
+def _no_duplicates(option: str, values: Sequence[object]) -> None:
+    for value in values:
+        if values.count(value) > 1:
+            shown = value if isinstance(value, str) else ",".join(f"{n}={v}" for n, v in value)  # type: ignore[attr-defined]
+            raise UsageError(f"{option} {shown} is given more than once")
+
+
+def _terminated(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)

@@ -1,54 +1,147 @@
-"""The matrix as one HTML page that needs nothing else: kernels across, cases down."""
+"""The matrix as one HTML page that needs nothing else: kernels across, patches and cases down."""
 
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.resources import files
 from typing import Any
+from urllib.parse import quote
 
-from kvmnest.matrix.run import changes, differences
+from kvmnest.matrix.compare import (
+    Documents,
+    by_case,
+    by_patch,
+    changes,
+    differences,
+    patch_of,
+    patch_title,
+    reason,
+)
+from kvmnest.matrix.table import LETTERS
+from kvmnest.results.model import OUTCOMES
 
-_STYLE = """
-:root { color-scheme: light dark }
-body { font: 14px/1.4 system-ui, sans-serif; margin: 1.5rem }
-table { border-collapse: collapse } th, td { padding: .1rem .4rem; border: 1px solid #8883 }
-td { text-align: center } td:first-child { text-align: left; font-family: monospace }
-thead th { writing-mode: vertical-rl; transform: rotate(180deg); font-weight: 500 }
-.passed { background: #2a78 } .failed, .error { background: #d228 } .known { background: #d928 }
-.skipped { background: #8884 }
-"""
+_LONGEST_REASON = 300
 
 
-def page(documents: Mapping[str, Mapping[str, Any]]) -> str:
-    """The page: what changed between neighbours, the cases that differ, and every case."""
-    columns = list(documents)
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
-    parts = [
-        "<!doctype html><html lang=en><meta charset=utf-8><title>kvmnest matrix</title>",
-        f"<style>{_STYLE}</style><h1>kvmnest matrix</h1><h2>Changes between neighbours</h2>",
-    ]
-    found = changes(documents)
-    for left, right, lines in found:
-        items = "".join(f"<li><code>{html.escape(line)}</code></li>" for line in lines)
-        parts.append(f"<h3>{html.escape(left)} &rarr; {html.escape(right)}</h3><ul>{items}</ul>")
-    if not found:
-        parts.append("<p>None: every case has the same outcome everywhere.</p>")
-    every = dict.fromkeys(c["id"] for document in documents.values() for c in document["cases"])
-    differing = {name for name, _ in differences(documents)}
-    outcomes = [{c["id"]: c["outcome"] for c in d["cases"]} for d in documents.values()]
-    for title, ids in (
-        ("Cases that differ", [name for name in every if name in differing]),
-        ("All cases", list(every)),
-    ):
-        rows = "".join(_row(name, [column.get(name, "") for column in outcomes]) for name in ids)
-        opened = " open" if title.endswith("differ") else ""
-        parts.append(
-            f"<details{opened}><summary>{title} ({len(ids)})</summary><table><thead><tr>"
-            f"<th></th>{head}</tr></thead><tbody>{rows}</tbody></table></details>"
+def page(documents: Documents) -> str:
+    """The page: what changed between neighbours, patches by kernel, then every case."""
+    template = files("kvmnest.data").joinpath("matrix.html").read_text(encoding="utf-8")
+    parts = {
+        "FACTS": "".join(_facts(documents)),
+        "CHANGES": "".join(_changes(documents)),
+        "HEAD": "".join(f"<th scope=col><span>{_text(name)}</span></th>" for name in documents),
+        "PATCHES": "".join(_patches(documents)),
+        "CASES": "".join(_cases(documents)),
+        "SPAN": str(len(documents) + 1),
+    }
+    # In one pass: a text of a case that looks like a mark of the template stays a text.
+    return re.sub(r"<!--([A-Z]+)-->", lambda found: parts[found[1]], template)
+
+
+def _text(value: object) -> str:
+    return html.escape("" if value is None else str(value), quote=True)
+
+
+def _anchor(case: str) -> str:
+    """The id of a row: the case's own id, for links that people can read and keep."""
+    return "".join("_" if c.isspace() else c for c in case)
+
+
+def _facts(documents: Documents) -> Iterator[str]:
+    for name, document in documents.items():
+        counts = ", ".join(
+            f"{document['summary'][o]} {o}" for o in OUTCOMES if document["summary"][o]
         )
-    return "\n".join(parts)
+        release = document["kernel"] or "did not run"
+        problems = "".join(f"<br><b class=problem>{_text(p)}</b>" for p in document["problems"])
+        yield (
+            f"<tr><th scope=row>{_text(name)}</th><td>{_text(release)}</td><td>{_text(counts)}"
+            f"{problems}</td><td>{_text(document.get('started'))}</td></tr>"
+        )
 
 
-def _row(name: str, outcomes: list[str]) -> str:
-    cells = "".join(f'<td class="{o}" title="{o}">{o[:1]}</td>' for o in outcomes)
-    return f"<tr><td>{html.escape(name)}</td>{cells}</tr>"
+def _changes(documents: Documents) -> Iterator[str]:
+    steps = changes(documents)
+    if not steps:
+        yield "<p>None: every case has the same outcome everywhere.</p>"
+    for step in steps:
+        yield f"<h3>{_text(step.left)} &rarr; {_text(step.right)} ({len(step.changes)})</h3><ul>"
+        for change in step.changes:
+            yield (
+                f'<li><a href="#{_text(quote(_anchor(change.case)))}">{_text(change.case)}</a> '
+                f"{_badge(change.before)} &rarr; {_badge(change.after)}"
+                f" <span class=why>{_text(change.reason[:_LONGEST_REASON])}</span></li>"
+            )
+        yield "</ul>"
+
+
+def _badge(outcome: str) -> str:
+    return f'<b class="o {outcome or "none"}">{outcome or "not run"}</b>'
+
+
+def _patches(documents: Documents) -> Iterator[str]:
+    names = list(documents)
+    for patch, row in by_patch(documents).items():
+        yield (f'<tr><th scope=row><a href="#patch-{patch}">{_text(patch_title(patch))}</a></th>')
+        for index, counts in enumerate(row):
+            total = sum(counts.values())
+            bad, known = counts["failed"] + counts["error"], counts["known"]
+            kind = "failed" if bad else "known" if known else "passed" if total else "none"
+            # A single failure among hundreds must be seen: the shade starts at 35 %.
+            part = {"failed": bad, "known": known}.get(kind, counts["passed"]) / max(total, 1)
+            words = ", ".join(f"{n} {o}" for o, n in counts.items() if n) or "not run"
+            shown = "".join(
+                f"<small>{number} {letter}</small>"
+                for number, letter in ((bad, "F"), (known, "K"), (counts["skipped"], "S"))
+                if number
+            )
+            same = " changed" if index and row[index - 1] != counts else ""
+            yield (
+                f'<td tabindex=-1 class="{kind}{same}" style="--p:{35 + 65 * part:.0f}%"'
+                f' data-why="{_text(f"{patch_title(patch)}, {names[index]}: {words}")}"'
+                f' title="{_text(words)}">{counts["passed"] if total else "-"}{shown}</td>'
+            )
+        yield "</tr>"
+
+
+def _cases(documents: Documents) -> Iterator[str]:
+    names = list(documents)
+    differing = {case for case, _ in differences(documents)}
+    groups: dict[int, list[tuple[str, list[Mapping[str, Any] | None]]]] = {}
+    for case, row in by_case(documents).items():
+        some = next(one for one in row if one)
+        groups.setdefault(patch_of(some), []).append((case, row))
+    for patch, rows in sorted(groups.items()):
+        rows.sort(key=lambda entry: entry[0] not in differing)
+        yield (
+            f'<tbody><tr class=group id="patch-{patch}"><th scope=rowgroup'
+            f" colspan={len(names) + 1}>{_text(patch_title(patch))}</th></tr>"
+        )
+        for case, row in rows:
+            yield _row(case, row, names, differs=case in differing)
+        yield "</tbody>\n"
+
+
+def _row(
+    case: str, row: Sequence[Mapping[str, Any] | None], names: Sequence[str], *, differs: bool
+) -> str:
+    cells, before = [], None
+    for index, one in enumerate(row):
+        outcome = one["outcome"] if one else ""
+        why = f"{outcome or 'not run'}"
+        text = reason(one)[:_LONGEST_REASON]
+        if text:
+            why += f": {text}"
+        changed = " changed" if index and outcome != before else ""
+        title = f' title="{_text(why)}"' if outcome != "passed" else ""
+        note = f' data-why="{_text(why)}"' if text else ""
+        cells.append(
+            f'<td tabindex=-1 class="{outcome or "none"}{changed}"{title}{note}>'
+            f"{LETTERS[outcome]}</td>"
+        )
+        before = outcome
+    kind = " class=differs" if differs else ""
+    head = f'<tr id="{_text(_anchor(case))}"{kind}><th scope=row>{_text(case)}</th>'
+    return f"{head}{''.join(cells)}</tr>\n"

@@ -2,127 +2,193 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import json
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
-from kvmnest.errors import HarnessError, KvmnestError
-from kvmnest.lab import cache
+from kvmnest.errors import HarnessError, KvmnestError, UsageError
+from kvmnest.matrix.cell import Cell, Document, Job, merge, run_job, trouble
 from kvmnest.mutants.record import suite_state
 from kvmnest.results import jsonfile
-from kvmnest.results.lab_target import LabTarget
-from kvmnest.results.model import Run
-from kvmnest.results.progress import Progress
-from kvmnest.results.reporter import Reporter
-from kvmnest.results.runner import Plan, pytest_arguments, run_cases, split_selection
+from kvmnest.results.collect import collect
+
+__all__ = ["Cell", "Local", "Matrix", "NothingSelected", "check_writable", "write_file"]
+
+
+class NothingSelected(KvmnestError):
+    """The selection holds no case."""
+
+    exit_code = 4
+
+
+class Engine(Protocol):
+    """What runs jobs."""
+
+    def run(self, jobs: Sequence[Job], folder: Path, done: Callable[[Job, Document], None]) -> None:
+        """Run all, calling ``done`` in this thread for each one that ended, in any order.
+
+        A job that cannot be run ends with a document that says why. After an exception nothing
+        goes on running.
+        """
 
 
 @dataclass(frozen=True)
-class Cell:
-    """A kernel with parameters of its modules."""
+class Local:
+    """Labs on this machine, ``at_once`` at a time."""
 
-    kernel: str
-    params: tuple[tuple[str, str], ...] = ()
+    at_once: int
 
-    @property
-    def name(self) -> str:
-        """For people: "6.1.0-56 ept=0"."""
-        return " ".join([self.kernel, *(f"{name}={value}" for name, value in self.params)])
+    def run(self, jobs: Sequence[Job], folder: Path, done: Callable[[Job, Document], None]) -> None:
+        """See Engine. Each file in ``folder`` is whole after every case."""
+        stopped = False
+        with ThreadPoolExecutor(max_workers=self.at_once) as pool:
+            running = {
+                pool.submit(run_job, job, folder / job.file, lambda: stopped): job for job in jobs
+            }
+            try:
+                for future in as_completed(running):
+                    job = running[future]
+                    try:
+                        document = future.result()
+                    except KvmnestError as error:
+                        document = trouble(job, str(error).partition("\n")[0])
+                    done(job, document)
+            except BaseException:
+                stopped = True
+                for future in running:
+                    future.cancel()
+                raise
 
 
 @dataclass
 class Matrix:
-    """What to run, and where results are kept: ``folder`` gets a results file for each cell."""
+    """What to run, and where results are kept: ``folder`` gets a results file for each part."""
 
     folder: Path
     selected: Sequence[str] = ()
     keyword: str = ""
     bochs: str | None = None
     on_line: Callable[[str], None] = lambda line: None
-    stopped: bool = field(default=False, init=False)
+    parts: int = 1
+    _found: dict[Job, Document] = field(default_factory=dict, init=False)
 
-    def run(self, cells: Sequence[Cell], jobs: int) -> dict[str, dict[str, Any]]:
-        """Run every cell, ``jobs`` at a time; results documents (schema 1) by cell name.
+    def run(self, cells: Sequence[Cell], engine: Engine) -> dict[str, Document]:
+        """Run every cell; results documents (schema 1) by cell name, in the order of ``cells``.
 
-        A cell whose file is complete and of the same cases is not run again; a kernel that
-        cannot be run has a document with a problem and without cases. After Ctrl-C what was
-        finished is in ``folder``.
+        A part whose file is complete and of the same cases is not run again; a kernel that cannot
+        be run has a document with a problem and without cases. After Ctrl-C what was finished is
+        in ``folder``. Raises UsageError or NothingSelected before anything is booted.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        documents: dict[str, dict[str, Any]] = {}
-        with ThreadPoolExecutor(max_workers=jobs) as pool:
-            running = {cell.name: pool.submit(self._cell, cell) for cell in cells}
-            try:
-                for name, future in running.items():
-                    documents[name] = future.result()
-            except BaseException:
-                self.stopped = True
-                for future in running.values():
-                    future.cancel()
-                raise
-        return documents
-
-    def _path(self, cell: Cell) -> Path:
-        key = cache.digest([cell.name, *self.selected, self.keyword, suite_state()])
-        return self.folder / f"{key[:16]}.json"
-
-    def _cell(self, cell: Cell) -> dict[str, Any]:
-        path = self._path(cell)
-        if path.is_file():
-            found = jsonfile.load(path)
-            if found["complete"]:
+        check_folder(self.folder)
+        suite = suite_state()
+        jobs = {cell: self._jobs(cell, suite) for cell in cells}
+        if cells:
+            check_selection(jobs[cells[0]][0])
+        for cell, parts in jobs.items():
+            for job in parts:
+                document = _load(self.folder / job.file)
+                if document:
+                    self._found[job] = document
+            if all(job in self._found for job in parts):
                 self.on_line(f"{cell.name}: had been run")
-                return found
-        modules, paths = split_selection(self.selected)
-        if paths:
-            raise HarnessError("a matrix runs cases of the suite only")
-        progress = Progress(io.StringIO(), quiet=True)
-        reporter = Reporter(
-            Run("lab", options={"kernel": cell.kernel}),
-            progress,
-            json_path=path,
-            own_clock=True,
-        )
-        try:
-            target = LabTarget(kernel=cell.kernel, kvm_params=dict(cell.params), bochs=self.bochs)
-            run_cases(
-                target, pytest_arguments(Plan(keyword=self.keyword), "lab", modules, []), reporter
-            )
-        except KvmnestError as error:
-            reporter.run.problems.append(str(error).partition("\n")[0])
-        reporter.finish(summary=False)
-        counts = reporter.run.summary()
-        shown = ", ".join(f"{number} {name}" for name, number in counts.items() if number)
-        problem = reporter.run.problems[0] if reporter.run.problems else "nothing ran"
-        self.on_line(f"{cell.name}: {shown or problem}")
-        return jsonfile.load(path)
+        left = [job for parts in jobs.values() for job in parts if job not in self._found]
+        if left:
+            engine.run(left, self.folder, self._done)
+        return {cell.name: self._merged(parts) for cell, parts in jobs.items()}
 
-
-def differences(documents: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
-    """Cases whose outcome is not the same everywhere: (id, outcome by column, "" for not run)."""
-    columns = [
-        {case["id"]: case["outcome"] for case in document["cases"]}
-        for document in documents.values()
-    ]
-    ids = dict.fromkeys(name for column in columns for name in column)
-    rows = [(name, [column.get(name, "") for column in columns]) for name in ids]
-    return [row for row in rows if len(set(row[1])) > 1]
-
-
-def changes(documents: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, list[str]]]:
-    """Between which two neighbours cases changed: (left, right, lines)."""
-    names = list(documents)
-    found = []
-    rows = differences(documents)
-    for index in range(1, len(names)):
-        lines = [
-            f"{case}: {outcomes[index - 1] or '-'} -> {outcomes[index] or '-'}"
-            for case, outcomes in rows
-            if outcomes[index - 1] != outcomes[index]
+    def _jobs(self, cell: Cell, suite: str) -> list[Job]:
+        return [
+            Job(cell, tuple(self.selected), self.keyword, self.bochs, suite, part, self.parts)
+            for part in range(self.parts)
         ]
-        if lines:
-            found.append((names[index - 1], names[index], lines))
-    return found
+
+    def _done(self, job: Job, document: Document) -> None:
+        if document["complete"]:
+            write_file(self.folder / job.file, json.dumps(document, indent=1))
+        self._found[job] = document
+        parts = self._jobs(job.cell, job.suite)
+        if all(part in self._found for part in parts):
+            self.on_line(f"{job.cell.name}: {in_words(self._merged(parts))}")
+
+    def _merged(self, parts: Sequence[Job]) -> Document:
+        return merge([self._found[part] for part in parts])
+
+
+def in_words(document: Document) -> str:
+    """What came of a cell in one line."""
+    counts = [f"{number} {name}" for name, number in document["summary"].items() if number]
+    problems = document["problems"][:1] or ([] if counts else ["nothing ran"])
+    return "; ".join([*([", ".join(counts)] if counts else []), *problems])
+
+
+def _load(path: Path) -> Document | None:
+    """A complete results file, None if it is not there or not usable (then it is run again)."""
+    try:
+        found = jsonfile.load(path)
+    except KvmnestError:
+        return None
+    return found if found.get("complete") else None
+
+
+def check_selection(job: Job) -> None:
+    """Find out before the first boot whether there is anything to run.
+
+    Raises UsageError for a name or an expression that is wrong, NothingSelected, or HarnessError
+    if the suite is broken.
+    """
+    found = collect(job.arguments())
+    broken = next((event for event in found.events if event["e"] == "broken"), None)
+    if broken:
+        raise HarnessError(f"cannot collect {broken['where']}")
+    if found.count:
+        return
+    errors = [line for line in found.ended.output.splitlines() if line.startswith("ERROR: ")]
+    if errors:
+        raise UsageError(errors[-1].removeprefix("ERROR: "))
+    what = " ".join([*job.selected, *([f"-k {job.keyword!r}"] if job.keyword else [])])
+    raise NothingSelected(f"no case is selected by {what}; kvmnest list shows all")
+
+
+def check_folder(folder: Path) -> None:
+    """Make the folder for results if need be. Raises HarnessError if it cannot be written to."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise HarnessError(f"cannot write to {folder}: {error.strerror or error}") from error
+
+
+def check_writable(path: Path) -> None:
+    """Whether a report can be written, found before the long run. Raises HarnessError if not."""
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(21, os.strerror(21))
+        if not path.exists() or path.is_file():
+            tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise HarnessError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def write_file(path: Path, text: str) -> None:
+    """Write a text as a whole or not at all. Raises HarnessError with one line."""
+    try:
+        if path.exists() and not path.is_file():  # /dev/stdout
+            path.write_text(f"{text}\n", encoding="utf-8")
+            return
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
+        ) as file:
+            file.write(f"{text}\n")
+            file.flush()
+            os.fsync(file.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(file.name, 0o666 & ~mask)
+        os.replace(file.name, path)
+    except OSError as error:
+        raise HarnessError(f"cannot write {path}: {error.strerror or error}") from error

@@ -1,0 +1,143 @@
+"""One cell of a matrix, or one part of it: a kernel with parameters, run in the lab."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvmnest.errors import HarnessError, KvmnestError
+from kvmnest.lab import cache
+from kvmnest.results import jsonfile
+from kvmnest.results.lab_target import LabTarget
+from kvmnest.results.model import OUTCOMES, Run
+from kvmnest.results.progress import Progress
+from kvmnest.results.reporter import Event, Reporter
+from kvmnest.results.runner import Plan, pytest_arguments, run_cases, split_selection
+
+#: A results document (schema 1), as ``kvmnest run --json`` writes it.
+Document = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A kernel with parameters of its modules."""
+
+    kernel: str
+    params: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def name(self) -> str:
+        """For people: "6.1.0-56 ept=0"."""
+        return " ".join([self.kernel, *(f"{name}={value}" for name, value in self.params)])
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one task runs: part ``part`` of ``parts`` of the cases of a cell.
+
+    ``suite`` names the state of the suite (``suite_state``) that the results are to belong to.
+    """
+
+    cell: Cell
+    selected: tuple[str, ...]
+    keyword: str
+    bochs: str | None
+    suite: str
+    part: int = 0
+    parts: int = 1
+
+    @property
+    def file(self) -> str:
+        """Name of its results file: the same for the same work, another for any other."""
+        words = [self.cell.name, *self.selected, self.keyword, self.suite]
+        if self.parts > 1:
+            words.append(f"part {self.part} of {self.parts}")
+        return f"{cache.digest(words)[:16]}.json"
+
+    def arguments(self) -> list[str]:
+        """Arguments for pytest. Raises UsageError if the selection names no case of the suite."""
+        modules, paths = split_selection(self.selected)
+        if paths:
+            raise HarnessError("a matrix runs cases of the suite only")
+        return pytest_arguments(Plan(keyword=self.keyword), "lab", modules, [])
+
+
+class Stopped(Exception):
+    """The matrix as a whole is over: Ctrl-C, or nobody wants the result any more."""
+
+
+class _Reporter(Reporter):
+    """Ends its run when ``stopped`` says so."""
+
+    def __init__(self, run: Run, path: Path, stopped: Callable[[], bool]) -> None:
+        self._stopped = stopped
+        progress = Progress(io.StringIO(), quiet=True)
+        super().__init__(run, progress, json_path=path, own_clock=True)
+
+    def event(self, event: Event) -> None:
+        if self._stopped():
+            raise Stopped
+        super().event(event)
+
+    def lost(self, why: str) -> None:
+        if self._stopped():
+            raise Stopped
+        super().lost(why)
+
+
+def run_job(job: Job, path: Path, stopped: Callable[[], bool] = lambda: False) -> Document:
+    """Run a job; its document, which ``path`` also holds, whole after every case.
+
+    A kernel that cannot be run gives a document with a problem and without cases. Raises Stopped
+    after the next event once ``stopped()`` is true, HarnessError if ``path`` cannot be written.
+    """
+    options = {"kernel": job.cell.kernel, "part": job.part, "parts": job.parts}
+    reporter = _Reporter(Run("lab", options=options), path, stopped)
+    try:
+        arguments = job.arguments()
+        target = LabTarget(
+            kernel=job.cell.kernel, kvm_params=dict(job.cell.params), bochs=job.bochs
+        )
+        # A selection that is too small for so many labs has fewer parts than were asked for.
+        targets = target.split(arguments, job.parts) if job.parts > 1 else [target]
+        if job.part < len(targets):
+            run_cases(targets[job.part], arguments, reporter)
+        else:
+            reporter.run.complete = True
+    except KvmnestError as error:
+        reporter.run.problems.append(str(error).partition("\n")[0])
+    reporter.finish(summary=False)
+    return jsonfile.load(path)
+
+
+def trouble(job: Job, text: str) -> Document:
+    """The document of a job that could not be run, and why."""
+    run = Run("lab", options={"kernel": job.cell.kernel}, problems=[text])
+    return {**jsonfile.document(run), "cases": []}
+
+
+def merge(parts: Sequence[Document]) -> Document:
+    """The document of a cell from those of all of its parts, the cases in their usual order.
+
+    Cases are dealt one by one, so the first part has the first case, the second the second.
+    """
+    filled = [part for part in parts if part["cases"]]
+    if len(parts) == 1 or not filled:
+        problems = list(dict.fromkeys(text for part in parts for text in part["problems"]))
+        return {**parts[0], "problems": problems}
+    longest = max(len(part["cases"]) for part in filled)
+    cases = [p["cases"][i] for i in range(longest) for p in filled if i < len(p["cases"])]
+    return {
+        **filled[0],
+        "summary": {name: sum(p["summary"][name] for p in filled) for name in OUTCOMES},
+        "complete": all(part["complete"] for part in parts),
+        "planned": sum(part["planned"] for part in parts),
+        "seconds": round(sum(part["seconds"] for part in parts), 3),
+        "not_run": [name for part in parts for name in part["not_run"]],
+        "no_longer_known": [entry for part in parts for entry in part["no_longer_known"]],
+        "problems": list(dict.fromkeys(text for part in parts for text in part["problems"])),
+        "cases": cases,
+    }
