@@ -7,6 +7,7 @@ where lines of JSON go: what this machine is, {"start": n} before each case, {"e
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -16,7 +17,7 @@ from typing import Any
 from kvmnest import host
 from kvmnest.errors import HarnessError, KvmnestError
 from kvmnest.fuzz.model import REGION, FuzzCase, base_fields, base_memory
-from kvmnest.kvm import Kvm
+from kvmnest.kvm import Kvm, KvmError
 from kvmnest.l1 import L1, L2Mode, VmLost
 from kvmnest.vmx import Field
 from kvmnest.vmx.outcome import (
@@ -61,6 +62,7 @@ class Executor:
         self._l1: L1 | None = None
         self._launched = False
         self._bases: dict[tuple[L2Mode, bool], dict[Field, int]] = {}
+        self._stale: set[Field] = set()
 
     def run(self, case: FuzzCase) -> Seen:
         """Try one case. Raises KvmError if KVM does not even make a VM."""
@@ -69,11 +71,19 @@ class Executor:
         for label, content in memory.items():
             l1.write(l1.sym(label), content)
         try:
-            l1.vmcs.update(case.fields(self._base(case)))
+            base = self._base(case)
+            # What an earlier case left in a field that the base does not set.
+            l1.vmcs.update(dict.fromkeys(self._stale - base.keys(), 0))
+            l1.vmcs.update(case.fields(base))
+            self._stale |= case.changes.keys()
             outcome = l1.vmresume() if self._launched else l1.vmlaunch()
         except VmLost as error:
             self.close()
             return ["lost", error.kind]
+        except KvmError as error:
+            # KVM_RUN failed: KVM gave the VM up.
+            self.close()
+            return ["lost", f"KVM_RUN {errno.errorcode.get(error.errno or 0, error.errno)}"]
         except HarnessError as error:
             # A VMWRITE failed or L1 answered nonsense.
             self.close()
@@ -100,7 +110,7 @@ class Executor:
         if self._l1 is None:
             self._l1 = L1(self._kvm, budget=BUDGET)
             self._l1.launchable(region=REGION)
-            self._launched = False
+            self._launched, self._stale = False, set()
         return self._l1
 
     def facts(self) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from kvmnest.fuzz.model import AREA_ENTRIES, REGION, FuzzCase, modes
 from kvmnest.l1.baseline import L2Mode
 from kvmnest.vmx import Cr4, EntryCtl, ExitCtl, Msr, PinCtl, Proc2Ctl, ProcCtl, Rflags
 from kvmnest.vmx.fields import Field as F
+from kvmnest.vmx.rules import Stage
 
 _WORDS: dict[F, type[enum.IntFlag]] = {
     F.PIN_BASED_VM_EXEC_CONTROL: PinCtl,
@@ -52,6 +53,8 @@ _LIMITS = (0, 0x67, 0xFFF, 0xFFFF, 0x10000, 0xFFFFF, 0x100000, 0xFFFFFFFF, 0xFFF
 _VITAL = (
     *(F.HOST_CR3, F.HOST_CS_SELECTOR, F.HOST_SS_SELECTOR, F.HOST_TR_SELECTOR, F.HOST_TR_BASE),
     *(F.HOST_GDTR_BASE, F.HOST_IDTR_BASE, F.HOST_RSP, F.HOST_RIP, F.HOST_IA32_EFER, F.HOST_CR0),
+    # With other addresses a VMX abort would follow, or an MSR-load area full of zeros.
+    *_AREAS,
 )
 _HARMLESS_CR4 = (
     *(Cr4.VME, Cr4.PVI, Cr4.TSD, Cr4.DE, Cr4.MCE, Cr4.PGE, Cr4.PCE, Cr4.FSGSBASE, Cr4.PCIDE),
@@ -317,8 +320,13 @@ class Generator:
     # --- what must not happen to L1 ---
 
     def _tame(self, case: FuzzCase) -> FuzzCase:
-        """Where the entry may succeed, leave alone what L1 needs afterwards and L2 could break."""
-        if not self._judge.predict(case).may_succeed:
+        """Leave alone what L1 needs afterwards and what L2 could break.
+
+        Host state is loaded by VM exits and by entries that fail on guest state; only where the
+        rules refuse an entry before that may it be anything.
+        """
+        stage = self._judge.predict(case)
+        if stage.must_fail and stage.stage in (Stage.CONTROL, Stage.HOST):
             return case
         base, changes = self._judge.base(case), dict(case.changes)
         for field in _VITAL:
@@ -327,12 +335,13 @@ class Generator:
             harmless = sum(flag.value for flag in _HARMLESS_CR4)
             if (changes[F.HOST_CR4] ^ base[F.HOST_CR4]) & ~harmless:
                 del changes[F.HOST_CR4]
-        pin = changes.get(F.PIN_BASED_VM_EXEC_CONTROL)
-        if pin is not None and self._caps.supports(PinCtl.ACTIVATE_PREEMPTION_TIMER):
-            changes[F.PIN_BASED_VM_EXEC_CONTROL] = pin | PinCtl.ACTIVATE_PREEMPTION_TIMER.value
-        if changes.get(F.VM_ENTRY_INTR_INFO_FIELD, 0) >> 31 or F.GUEST_ACTIVITY_STATE in changes:
-            for field in _DELIVERY:
-                changes.pop(field, None)
+        if stage.may_succeed:
+            pin = changes.get(F.PIN_BASED_VM_EXEC_CONTROL)
+            if pin is not None and self._caps.supports(PinCtl.ACTIVATE_PREEMPTION_TIMER):
+                changes[F.PIN_BASED_VM_EXEC_CONTROL] = pin | PinCtl.ACTIVATE_PREEMPTION_TIMER.value
+            if changes.get(F.VM_ENTRY_INTR_INFO_FIELD, 0) >> 31:
+                for field in _DELIVERY:
+                    changes.pop(field, None)
         tamed = replace(case, changes=changes)
         # A change that was taken back may have been what another one needed.
         return tamed if changes == case.changes else self._tame(tamed)

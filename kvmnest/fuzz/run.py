@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -19,6 +20,10 @@ from kvmnest.fuzz.model import FuzzCase
 
 #: Cases of one boot or process: enough that starting it costs little.
 _BATCH = 2000
+
+
+#: Kernel messages that no guest may cause, by the words that they begin with.
+_ALARM = re.compile(r"cut here|WARNING:|BUG:|Oops|general protection fault|INFO: rcu|INFO: task")
 
 
 class _Enough(Exception):
@@ -137,7 +142,7 @@ class Fuzzer:
             nonlocal running
             if "start" in event:
                 running = event["start"]
-            elif "kernel" in event and running >= 0:
+            elif "kernel" in event and running >= 0 and _ALARM.search(event["kernel"]):
                 self._warnings[running] = event["kernel"].strip().partition("\n")[0]
             self._take(event)
 
@@ -165,7 +170,7 @@ class Fuzzer:
             report.outcomes[name_of(seen)] += 1
             if verdict.kind == KNOWN:
                 report.known[verdict.text] += 1
-            if number in self._warnings:
+            if number in self._warnings and verdict.kind != KNOWN:
                 report.warnings.append(f"case {number}: {self._warnings[number]}")
             if verdict.kind == DISAGREE:
                 found = report.findings.get(verdict.signature)
