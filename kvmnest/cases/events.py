@@ -2,7 +2,7 @@
 
 Events: ``session`` (facts of the machine), ``collected`` (ids and patches of the cases, in the
 order in which they run), ``start`` and ``result`` of a case, ``broken`` (a file that cannot be
-collected) and ``end``.
+collected), ``trace`` (a command of L1, with --kvmnest-trace) and ``end``.
 """
 
 from __future__ import annotations

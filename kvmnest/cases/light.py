@@ -65,8 +65,8 @@ def _flag(module: str, kind: str, value: int) -> Any:
 class Fixtures:
     """Values of fixtures, each kept for its scope."""
 
-    def __init__(self, machine: Machine, config: standin.Config) -> None:
-        self.machine, self.config = machine, config
+    def __init__(self, machine: Machine, config: standin.Config, writer: EventWriter) -> None:
+        self.machine, self.config, self.writer = machine, config, writer
         #: Whether the present case has passed so far.
         self.passed = True
         self._values: dict[tuple[str, str], Any] = {}
@@ -136,7 +136,12 @@ def _l1_pool(fixtures: Fixtures) -> Iterator[Any]:
 def _l1(fixtures: Fixtures) -> Iterator[Any]:
     pool = fixtures.value("l1_pool", "")
     new = pool.take()
+    if fixtures.config.getoption("--kvmnest-trace"):
+        from kvmnest.cases.trace import Recorder
+
+        new.on_results = Recorder(lambda command: fixtures.writer.send("trace", **command))
     yield new
+    new.on_results = None
     fresh = fixtures.config.getoption("--fresh-vm")
     pool.give_back(new, reuse=fixtures.passed and not fresh)
 
@@ -157,7 +162,7 @@ class Runner:
     def __init__(self, plan: dict[str, Any], writer: EventWriter) -> None:
         self._writer = writer
         self._machine = Machine()
-        self._fixtures = Fixtures(self._machine, standin.Config(plan["options"]))
+        self._fixtures = Fixtures(self._machine, standin.Config(plan["options"]), writer)
         self._failed = False
 
     def run(self, cases: list[Case]) -> int:

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from kvmnest.cli.lab import add_options, parameters
+from kvmnest.cli.lab import add_options, parameters, use_host
 from kvmnest.errors import UsageError
 
 
@@ -60,17 +60,11 @@ def run(options: argparse.Namespace) -> int:
 
 def _document(options: argparse.Namespace, word: str | None) -> dict[str, Any]:
     from kvmnest.doctor import capabilities
-    from kvmnest.results.environment import why_not_kvm
 
     if word and word.endswith(".json"):
         return capabilities.load(Path(word))
-    kernel = word or options.kernel
-    lab_only = kernel or options.kvm_modules or options.kvm_param or options.bochs
-    if options.target == "kvm" and lab_only:
-        raise UsageError("--target kvm takes no option of the lab")
-    in_lab = options.target == "lab" or lab_only or (options.target == "auto" and why_not_kvm())
-    if not in_lab:
+    if not word and use_host(options):
         return capabilities.here()
     return capabilities.in_lab(
-        kernel, parameters(options.kvm_param), options.kvm_modules, options.bochs
+        word or options.kernel, parameters(options.kvm_param), options.kvm_modules, options.bochs
     )

@@ -2,8 +2,14 @@
 
 import argparse
 import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kvmnest.errors import UsageError
+
+if TYPE_CHECKING:
+    from kvmnest.results.targets import Target
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -80,6 +86,24 @@ def use_host(options: argparse.Namespace) -> bool:
         require_kvm()
         return True
     return options.target == "auto" and not lab_only and not why_not_kvm()
+
+
+def target(options: argparse.Namespace, params: Mapping[str, str] | None = None) -> "Target":
+    """The target that --target and the options of the lab mean; ``params`` are defaults.
+
+    Raises as ``use_host`` does, and what the lab raises.
+    """
+    from kvmnest.results.lab_target import LabTarget
+    from kvmnest.results.targets import LocalTarget
+
+    if use_host(options):
+        return LocalTarget()
+    return LabTarget(
+        kernel=options.kernel,
+        kvm_modules=Path(options.kvm_modules) if options.kvm_modules else None,
+        kvm_params={**(params or {}), **parameters(options.kvm_param)},
+        bochs=options.bochs,
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -4,16 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from kvmnest.cli.lab import add_options, parameters
-from kvmnest.errors import UsageError
-
-if TYPE_CHECKING:
-    from kvmnest.results.targets import Target
+from kvmnest.cli.lab import add_options, target
 
 
 def add_parser(subparsers: Any) -> None:
@@ -40,7 +34,7 @@ def run(options: argparse.Namespace) -> int:
     if options.words == ["list"]:
         _list(known, as_json=options.json)
         return 0
-    verdicts = check(known.select(options.words), lambda params: _target(options, params))
+    verdicts = check(known.select(options.words), lambda params: target(options, params))
     if options.json:
         print(json.dumps(document(verdicts), indent=1))
     else:
@@ -67,24 +61,4 @@ def _list(known: Any, *, as_json: bool) -> None:
     print(
         f"{len(known.bugs)} bugs; each reproducer passes on {known.kernel} and fails on the same"
         " kernel with the bug put back (kvmnest mutants)"
-    )
-
-
-def _target(options: argparse.Namespace, params: Mapping[str, str]) -> Target:
-    from kvmnest.results.environment import require_kvm, why_not_kvm
-    from kvmnest.results.lab_target import LabTarget
-    from kvmnest.results.targets import LocalTarget
-
-    lab_only = options.kernel or options.kvm_modules or options.kvm_param or options.bochs
-    if options.target == "kvm" and lab_only:
-        raise UsageError("--target kvm takes no option of the lab")
-    if options.target == "kvm":
-        require_kvm()
-    if options.target == "kvm" or (options.target == "auto" and not lab_only and not why_not_kvm()):
-        return LocalTarget()
-    return LabTarget(
-        kernel=options.kernel,
-        kvm_modules=Path(options.kvm_modules) if options.kvm_modules else None,
-        kvm_params={**params, **parameters(options.kvm_param)},
-        bochs=options.bochs,
     )

@@ -198,7 +198,10 @@ class Cpu:
             if isinstance(seen, exits.IoExit):
                 if seen.port == self._done_port:
                     self.suspended = False
-                    return self._results()
+                    results = self._results()
+                    if l1.on_results is not None:
+                        l1.on_results(self, results)
+                    return results
                 return seen
             if isinstance(seen, exits.IntrExit):
                 if l1.expired:

@@ -6,7 +6,7 @@ import functools
 import signal
 import threading
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -14,7 +14,7 @@ from kvmnest.errors import HarnessError
 from kvmnest.kvm import Cap, Kvm, KvmMsrError, Memory, Vcpu, Vm
 from kvmnest.l1 import payload as payload_module
 from kvmnest.l1 import roundtrip
-from kvmnest.l1.cpu import Cpu, check_layout
+from kvmnest.l1.cpu import Cpu, Result, check_layout
 from kvmnest.l1.payload import Payload
 from kvmnest.l1.roundtrip import VcpuState
 from kvmnest.l1.vmcs import Vmcs
@@ -85,6 +85,8 @@ class Machine:
         self.nested_roundtrip = nested_roundtrip
         #: Commands since the VM was made, with their outcomes: (text, outcome).
         self.log: deque[tuple[str, object]] = deque(maxlen=400)
+        #: Called with the vCPU and the results of its commands after each batch, for tracing.
+        self.on_results: Callable[[Cpu, list[Result]], None] | None = None
         self.expired = False
         self._armed = False
         #: VMCSs that have a baseline, by region address.

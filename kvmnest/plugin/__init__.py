@@ -48,6 +48,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="time after which a vCPU that does not come back counts as hung (default: 5)",
     )
     group.addoption(
+        "--kvmnest-trace",
+        action="store_true",
+        help="with --kvmnest-events: send every command of L1 as an event",
+    )
+    group.addoption(
         "--kvmnest-shuffle", type=int, metavar="SEED", help="run the cases in a seeded random order"
     )
     group.addoption(

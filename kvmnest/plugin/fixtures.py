@@ -73,8 +73,14 @@ def l1(
     """
     failed = request.session.testsfailed
     new = l1_pool.take()
+    stream = pytestconfig.pluginmanager.get_plugin("kvmnest-events")
+    if stream is not None and pytestconfig.getoption("--kvmnest-trace"):
+        from kvmnest.cases.trace import Recorder
+
+        new.on_results = Recorder(stream.trace)
     try:
         yield new
     finally:
+        new.on_results = None
         fresh = pytestconfig.getoption("--fresh-vm")
         l1_pool.give_back(new, reuse=not fresh and request.session.testsfailed == failed)

@@ -13,7 +13,10 @@ from kvmnest.plugin import policy
 
 _PLUGIN_FIXTURES = "kvmnest.plugin.fixtures"
 #: Options that cases and fixtures ask ``pytestconfig`` for.
-_OPTIONS = ("--kvmnest-budget", "--kvmnest-target", "--nested-roundtrip", "--fresh-vm")
+_OPTIONS = (
+    *("--kvmnest-trace", "--kvmnest-budget", "--kvmnest-target"),
+    *("--nested-roundtrip", "--fresh-vm"),
+)
 _UNSUPPORTED_MARKS = ("skip", "skipif", "xfail", "usefixtures", "filterwarnings")
 
 

@@ -38,6 +38,10 @@ class EventStream:
             nested_roundtrip=bool(self._config.getoption("--nested-roundtrip")),
         )
 
+    def trace(self, command: dict[str, Any]) -> None:
+        """Send a command of L1."""
+        self._writer.send("trace", **command)
+
     def broken(self, where: str, detail: str) -> None:
         """Report what cannot be collected."""
         self._writer.send("broken", where=where, detail=detail)

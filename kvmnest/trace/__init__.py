@@ -1,0 +1,1 @@
+"""One case, command by command: what one would paste into a bug report."""
