@@ -19,7 +19,7 @@ from kvmnest.mutants.record import suite_state
 
 #: How often a task is tried again after an error of a worker (not of a kernel).
 RETRIES = 3
-_CONNECT_SECONDS = 10
+_CONNECT_SECONDS = 5
 _WORKERS_SECONDS = 30
 
 
@@ -95,7 +95,7 @@ class Cluster:
                 for number, job in enumerate(jobs)
             }
             try:
-                for future in self._dask.as_completed(list(running)):
+                for future in self._dask.as_completed(list(running), loop=client.loop):
                     done(running[future], self._result(future, running[future]))
             except BaseException:
                 client.cancel(list(running), force=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from textwrap import wrap
 
 from kvmnest.matrix.compare import Documents, by_patch, changes, differences, patch_title, ran
 
@@ -27,16 +28,18 @@ def lines(documents: Documents, width: int, *, colour: bool = False) -> Iterator
                 yield _cut(f"      {change.reason}", width)
         yield ""
     if not steps:
-        yield "every case has the same outcome everywhere" if names else "nothing ran"
+        same = "every case has the same outcome everywhere"
+        yield from wrap(same if names else "nothing ran", width)
         yield ""
     kept = {name: documents[name] for name in names}
     differing = differences(kept)
     if differing:
-        yield f"cases that differ ({', '.join(_legend(differing))})"
+        yield from wrap(f"cases that differ ({', '.join(_legend(differing))})", width)
         yield from _cases_table(names, differing, width, colour)
         yield ""
     if kept:
-        yield "passed, failed or in error (F), known (K), skipped (S); * marks what differs"
+        legend = "passed, failed or in error (F), known (K), skipped (S); * marks what differs"
+        yield from wrap(legend, width)
         yield from _patch_table(kept, width, colour)
         yield ""
 
@@ -102,8 +105,9 @@ def _patch_table(documents: Documents, width: int, colour: bool) -> Iterator[str
         title = max(width - sum(cells), 0)
         if title < _LEAST_TITLE:
             title = min(_MOST_TITLE, width // 2)
+            cells = [min(size, width - title) for size in cells]
     for part in _parts(cells, width - title):
-        yield " " * title + "".join(_cut(names[i], width - title).rjust(cells[i]) for i in part)
+        yield " " * title + "".join(_cut(names[i], cells[i] - 2).rjust(cells[i]) for i in part)
         for patch in order:
             mark = "*" if patch in changed else " "
             line = _cut(f"{mark} {patch_title(patch)}", title - 1).ljust(title)

@@ -11,7 +11,7 @@ import pytest
 
 from kvmnest.cli.main import main
 
-QUICK = "test_vmxon.py::test_vmxon"
+QUICK = "test_vmxon.py::test_vmxon_enters_vmx_operation"
 
 
 def test_two_settings_in_the_lab(tmp_path, capsys):
@@ -51,7 +51,7 @@ def test_a_kernel_that_is_not_there(tmp_path, capsys):
 
 def test_parts_are_put_together(tmp_path, capsys):
     """A part is run by itself; one that is missing is run again, and only that."""
-    selected = ["test_capability_msrs.py", "test_vmx_instructions_in_l2.py"]
+    selected = ["test_vmread_vmwrite.py", "test_instruction_errors.py"]
     listed = subprocess.run(
         [sys.executable, "-m", "kvmnest", "list", "--json", *selected],
         capture_output=True,
@@ -93,7 +93,7 @@ def test_interrupted(tmp_path):
     command = [
         *(sys.executable, "-m", "kvmnest", "matrix", "--kernels", "6.1", "--jobs", "1"),
         *("--setting", "ept=0", "--state", str(tmp_path)),
-        *("test_vmxon.py", "test_vmclear.py"),
+        "test_l2_vmx_instructions.py",
     ]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
