@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -10,6 +11,9 @@ from typing import Any
 from kvmnest.results.model import OUTCOMES, PATCHES
 
 Documents = Mapping[str, Mapping[str, Any]]
+
+# What a kernel says of its own death: why the emulator ended is the lesser news then.
+_DEATH = re.compile(r"kernel BUG at .*|BUG: .*|Oops: .*")
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,9 @@ def reason(case: Mapping[str, Any] | None) -> str:
     """Why a case did not simply pass, in one line; "" if there is nothing to say."""
     if case is None or case["outcome"] == "passed":
         return ""
-    return str(case.get("summary") or case.get("detail", "").strip().partition("\n")[0])
+    text = str(case.get("summary") or case.get("detail", "").strip().partition("\n")[0])
+    died = _DEATH.search(case.get("kernel_log", "")) if case["outcome"] == "error" else None
+    return f"{text} ({died[0].strip()})" if died else text
 
 
 def ran(documents: Documents) -> list[str]:

@@ -44,6 +44,16 @@ def test_a_kernel_that_did_not_run_differs_from_none():
     assert differences(same) == []
 
 
+def test_the_kernels_last_words():
+    """Of a case in which the kernel died, what the kernel said is the reason."""
+    died = case(
+        "a", "error", summary="crashed: it ended", kernel_log="[ 1.0] kernel BUG at x.c:9!\n"
+    )
+    documents = {"k1": document(died), "k2": column(a="passed")}
+    (step,) = changes(documents)
+    assert step.changes[0].reason == "crashed: it ended (kernel BUG at x.c:9!)"
+
+
 def test_json():
     found = as_json(LADDER)
     assert found["schema"] == 1
