@@ -60,6 +60,14 @@ def add_parser(subparsers: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the verb."""
+    before = signal.signal(signal.SIGTERM, _terminated)
+    try:
+        return _run(options)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _run(options: argparse.Namespace) -> int:
     import json
     import shutil
 
@@ -76,7 +84,6 @@ def run(options: argparse.Namespace) -> int:
     for path in (options.json, options.html):
         if path:
             check_writable(path)
-    signal.signal(signal.SIGTERM, _terminated)
     out = _Out()
     engine: Engine = Local(options.jobs or len(os.sched_getaffinity(0)))
     if options.scheduler is not None:
