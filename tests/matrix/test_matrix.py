@@ -93,7 +93,7 @@ def test_interrupted(tmp_path):
     command = [
         *(sys.executable, "-m", "kvmnest", "matrix", "--kernels", "6.1", "--jobs", "1"),
         *("--setting", "ept=0", "--state", str(tmp_path)),
-        "test_l2_vmx_instructions.py",
+        "test_vmxon.py",
     ]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
