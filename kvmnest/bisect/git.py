@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
+from kvmnest.bisect import journal as journal_file
+from kvmnest.bisect.journal import Header, Journal
 from kvmnest.bisect.probe import BAD, GOOD, SKIP, Answer
 from kvmnest.bisect.search import NotBisectable
 from kvmnest.errors import HarnessError, UsageError
@@ -62,17 +65,35 @@ class Repository:
         if self._git("status", "--porcelain", "--untracked-files=no").strip():
             raise UsageError(f"{self.folder} has uncommitted changes: commit or stash them")
 
+    @property
+    def place(self) -> str:
+        """The branch that is checked out, or the hash of a detached HEAD."""
+        branch = self._git("symbolic-ref", "--short", "--quiet", "HEAD", check=False).strip()
+        return branch or self.commit("HEAD")
+
+    @property
+    def journal(self) -> Path:
+        """Where the steps are kept unless told otherwise: inside the git directory."""
+        path = self._git("rev-parse", "--git-path", "kvmnest-bisect.jsonl").strip()
+        return self.folder / path
+
+    def require_order(self, good: str, bad: str) -> None:
+        """Raise UsageError if good is no ancestor of bad."""
+        if self._git("merge-base", good, bad, check=False).strip() != self.commit(good):
+            raise UsageError(f"{good} is no ancestor of {bad}: are good and bad swapped?")
+
     def start(self, good: str, bad: str) -> None:
         """Begin: checks the middle out. Raises UsageError if good is no ancestor of bad."""
-        if self._git("merge-base", good, bad).strip() != self.commit(good):
-            raise UsageError(f"{good} is no ancestor of {bad}: are good and bad swapped?")
+        self.require_order(good, bad)
         self._git("bisect", "start", bad, good)
 
     def mark(self, verdict: str) -> str:
         """Tell git the verdict on HEAD; returns the first bad commit's hash once it is known.
 
-        Raises NotBisectable if only skipped commits are left.
+        Raises NotBisectable if only skipped commits are left, HarnessError if git cannot go on,
+        as when the build changed a tracked file.
         """
+        before = self.commit("HEAD")
         said = self._git("bisect", verdict, check=False)
         for line in said.splitlines():
             if line.endswith(_FIRST_BAD):
@@ -82,15 +103,35 @@ class Repository:
             raise NotBisectable(
                 f"only skipped commits are left: {', '.join(h[:12] for h in hashes)}"
             )
+        if self.commit("HEAD") == before:
+            raise HarnessError(
+                f"git bisect cannot leave {before[:12]}: does the build change tracked files?"
+            )
         return ""
 
     def checkout(self, revision: str) -> None:
         """Check a revision out, detached."""
         self._git("checkout", "--quiet", "--detach", revision)
 
-    def reset(self) -> None:
-        """End the bisection and go back to where it began."""
-        self._git("bisect", "reset")
+    def checkout_place(self, place: str) -> None:
+        """Check a branch, or a detached HEAD, out again."""
+        self._git("checkout", "--quiet", place)
+
+    def parents(self, revision: str) -> list[str]:
+        """Hashes of the parents of a commit."""
+        return self._git("log", "-1", "--format=%P", revision).split()
+
+    def reset(self, place: str) -> None:
+        """End the bisection, if there is one, and check ``place`` out."""
+        self._git("bisect", "reset", place)
+
+
+@dataclass(frozen=True)
+class FoundCommit:
+    """Hashes: the first bad commit, and its last parent that was tested good ("" if none was)."""
+
+    first_bad: str
+    last_good: str
 
 
 def bisect(
@@ -100,34 +141,72 @@ def bisect(
     ask: Callable[[], Answer],
     on_answer: Callable[[str, Answer], None],
     *,
+    question: str = "",
+    state: Path | None = None,
     go_on: bool = False,
-) -> str:
-    """Find the first bad commit; returns its hash, with the bisection ended.
+) -> tuple[FoundCommit, Journal]:
+    """Find the first bad commit; the bisection is ended then and HEAD where it was before.
 
-    ``ask`` builds and tests what is checked out. After Ctrl-C, or when the machine went down, git
-    still knows what was found: ``go_on`` continues. Raises UsageError, NotBisectable.
+    ``ask`` builds and tests what is checked out; each answer is in the journal (``state``, or in
+    the git directory) before git is told. After Ctrl-C, or when the machine went down, ``go_on``
+    continues and asks nothing twice. Raises UsageError, NotBisectable, HarnessError.
     """
-    if repository.bisecting and not go_on:
-        raise UsageError(f"{repository.folder} is being bisected: --continue, or git bisect reset")
-    if not go_on:
+    path = state or repository.journal
+    if go_on:
+        loaded = journal_file.load(path, question)
+        if loaded is None:
+            raise UsageError(f"nothing to continue in {repository.folder}")
+        journal = loaded
+    else:
+        if repository.bisecting:
+            raise UsageError(
+                f"{repository.folder} is being bisected: --continue, or git bisect reset"
+            )
         repository.require_clean()
-        good, bad = repository.commit(good), repository.commit(bad)
-        for revision, wanted in ((good, GOOD), (bad, BAD)):
+        repository.require_order(good, bad)
+        journal = journal_file.start(
+            path,
+            Header(question, repository.commit(good), repository.commit(bad), repository.place),
+        )
+    header = journal.header
+
+    def answer() -> Answer:
+        commit, subject = repository.commit("HEAD"), repository.describe()
+        if commit not in journal.answers:
+            journal.add(commit, subject, ask())
+        on_answer(subject, journal.answers[commit])
+        return journal.answers[commit]
+
+    if not repository.bisecting:
+        ends = []
+        for revision in (header.good, header.bad):
             repository.checkout(revision)
-            answer = ask()
-            on_answer(repository.describe(), answer)
-            if answer.verdict != wanted:
-                shown = "cannot be tested" if answer.verdict == SKIP else f"is {answer.verdict}"
-                raise NotBisectable(
-                    f"{repository.describe(revision)} {shown}, expected {wanted}: {answer.evidence}"
-                )
-        repository.start(good, bad)
-    elif not repository.bisecting:
-        raise UsageError(f"nothing to continue in {repository.folder}")
+            ends.append(answer())
+        try:
+            _check_ends(repository, header, ends)
+        except NotBisectable:
+            repository.checkout_place(header.came_from)
+            raise
+        repository.start(header.good, header.bad)
     while True:
-        answer = ask()
-        on_answer(repository.describe(), answer)
-        found = repository.mark(answer.verdict)
-        if found:
-            repository.reset()
-            return found
+        first = repository.mark(answer().verdict)
+        if first:
+            tested = {c for c, a in journal.answers.items() if a.verdict == GOOD}
+            parents = [p for p in repository.parents(first) if p in tested]
+            repository.reset(header.came_from)
+            return FoundCommit(first, parents[-1] if parents else ""), journal
+
+
+def _check_ends(repository: Repository, header: Header, ends: list[Answer]) -> None:
+    if [end.verdict for end in ends] == [BAD, GOOD]:
+        raise NotBisectable(
+            f"good and bad are swapped: {repository.describe(header.good)} is bad and"
+            f" {repository.describe(header.bad)} is good (--find fix looks for a fix)"
+        )
+    pairs = ((header.good, GOOD, ends[0]), (header.bad, BAD, ends[1]))
+    for revision, wanted, end in pairs:
+        if end.verdict != wanted:
+            shown = "cannot be tested" if end.verdict == SKIP else f"is {end.verdict}"
+            raise NotBisectable(
+                f"{repository.describe(revision)} {shown}, expected {wanted}: {end.evidence}"
+            )

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvmnest.cli.lab import add_options, parameters
-from kvmnest.errors import UsageError
+from kvmnest.errors import HarnessError, UsageError
 
 if TYPE_CHECKING:
     from kvmnest.bisect.probe import Answer, Question
@@ -148,10 +150,28 @@ def _commits(options: argparse.Namespace, question: Question) -> int:
             raise UsageError(f"cannot run {command[0]}: {error.strerror}") from error
         if done.returncode:
             lines = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
-            return Answer(SKIP, f"the build fails: {lines[-1]}")
+            if any("No space left on device" in line for line in lines):
+                free = shutil.disk_usage(folder).free >> 20
+                raise HarnessError(f"no space left for the build in {folder} ({free} MiB free)")
+            return Answer(SKIP, f"the build fails: {lines[-1]}", kind="build")
         answer = question.ask(options.kernel or str(folder), _modules(options, folder))
         return _swap(options, answer)
 
-    found = git.bisect(repository, options.good, options.bad, ask, _show, go_on=options.go_on)
-    print(f"first bad commit: {repository.describe(found)}")
+    asked = f"{options.find} {question.case} {sorted(question.params.items())} {options.build}"
+    try:
+        found, journal = git.bisect(
+            repository, options.good, options.bad, ask, _show,
+            question=asked, state=options.state, go_on=options.go_on,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        print(f"interrupted: --continue goes on in {folder}", file=sys.stderr)
+        raise
+    if found.last_good:
+        evidence = journal.answers[found.last_good].evidence
+        print(f"before: {repository.describe(found.last_good)}: {evidence}")
+    since = journal.answers[found.first_bad].evidence
+    print(f"since:  {repository.describe(found.first_bad)}: {since}")
+    print(f"all steps: {journal.path}")
+    what = "fixed by" if options.find == "fix" else "first bad commit"
+    print(f"{what}: {repository.describe(found.first_bad)}")
     return 0
