@@ -1,4 +1,4 @@
-"""Capabilities that KVM_CHECK_EXTENSION knows, as named in ``linux/kvm.h`` without KVM_CAP_."""
+"""Capabilities that KVM_CHECK_EXTENSION knows, as ``linux/kvm.h`` names them without ``KVM_CAP_``."""
 
 from enum import IntEnum
 

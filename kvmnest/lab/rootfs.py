@@ -276,7 +276,10 @@ def kvmnest_files() -> Tree:
     Python and pytest compare the modification times (seconds) with those in their caches.
     """
     base = Path(kvmnest.__file__).parent
-    files = sorted(p for p in base.rglob("*") if p.is_file() and "__pycache__" not in p.parts)
+    left_out = {"__pycache__", "docs"}
+    files = sorted(
+        p for p in base.rglob("*") if p.is_file() and left_out.isdisjoint(p.relative_to(base).parts)
+    )
     inside = {path: f"/{SITE}/kvmnest/{path.relative_to(base)}" for path in files}
     mtimes = {inside[p]: int(p.stat().st_mtime) for p in files}
 
