@@ -155,7 +155,7 @@ class Generator:
             (
                 *(good, good + 1, good + 8, good + 0x10, good | 0x800, good + 0x1000, 0),
                 *(good | 1 << width, good | 1 << 63, 1 << (width - 1)),
-                good | 1 << chance.randrange(64),
+                good | 1 << chance.randrange(22, 64),
             )
         )
 

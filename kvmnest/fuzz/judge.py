@@ -116,8 +116,13 @@ class Judge:
         if _allowed(violations, seen, ordered=True):
             return Verdict(AGREE)
         reasons = self._reasons(case, violations, seen)
-        if not reasons and _allowed(self.violations(_as_written(case)), seen, ordered=True):
-            reasons = (WRITE_DROPS,)
+        written = _as_written(case)
+        if not reasons and written.changes != case.changes:
+            left = self.violations(written)
+            if _allowed(left, seen, ordered=True):
+                reasons = (WRITE_DROPS,)
+            elif more := self._reasons(written, left, seen):
+                reasons = (WRITE_DROPS, *more)
         if reasons:
             return Verdict(KNOWN, "; ".join(reasons), "; ".join(reasons))
         rules = [str(violation) for violation in violations]

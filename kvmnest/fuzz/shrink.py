@@ -16,6 +16,8 @@ def smaller(judge: Judge, case: FuzzCase) -> Iterator[FuzzCase]:
     """Cases one step simpler: a change less, less memory, one bit instead of many, 64-bit L2."""
     base = judge.base(case)
     for field in case.changes:
+        # Alone, and everything but this.
+        yield replace(case, changes={field: case.changes[field]})
         rest = {other: value for other, value in case.changes.items() if other is not field}
         yield replace(case, changes=rest)
     for label in case.memory:

@@ -18,7 +18,7 @@ from kvmnest.suite.support.entries import (
     flips,
 )
 from kvmnest.vmx import ExitReason, Field, Proc2Ctl
-from kvmnest.vmx.outcome import EntryFailure, Succeed
+from kvmnest.vmx.outcome import EntryFailure, Exit, Succeed
 
 pytestmark = [pytest.mark.series(14)]
 
@@ -91,6 +91,20 @@ def test_link_pointer_kind(l1: L1, shadowing: bool) -> None:
     expect_refused(tries, _BAD_LINK, [{_LINK: region}])
     l1.prepare_region(region, revision | shadowing * _SHADOW)
     expect_accepted(tries, [{_LINK: region}])
+
+
+@link_pointer
+@SHADOWING
+def test_link_pointer_after_a_bad_one(l1: L1, shadowing: bool) -> None:
+    """A link pointer that was good is good again after one that leads nowhere."""
+    tries, region = _linking(l1, shadowing)
+    nowhere = (1 << address_bits(l1)[0]) - 0x1000
+    tries.vmcs[_LINK] = region
+    assert l1.vmlaunch() == Exit(ExitReason.VMCALL)
+    tries.vmcs[_LINK] = nowhere
+    assert l1.vmresume() == _BAD_LINK
+    tries.vmcs[_LINK] = region
+    assert l1.vmresume() == Exit(ExitReason.VMCALL)
 
 
 @link_pointer

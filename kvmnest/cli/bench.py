@@ -1,0 +1,86 @@
+"""``kvmnest bench``: how fast L1 works, as ratios to a bare KVM_RUN."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from kvmnest.cli.lab import add_options, parameters
+from kvmnest.errors import HarnessError, UsageError
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the verb."""
+    parser = subparsers.add_parser(
+        "bench",
+        help="measure L1s, resets, commands and VM entries against a bare KVM_RUN",
+        description="Times in a lab are times of its guest: instructions at 100 million a second.",
+        epilog="exit codes: 0 measured, 2 usage, 3 harness or environment error",
+    )
+    parser.add_argument(
+        "--target",
+        choices=("kvm", "lab"),
+        default="kvm",
+        help="this machine's /dev/kvm, which needs no VMX for the first figures, or the lab",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
+    parser.add_argument("--compare", type=Path, metavar="FILE", help="figures of an earlier run")
+    add_options(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the verb."""
+    old = load(options.compare)["seconds"] if options.compare else {}
+    found = _in_lab(options) if options.target == "lab" else _here(options)
+    if options.json:
+        try:
+            options.json.write_text(f"{json.dumps(found, indent=1)}\n", encoding="utf-8")
+        except OSError as error:
+            raise HarnessError(f"cannot write {options.json}: {error.strerror}") from error
+    print(f"kernel {found['kernel']}, {found['cpu']}")
+    bare = next(iter(found["seconds"].values()))
+    for name, seconds in found["seconds"].items():
+        line = f"{name:38} {seconds * 1e6:10.2f} us {seconds / bare:9.2f} x {1 / seconds:10.0f} /s"
+        if name in old:
+            line += f"   {seconds / old[name]:.2f} of before"
+        print(line)
+    return 0
+
+
+def _here(options: argparse.Namespace) -> dict[str, Any]:
+    from kvmnest.bench.measure import measure
+
+    if options.kernel or options.kvm_modules or options.kvm_param or options.bochs:
+        raise UsageError("options of the lab need --target lab")
+    return measure()
+
+
+def _in_lab(options: argparse.Namespace) -> dict[str, Any]:
+    from kvmnest.lab.machine import Lab
+
+    output = bytearray()
+    settings = parameters(options.kvm_param)
+    with Lab(options.kernel, settings, options.kvm_modules, 1, options.bochs) as lab:
+        command = ["python3", "-m", "kvmnest.bench.measure"]
+        status = lab.run(command, on_output=output.extend, idle_limit=300)
+    text = output.decode(errors="replace").strip()
+    if status:
+        raise HarnessError(f"the lab: {text.splitlines()[-1] if text else f'status {status}'}")
+    found: dict[str, Any] = json.loads(text)
+    return found
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read what --json wrote. Raises UsageError for anything else."""
+    from kvmnest.bench.measure import SCHEMA
+
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        right = found["schema"] == SCHEMA and all(s > 0 for s in found["seconds"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"cannot read {path}: {error}") from error
+    if not right:
+        raise UsageError(f"{path} is no file of kvmnest bench --json")
+    return dict(found)
