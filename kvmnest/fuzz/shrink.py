@@ -33,6 +33,7 @@ def smaller(judge: Judge, case: FuzzCase) -> Iterator[FuzzCase]:
                     yield replace(case, changes={**case.changes, field: value ^ 1 << bit})
                     alone = base.get(field, 0) ^ 1 << bit
                     yield replace(case, changes={**case.changes, field: alone})
+                    yield replace(case, changes={field: alone})
     if not case.bare:
         yield replace(case, bare=True)
 

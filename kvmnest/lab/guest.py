@@ -22,7 +22,7 @@ from kvmnest.lab import channel
 
 TYPE_CHECKING = False  # importing typing would cost the guest a tenth of a second
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
     from typing import Any
 
 EVENTS_PATH = "/run/kvmnest-events"
@@ -277,19 +277,23 @@ def _forget_kvmnest() -> None:
         del sys.modules[name]
 
 
-class _Mailbox:
-    """Marked pages of memory that the host finds in the emulator, and writes to."""
+class Mailbox:
+    """Marked pages of memory that the host finds in the emulator, and writes to.
 
-    def __init__(self) -> None:
-        self._pages = mmap.mmap(-1, MAILBOX_PAGES * 4096)
-        self._mark = bytes(byte ^ 0x5A for byte in MAILBOX_MASK)
+    Another ``key`` makes another ``mark``, for a second mailbox of the same guest.
+    """
 
-    def wait(self, port: Port) -> dict[str, Any]:
-        """Tell the host, which may save the machine now, and wait for mail."""
+    def __init__(self, pages: int = MAILBOX_PAGES, key: int = 0x5A) -> None:
+        self._pages = mmap.mmap(-1, pages * 4096)
+        self.pages = pages
+        self.mark = bytes(byte ^ key for byte in MAILBOX_MASK)
+
+    def wait(self, tell: Callable[[bytes], object]) -> dict[str, Any]:
+        """Let ``tell`` give the host the mark, and wait for mail."""
         self._pages[32:48] = bytes(16)
-        for page in range(MAILBOX_PAGES):
-            self._pages[page * 4096 : page * 4096 + 20] = self._mark + page.to_bytes(4, "little")
-        port.send(channel.SNAPSHOT, self._mark)
+        for page in range(self.pages):
+            self._pages[page * 4096 : page * 4096 + 20] = self.mark + page.to_bytes(4, "little")
+        tell(self.mark)
         while not self._pages[40]:
             pass
         size = int.from_bytes(self._pages[32:40], "little")
@@ -305,11 +309,15 @@ def _first_job(port: Port) -> dict[str, Any]:
     _preload(PRELOAD)
     config = sys.modules.get("_pytest.config")
     _preload(f"_pytest.{plugin}" for plugin in getattr(config, "default_plugins", ()))
-    mailbox = _Mailbox()
-    job = mailbox.wait(port)
+    mailbox = Mailbox()
+
+    def tell(mark: bytes) -> None:
+        port.send(channel.SNAPSHOT, mark)
+
+    job = mailbox.wait(tell)
     if "preload" in job:
         _load_kvmnest(job)
-        job = mailbox.wait(port)
+        job = mailbox.wait(tell)
     return job
 
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from kvmnest.errors import UsageError
 from kvmnest.lab import bochs, cache, image, kernels, plan, rootfs, snapshot
-from kvmnest.lab.errors import LabLost, LabSetupError
+from kvmnest.lab.bochs import Bochs
+from kvmnest.lab.errors import LabLost, LabRunError, LabSetupError
 from kvmnest.lab.guest import MAILBOX_PAGES
 from kvmnest.lab.session import Session, Sink, Times
 from kvmnest.lab.snapshot import SnapshotError
@@ -129,6 +130,8 @@ class Lab:
         self._memory = image.memory_for(self.kernel.end, size)
         self._snapshots = snapshots and self.emulator.debugger and snapshot.supported()
         self._session: Session | None = None
+        self._running: Bochs | None = None
+        self._mailbox: list[int] = []
         self.times = Times(prepare=time.monotonic() - started)
 
     def __enter__(self) -> "Lab":
@@ -175,6 +178,7 @@ class Lab:
         job = self._job(argv, env or {}, files or {})
         self.times = Times(prepare=self.times.prepare)
         with bochs.Bochs(self.emulator) as emulator:
+            self._running, self._mailbox = emulator, []
             try:
                 shutil.copyfile(_rom(), emulator.folder / "boot.rom")
                 waiting = self._start(emulator, job)
@@ -190,6 +194,20 @@ class Lab:
                     emulator.stop()
                     self._snapshots = False
                     waiting = self._start(emulator, job)
+
+    def post(self, mark: bytes, pages: int, mail: dict[str, Any]) -> None:
+        """Give mail to the running guest, which waits at a ``guest.Mailbox`` of so many pages.
+
+        To be called from ``on_event``. Raises LabRunError if the mailbox is not found.
+        """
+        assert self._running is not None
+        pid = self._running.pid
+        try:
+            if not self._mailbox:
+                self._mailbox = snapshot.take(pid, None, mark, pages)
+            snapshot.fill_mailbox(pid, self._mailbox, marshal.dumps(mail))
+        except (SnapshotError, OSError) as e:
+            raise LabRunError(f"cannot reach the lab's guest: {e}") from e
 
     def _start(self, emulator: bochs.Bochs, job: dict[str, Any]) -> Sink:
         """Start the emulator in the best way there is; returns what to do when it waits."""

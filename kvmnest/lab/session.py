@@ -3,6 +3,7 @@
 import contextlib
 import marshal
 import os
+import re
 import select
 import time
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from kvmnest.lab.errors import LabHang, LabLost, LabModuleError, LabPanic, LabRu
 
 # A boot takes some 16 s of the emulator's CPU time, whatever else the host is busy with.
 BOOT_LIMIT = 60.0
+_STUCK = re.compile(r"watchdog: (BUG: soft lockup|.*hard LOCKUP)|rcu_\w+ (self-)?detected stall")
 
 Sink = Callable[[bytes], object]
 
@@ -131,6 +133,9 @@ class Session:
 
     def _check_panic(self) -> None:
         console = self._emulator.console()
+        if _STUCK.search(console):
+            # The watchdog's messages go on for ever, and would count as signs of life.
+            raise LabHang("the guest kernel hangs: its watchdog reports a lockup", self._tail())
         at = console.find("Kernel panic - not syncing")
         if at < 0:
             return

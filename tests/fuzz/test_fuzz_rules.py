@@ -126,7 +126,10 @@ def test_a_missed_check_is_found_shrunk_and_written(tmp_path: Path) -> None:
     found = [f for f in report.findings.values() if Field.GUEST_RFLAGS in f.case.changes]
     assert found
     assert all(f.seen[0] != "VMfailValid" for f in found)
-    many = max(found, key=lambda finding: len(finding.case.changes))
+    # The dozens of fields of virtual-8086 mode are legal only together.
+    plain = [finding for finding in found if Field.GUEST_ES_BASE not in finding.case.changes]
+    many = max(plain, key=lambda finding: len(finding.case.changes))
+    assert len(many.case.changes) > 1
     small = shrink(machine, JUDGE, many)
     assert set(small.case.changes) == {Field.GUEST_RFLAGS}
     assert small.case.bare

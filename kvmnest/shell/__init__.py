@@ -1,0 +1,1 @@
+"""A Python prompt with a live L1."""
