@@ -34,7 +34,9 @@ def run(options: argparse.Namespace) -> int:
     if options.words == ["list"]:
         _list(known, as_json=options.json)
         return 0
-    verdicts = check(known.select(options.words), lambda params: target(options, params))
+    verdicts = check(
+        known.select(options.words), lambda params: target(options, params), known.bugs
+    )
     if options.json:
         print(json.dumps(document(verdicts), indent=1))
     else:
@@ -58,6 +60,7 @@ def _list(known: Any, *, as_json: bool) -> None:
         print(f"{bug.id:{width}}  {bug.title}{shown}")
         print(f'{"":{width}}  "{bug.subject}"')
         print(f"{'':{width}}  {bug.case}")
+        print(f"{'':{width}}  {known.kernel}: FIXED; with the bug put back: {bug.vulnerable}")
     print(
         f"{len(known.bugs)} bugs; each reproducer passes on {known.kernel} and fails on the same"
         " kernel with the bug put back (kvmnest mutants)"

@@ -1,6 +1,7 @@
 """kvmnest repro: its corpus, its verdicts, and both ways in the lab."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -10,7 +11,8 @@ from kvmnest.kernel.build import build_modules
 from kvmnest.lab import kernels
 from kvmnest.mutants import catalogue
 from kvmnest.repro import corpus
-from kvmnest.repro.check import FIXED, NOT_APPLICABLE, VULNERABLE, judge
+from kvmnest.repro.check import FIXED, NOT_APPLICABLE, VULNERABLE, judge, symptom
+from kvmnest.repro.corpus import Bug
 from kvmnest.results.model import Case, Run
 
 
@@ -48,6 +50,42 @@ def test_trouble_of_the_harness_is_no_verdict(outcome):
     case = Case(bug.case, 3, "x", outcome, 0.1, detail="cannot open x") if outcome else None
     with pytest.raises(HarnessError, match=r"cannot open x|did not run"):
         judge(bug, case, Run("lab"))
+
+
+def failing(bug: Bug, text: str) -> Case:
+    return Case(bug.case, 3, "x", "failed", 0.1, summary=text)
+
+
+def test_failures_are_told_apart_by_what_they_show():
+    """Two bugs share a case: what the one shows is no evidence of the other."""
+    found = corpus.load()
+    missing, vector = found.select(["vmx-cpl", "vmx-cpl-vector"])
+    assert missing.case == vector.case
+    for bug, other in ((missing, vector), (vector, missing)):
+        case = failing(bug, bug.vulnerable)
+        assert judge(bug, case, Run("lab"), found.bugs).verdict == VULNERABLE
+        wrong = judge(other, case, Run("lab"), found.bugs)
+        assert (wrong.verdict, bug.id in wrong.evidence) == (NOT_APPLICABLE, True)
+    new = judge(missing, failing(missing, "assert 1 == 2"), Run("lab"), found.bugs)
+    assert new.verdict == VULNERABLE
+    assert "recorded for this bug" in new.evidence
+
+
+def test_addresses_make_no_difference():
+    assert symptom("got rip=0x12345 at [ 12.5] 12345") == symptom(
+        "got rip=0xabcdef at [  2.25] 9999"
+    )
+    assert symptom("error_code=0x0") != symptom("error_code=0x1")
+
+
+def test_parameters_of_the_machine():
+    """A bug that shows without EPT only cannot be seen on a machine that runs with it."""
+    bug = replace(corpus.load().bugs[0], params={"ept": "0"})
+    case = Case(bug.case, 3, "x", "passed", 0.1)
+    with_ept = Run("kvm", facts={"kvm_params": {"ept": "Y"}})
+    verdict = judge(bug, case, with_ept)
+    assert (verdict.verdict, "ept=0" in verdict.evidence) == (NOT_APPLICABLE, True)
+    assert judge(bug, case, Run("kvm", facts={"kvm_params": {"ept": "N"}})).verdict == FIXED
 
 
 def test_a_damaged_record(tmp_path):
