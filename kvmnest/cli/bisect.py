@@ -72,7 +72,11 @@ def _question(options: argparse.Namespace) -> Question:
     if options.repro:
         from kvmnest.repro import corpus
 
-        (bug,) = corpus.load().select([options.repro])[:1]
+        bugs = corpus.load().select([options.repro])
+        if len(bugs) > 1:
+            names = ", ".join(bug.id for bug in bugs)
+            raise UsageError(f"{options.repro} names several bugs, say one: {names}")
+        (bug,) = bugs
         case, params = bug.case, {**bug.params, **params}
     return Question(case, params, options.repeat, options.bochs)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shlex
 import signal
@@ -14,7 +15,7 @@ from typing import Any
 
 from kvmnest.cli.lab import add_options as add_lab_options
 from kvmnest.cli.lab import parameters
-from kvmnest.errors import KvmnestError, UsageError
+from kvmnest.errors import HarnessError, KvmnestError, UsageError
 from kvmnest.results.environment import require_kvm, why_not_kvm
 from kvmnest.results.lab_target import LabTarget
 from kvmnest.results.model import Run
@@ -77,6 +78,8 @@ def add_parser(subparsers: Any) -> None:
     out = parser.add_argument_group("reports")
     out.add_argument("--json", type=Path, metavar="FILE", help="results, whole after each case")
     out.add_argument("--junit", type=Path, metavar="FILE", help="JUnit XML")
+    out.add_argument("--html", type=Path, metavar="FILE", help="a page, at the end of the run")
+    out.add_argument("--ktap", type=Path, metavar="FILE", help="KTAP version 1, at the end")
     out.add_argument("-q", "--quiet", action="store_true", help="exit code and files only")
 
 
@@ -85,6 +88,9 @@ def run(options: argparse.Namespace) -> int:
     modules, paths = split_selection(options.selected)
     if options.jobs is not None and options.jobs < 1:
         raise UsageError(f"--jobs must be at least 1, not {options.jobs}")
+    for path in (options.html, options.ktap):
+        if path and not os.access(path.parent, os.W_OK):
+            raise UsageError(f"cannot write {path}: {path.parent} is not a writable directory")
     if options.budget <= 0:
         raise UsageError(f"--budget must be above 0, not {options.budget:g}")
     progress = Progress(sys.stdout, quiet=options.quiet)
@@ -126,7 +132,26 @@ def run(options: argparse.Namespace) -> int:
         reporter.run.problems.append("interrupted")
         reporter.finish()
         raise
-    return reporter.finish()
+    status = reporter.finish()
+    _pages(options, reporter.run)
+    return status
+
+
+def _pages(options: argparse.Namespace, done: Run) -> None:
+    """Reports that are made from the results of the whole run."""
+    from kvmnest.results import html, jsonfile, ktap
+
+    # As it is read back from a file: all keys are text.
+    document = json.loads(json.dumps(jsonfile.document(done)))
+    for path, lines in (
+        (options.html, [html.page(document)] if options.html else []),
+        (options.ktap, [*ktap.lines(document)] if options.ktap else []),
+    ):
+        try:
+            if path:
+                path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise HarnessError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def _target(options: argparse.Namespace, progress: Progress) -> Target:
@@ -169,7 +194,7 @@ def _split(target: Target, arguments: Sequence[str], jobs: int | None) -> Sequen
 
 def _recorded(options: argparse.Namespace) -> dict[str, Any]:
     """Options that belong to the results."""
-    left_out = ("verb", "json", "junit", "quiet")
+    left_out = ("verb", "json", "junit", "html", "ktap", "quiet")
     return {
         name: str(value) if isinstance(value, Path) else value
         for name, value in vars(options).items()

@@ -1,4 +1,4 @@
-"""Capabilities that KVM_CHECK_EXTENSION knows, as ``linux/kvm.h`` names them without ``KVM_CAP_``."""
+"""Capabilities of KVM_CHECK_EXTENSION, as ``linux/kvm.h`` names them without ``KVM_CAP_``."""
 
 from enum import IntEnum
 

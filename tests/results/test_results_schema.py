@@ -46,3 +46,16 @@ def test_damaged_results(results: dict, damage) -> None:
     damage(broken)
     with pytest.raises(jsonschema.ValidationError):
         VALIDATOR.validate(broken)
+
+
+def test_pages_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """--html and --ktap are written at the end; an unwritable place is found at once."""
+    page, ktap = tmp_path / "r.html", tmp_path / "r.ktap"
+    arguments = ["run", "--target", "lab", "-q", "-j", "1", "test_vmfunc.py"]
+    assert main([*arguments, "--html", str(page), "--ktap", str(ktap)]) == 0
+    assert page.read_text().startswith("<!doctype html>")
+    assert ktap.read_text().startswith("KTAP version 1\n")
+    assert "test_vmfunc" in page.read_text()
+    capsys.readouterr()
+    assert main([*arguments, "--html", str(tmp_path / "no" / "r.html")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
