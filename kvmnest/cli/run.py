@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
 import signal
@@ -141,8 +140,9 @@ def _pages(options: argparse.Namespace, done: Run) -> None:
     """Reports that are made from the results of the whole run."""
     from kvmnest.results import html, jsonfile, ktap
 
-    # As it is read back from a file: all keys are text.
-    document = json.loads(json.dumps(jsonfile.document(done)))
+    if not (options.html or options.ktap):
+        return
+    document = jsonfile.whole(done)
     for path, lines in (
         (options.html, [html.page(document)] if options.html else []),
         (options.ktap, [*ktap.lines(document)] if options.ktap else []),

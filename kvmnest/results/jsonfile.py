@@ -36,6 +36,11 @@ def document(run: Run) -> dict[str, Any]:
     }
 
 
+def whole(run: Run) -> dict[str, Any]:
+    """The document with its cases."""
+    return {**document(run), "cases": [_case(case) for case in run.cases]}
+
+
 class JsonFile:
     """Writes a Run to a path, each time by replacing the file as a whole.
 
