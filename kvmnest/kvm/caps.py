@@ -1,4 +1,4 @@
-"""Capabilities of KVM_CHECK_EXTENSION, as ``linux/kvm.h`` names them without ``KVM_CAP_``."""
+"""Capabilities of KVM_CHECK_EXTENSION, named as in ``linux/kvm.h`` without ``KVM_CAP_``."""
 
 from enum import IntEnum
 
