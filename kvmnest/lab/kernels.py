@@ -68,8 +68,11 @@ def _store(
 ) -> None:
     """Fill a cache entry: flattened kernel, the KVM modules and what they depend on."""
     raw = kernel_file.read_bytes()
-    vmlinux, setup = vmlinux_of(raw)
-    image = flatten(vmlinux, setup)
+    try:
+        vmlinux, setup = vmlinux_of(raw)
+        image = flatten(vmlinux, setup)
+    except KernelSpecError as e:
+        raise KernelSpecError(f"{kernel_file}: {e}") from e
     kept = folder / "modules"
     kept.mkdir()
     for name in MODULES:
@@ -122,7 +125,11 @@ def _from_deb(deb: Path) -> Kernel:
     def build(to: Path) -> None:
         with tempfile.TemporaryDirectory(prefix="kvmnest-") as scratch:
             debian.unpack(deb, Path(scratch))
-            _store_unpacked(Path(scratch), to)
+            try:
+                _store_unpacked(Path(scratch), to)
+            except KernelSpecError as e:
+                # The package is what the user knows, not where it was unpacked.
+                raise KernelSpecError(f"{deb}: {str(e).replace(scratch, 'it')}") from e
 
     return _load(cache.entry("kernels", key, build))
 

@@ -1,0 +1,104 @@
+"""Kernels that the lab cannot boot: one line that names the file and says what is wrong."""
+
+import io
+import struct
+import subprocess
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from kvmnest.cli.main import main
+from kvmnest.lab import kernels
+from kvmnest.lab.errors import KernelSpecError
+
+
+def said(capsys: pytest.CaptureFixture[str], spec: Path) -> str:
+    assert main(["lab", "run", "--kernel", str(spec), "--", "true"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1, error
+    assert "Traceback" not in error
+    return error
+
+
+def tree(folder: Path, content: bytes, name: str = "vmlinux") -> Path:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return folder
+
+
+def deb(folder: Path, files: dict[str, bytes]) -> Path:
+    """A Debian package as dpkg-deb makes it."""
+    root = folder / "root"
+    control = "Package: x\nVersion: 1\nArchitecture: all\nMaintainer: x <x@x>\nDescription: x\n"
+    for name, content in {"DEBIAN/control": control.encode(), **files}.items():
+        tree(root, content, name)
+    path = folder / "x.deb"
+    command = ["dpkg-deb", "--root-owner-group", "-b", str(root), str(path)]
+    subprocess.run(command, check=True, capture_output=True)
+    return path
+
+
+def elf(machine: int, bits: int) -> bytes:
+    """An ELF header without anything behind it."""
+    head = b"\x7fELF" + bytes([bits // 32, 1, 1]) + bytes(9)
+    return head + struct.pack("<HHI", 2, machine, 1) + bytes(200)
+
+
+def test_no_kernel(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "holds no bzImage" in said(capsys, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param(b"", id="empty"),
+        pytest.param(b"#!/bin/sh\n" * 100, id="script"),
+        pytest.param(elf(0xB7, 64), id="arm64"),
+        pytest.param(elf(3, 32), id="i386"),
+        pytest.param(b"MZ\x40\xfa" + bytes(52) + b"ARMd" + bytes(1000), id="arm64-Image"),
+    ],
+)
+def test_no_x86_64_kernel(
+    content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert str(tmp_path / "vmlinux") in said(capsys, tree(tmp_path, content))
+
+
+def test_a_package_that_is_no_kernel(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = deb(tmp_path, {"usr/share/doc/x": b"x"})
+    error = said(capsys, path)
+    assert str(path) in error
+    assert "holds no bzImage" in error
+
+
+def test_a_truncated_package(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = deb(tmp_path, {"usr/share/doc/x": bytes(100_000)})
+    path.write_bytes(path.read_bytes()[:-200])
+    assert "not a usable Debian package" in said(capsys, path)
+
+
+def test_a_kernel_without_kvm_intel(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The very kernel of the lab, its modules left out."""
+    kernel = kernels.resolve()
+    from kvmnest.lab import debian
+
+    apt, release = kernels._choose(kernel.release) or (None, "")
+    assert apt is not None
+    debian.fetch(apt, release, tmp_path / "package")
+    for path in (tmp_path / "package").rglob("kvm-intel.ko*"):
+        path.unlink()
+    error = said(capsys, tmp_path / "package")
+    assert "kvm_intel" in error
+
+
+def test_modules_of_a_truncated_file(tmp_path: Path) -> None:
+    """A file that begins as a tar archive is no package either."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w"):
+        pass
+    path = tmp_path / "x.deb"
+    path.write_bytes(buffer.getvalue())
+    with pytest.raises(KernelSpecError, match="not a usable Debian package"):
+        kernels.resolve(str(path))
