@@ -157,9 +157,11 @@ class Bochs:
         self._attributes: list[Any] = []
         try:
             _sweep()
-            self.folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
-            self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            # It gets the name that _sweep looks for when its lock is held, not before.
+            made = Path(tempfile.mkdtemp(prefix=f".{_PREFIX}"))
+            self._lock = os.open(made / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             fcntl.flock(self._lock, fcntl.LOCK_EX)
+            self.folder = made.rename(made.with_name(made.name.removeprefix(".")))
         except OSError as e:
             raise LabSetupError(cache.describe(e, "making the lab's folder")) from e
 

@@ -10,11 +10,23 @@ import random
 import struct
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
-from kvmnest.lab import build, cache, channel, debian, image, modules, ptrace, snapshot, tools
+from kvmnest.lab import (
+    bochs,
+    build,
+    cache,
+    channel,
+    debian,
+    image,
+    modules,
+    ptrace,
+    snapshot,
+    tools,
+)
 from kvmnest.lab.cpio import Cpio, names
 from kvmnest.lab.decompress import decompress, vmlinux_of
 from kvmnest.lab.errors import KernelSpecError, LabSetupError
@@ -331,3 +343,22 @@ def test_mailbox_pages_are_found_by_their_mark(tmp_path):
     snapshot.fill_mailbox(child.pid, addresses, b"x" * 5000)
     assert child.stdout.readline() == "x" * 5000 + "\n"
     assert child.wait() == 0
+
+
+def test_no_sweep_removes_a_folder_that_is_being_made():
+    """Many labs at once: each sweeps what the killed ones left, and nothing else."""
+    emulator = bochs.locate()
+    gone = []
+
+    def make() -> None:
+        for _ in range(60):
+            with bochs.Bochs(emulator) as one:
+                if not (one.folder / "lock").is_file():
+                    gone.append(one.folder)
+
+    threads = [threading.Thread(target=make) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert gone == []
