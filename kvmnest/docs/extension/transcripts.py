@@ -16,8 +16,6 @@ from pathlib import Path
 
 PAGES = Path(__file__).parents[1]
 _BLOCK = re.compile(r"^% transcript: (kvmnest .+)\n```console\n(.*?)^```$", re.M | re.S)
-    r"^% transcript: (kvmnest .+)\n```console\n(.*?)^```$", re.MULTILINE | re.DOTALL
-)
 
 
 def output_of(command: str) -> str:
