@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import kvmnest
-from kvmnest.errors import HarnessError, KvmnestError
+from kvmnest.errors import HarnessError, KvmnestError, UsageError
 from kvmnest.lab import bochs
 from kvmnest.matrix.cell import Document, Job, Stopped, run_job, trouble
 from kvmnest.mutants.record import suite_state
@@ -43,12 +43,16 @@ class Cluster:
             raise HarnessError("--scheduler needs Dask: pip install 'kvmnest[matrix]'") from error
         # What it has to say about lost connections is told in our words.
         logging.getLogger("distributed").setLevel(logging.CRITICAL)
+        if not address.strip():
+            # Dask would start a cluster of its own.
+            raise UsageError("--scheduler needs the address of a Dask scheduler")
         try:
             self._client = self._dask.Client(
                 address, timeout=_CONNECT_SECONDS, set_as_default=False
             )
-        except (OSError, ValueError, TypeError, ImportError) as error:
-            why = str(error).partition("\n")[0]
+        except (OSError, ValueError, TypeError, ImportError, AssertionError) as error:
+            # An AssertionError: Dask's own event loop did not start in time.
+            why = str(error).partition("\n")[0] or type(error).__name__
             raise HarnessError(f"no Dask scheduler answers at {address}: {why}") from error
         try:
             self._workers = self._fit_workers()
