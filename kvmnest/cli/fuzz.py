@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -96,13 +97,21 @@ def _print(report: Any) -> None:
 
 def _shrunk(fuzzer: Any, finding: Any) -> Any:
     from kvmnest.fuzz.journal import CRASHED
-    from kvmnest.fuzz.shrink import shrink
+    from kvmnest.fuzz.shrink import NotAgain, Shrinker
 
     if finding.seen[0] == CRASHED:
         return finding
-    small = shrink(fuzzer.machine, fuzzer.judge, finding)
-    changes = " ".join(f"{field.name}={value:#x}" for field, value in small.case.changes.items())
-    print(f"smallest: case {small.number}: {small.case.mode.name} {changes}: {small.verdict.text}")
+    whole = replace(finding, before=fuzzer.before(finding.number))
+    try:
+        small = Shrinker(fuzzer.machine, fuzzer.judge, whole).run()
+    except NotAgain:
+        print(f"case {finding.number} does not show it again, alone or after those before it")
+        return finding
+    for number, case in enumerate((*small.before, small.case)):
+        changes = " ".join(f"{field.name}={value:#x}" for field, value in case.changes.items())
+        what = f"smallest: case {small.number}" if not number else "then"
+        print(f"{what}: {case.mode.name} {changes or 'as it is'}")
+    print(f"ends in {small.verdict.text}")
     return small
 
 
