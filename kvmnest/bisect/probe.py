@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvmnest.errors import KvmnestError, UsageError
+from kvmnest.lab.emulators import BOCHS, Choice
 from kvmnest.lab.errors import LabSetupError
 from kvmnest.results.lab_target import LabTarget
 from kvmnest.results.model import Run
@@ -44,7 +45,7 @@ class Question:
     case: str
     params: Mapping[str, str]
     repeat: int = 1
-    bochs: str | None = None
+    emulator: Choice = BOCHS
 
     def ask(self, kernel: str | None, kvm_modules: Path | None = None) -> Answer:
         """Boot a kernel in the lab and run the case.
@@ -77,11 +78,14 @@ class Question:
 
     def _once(self, modules: list[str], kernel: str | None, kvm_modules: Path | None) -> Answer:
         target = LabTarget(
-            kernel=kernel, kvm_modules=kvm_modules, kvm_params=self.params, bochs=self.bochs
+            kernel=kernel,
+            kvm_modules=kvm_modules,
+            kvm_params=self.params,
+            emulator=self.emulator,
         )
         progress = Progress(io.StringIO(), quiet=True)
         reporter = Reporter(Run(target.name), progress, own_clock=True)
-        run_cases(target, pytest_arguments(Plan(), "lab", modules, []), reporter)
+        run_cases(target, pytest_arguments(Plan(), target.name, modules, []), reporter)
         return judge(reporter.run)
 
 

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvmnest.cli.lab import add_options, parameters
+from kvmnest.cli.lab import add_options, emulator, parameters
 from kvmnest.errors import HarnessError, UsageError
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def _question(options: argparse.Namespace) -> Question:
             raise UsageError(f"{options.repro} names several bugs, say one: {names}")
         (bug,) = bugs
         case, params = bug.case, {**bug.params, **params}
-    return Question(case, params, options.repeat, options.bochs)
+    return Question(case, params, options.repeat, emulator(options))
 
 
 def _modules(options: argparse.Namespace, base: Path) -> Path | None:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from kvmnest.cli.lab import add_options, parameters, use_host
+from kvmnest.cli.lab import add_options, emulator, parameters, use_host
 from kvmnest.errors import HarnessError, UsageError
 
 
@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
     machine: Machine = LocalMachine()
     if not use_host(options):
         machine = LabMachine(
-            options.kernel, parameters(options.kvm_param), options.kvm_modules, options.bochs
+            options.kernel, parameters(options.kvm_param), options.kvm_modules, emulator(options)
         )
     chosen = {"seed": seed, "target": machine.name, "kernel": options.kernel}
     chosen |= {"kvm_modules": options.kvm_modules, "kvm_params": options.kvm_param}

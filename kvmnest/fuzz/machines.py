@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from kvmnest.errors import HarnessError
 from kvmnest.fuzz.execute import Seen
 from kvmnest.fuzz.model import FuzzCase
+from kvmnest.lab.emulators import BOCHS, Choice
 from kvmnest.lab.errors import LabHang, LabLost, LabPanic, LabRunError
 from kvmnest.lab.guest import EVENTS_PATH
 from kvmnest.lab.machine import Lab
@@ -58,17 +59,16 @@ class LabMachine:
     Kernel warnings arrive as events {"kernel": text}, before the end of the case they belong to.
     """
 
-    name = "lab"
-
     def __init__(
         self,
         kernel: str | None = None,
         params: Mapping[str, str] | None = None,
         modules: str | None = None,
-        bochs: str | None = None,
+        emulator: Choice = BOCHS,
     ) -> None:
-        self._make: Callable[[], Lab] = partial(Lab, kernel, params, modules, 1, bochs)
+        self._make: Callable[[], Lab] = partial(Lab, kernel, params, modules, 1, emulator)
         self._make()
+        self.name = emulator.boot
 
     def run(self, cases: Numbered, on_event: OnEvent, journal: Path | None) -> str:
         """See Machine; the lab's crash is not this machine's, so ``journal`` is not needed."""

@@ -9,7 +9,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from kvmnest.lab import bochs, channel
+from kvmnest.lab import channel
+from kvmnest.lab.emulators import Running
 from kvmnest.lab.errors import LabHang, LabLost, LabModuleError, LabPanic, LabRunError
 
 # A boot takes some 16 s of the emulator's CPU time, whatever else the host is busy with.
@@ -64,7 +65,7 @@ class Session:
         self._decoder = channel.Decoder()
 
     def follow(
-        self, emulator: bochs.Bochs, cpus: int, idle_limit: float | None, limit: float | None
+        self, emulator: Running, cpus: int, idle_limit: float | None, limit: float | None
     ) -> int:
         """Dispatch frames until the exit status arrives; returns it as an exit code.
 
@@ -91,6 +92,8 @@ class Session:
                     self._check_panic()
                 if emulator.ended():
                     raise LabLost(f"the emulator ended: {emulator.verdict()}", self._tail())
+                if reason := emulator.stuck():
+                    raise LabLost(f"the guest cannot go on: {reason}", self._tail())
             self._check_time(now, last_sign, cpus, idle_limit, limit)
         self.times.total = time.monotonic() - self._started
         return os.waitstatus_to_exitcode(self._status)

@@ -59,7 +59,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--require-kvm", action="store_true", help="an error, not a skip, without /dev/kvm"
     )
     group.addoption(
-        "--kvmnest-target", default="kvm", metavar="NAME", help="kvm or lab, for known deviations"
+        "--kvmnest-target",
+        default="kvm",
+        metavar="NAME",
+        help="kvm, lab or qemu, for known deviations",
     )
     group.addoption(
         "--kvmnest-events", metavar="PATH", help="write events as JSON lines to PATH or fd:N"
