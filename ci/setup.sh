@@ -105,7 +105,7 @@ setup() {
     local packages=(binutils bochs bochs-term bochsbios gcc linux-libc-dev vgabios)
     base=$(find_python) || exit
     [ "$base" != /usr/bin/python3 ] || packages+=(python3-venv)
-    [ "$extras" != dev ] || packages+=(shellcheck)
+    [ "$extras" != dev ] || packages+=(qemu-system-x86 shellcheck)
     apt_packages "${packages[@]}"
     [ "$extras" != dev ] || optional_packages vagrant vagrant-libvirt
 

@@ -16,7 +16,7 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "bench",
         help="measure L1s, resets, commands and VM entries against a bare KVM_RUN",
-        description="Times in a lab are times of its guest: instructions at 100 million a second.",
+        description="Times in Bochs are those of its guest: 100 million instructions a second.",
         epilog="exit codes: 0 measured, 2 usage, 3 harness or environment error",
     )
     parser.add_argument(

@@ -81,6 +81,14 @@ def _question(options: argparse.Namespace) -> Question:
     return Question(case, params, options.repeat, emulator(options))
 
 
+def _asked(options: argparse.Namespace, question: Question) -> str:
+    """What the answers belong to: those to another question are of no use."""
+    words = [options.find, question.case, str(sorted(question.params.items()))]
+    if question.emulator.boot != "lab":
+        words.append(question.emulator.boot)
+    return " ".join(words)
+
+
 def _modules(options: argparse.Namespace, base: Path) -> Path | None:
     return base / options.kvm_modules if options.kvm_modules else None
 
@@ -108,7 +116,7 @@ def _kernels(options: argparse.Namespace, question: Question) -> int:
         names = names[names.index(options.good) : names.index(options.bad) + 1]
     if len(names) < 2:
         raise UsageError(f"no kernels from {options.good} to {options.bad}: are they swapped?")
-    asked = f"{options.find} {question.case} {sorted(question.params.items())}"
+    asked = _asked(options, question)
     log = search.Log(options.state, asked)
     if options.go_on:
         if not options.state:
@@ -161,7 +169,7 @@ def _commits(options: argparse.Namespace, question: Question) -> int:
         answer = question.ask(options.kernel or str(folder), _modules(options, folder))
         return _swap(options, answer)
 
-    asked = f"{options.find} {question.case} {sorted(question.params.items())} {options.build}"
+    asked = f"{_asked(options, question)} {options.build}"
     try:
         found, journal = git.bisect(
             repository, options.good, options.bad, ask, _show,

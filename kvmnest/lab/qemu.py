@@ -52,7 +52,7 @@ def locate(path: str | None = None, accelerator: str = "kvm") -> Emulator:
         reason = why_not_kvm()
         if reason:
             raise LabSetupError(
-                f"--boot qemu needs VMX from this machine's KVM ({reason}); --boot lab does not"
+                f"--boot qemu: KVM offers no VMX to guests here: {reason}; --boot lab needs none"
             )
     found = shutil.which(path) if path else tools.find(PROGRAM)
     if found is None:

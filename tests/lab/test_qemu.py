@@ -210,7 +210,7 @@ def test_every_verb_takes_the_option(
         words += ["--state", str(tmp_path)]
     assert main(words) == 3
     said = capsys.readouterr()
-    wanted = "not found" if not why_not_kvm() else "--boot qemu needs VMX from this machine's KVM"
+    wanted = "not found" if not why_not_kvm() else "--boot qemu: KVM offers no VMX to guests here: "
     assert wanted in said.out + said.err
     assert "Traceback" not in said.err
 
