@@ -72,7 +72,9 @@ def _question(options: argparse.Namespace) -> Question:
     if options.repro:
         from kvmnest.repro import corpus
 
-        bugs = corpus.load().select([options.repro])
+        if corpus.is_file(options.repro):
+            raise UsageError(f"--repro takes an id, not a file ({options.repro})")
+        bugs = corpus.select([options.repro])
         if len(bugs) > 1:
             names = ", ".join(bug.id for bug in bugs)
             raise UsageError(f"{options.repro} names several bugs, say one: {names}")

@@ -19,8 +19,8 @@ from kvmnest.plugin.outcomes import judge
 if TYPE_CHECKING:
     from kvmnest.plugin.stream import EventStream
 
-# Helpers of the suite explain their failed assertions too.
-pytest.register_assert_rewrite(policy.SUITE)
+# Helpers of the suite explain their failed assertions too, and so do reproducers.
+pytest.register_assert_rewrite(policy.SUITE, policy.REPRODUCERS)
 
 __all__ = ["kvm", "l1", "l1_pool", "vm"]
 
