@@ -31,7 +31,7 @@ BUG = Bug(
 )
 
 
-@pytest.mark.sdm("VMLAUNCH/VMRESUME")
+@pytest.mark.sdm("VMLAUNCH/VMRESUME - Launch/Resume Virtual Machine")
 # @pytest.mark.needs(Proc2Ctl.ENABLE_VPID)  # from kvmnest.vmx: skipped where it is not offered
 def test_vmresume_of_a_clear_vmcs(l1: L1) -> None:
     """What the SDM demands."""

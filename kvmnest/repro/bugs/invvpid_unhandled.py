@@ -23,7 +23,7 @@ BUG = Bug(
 )
 
 
-@pytest.mark.sdm("INVVPID")
+@pytest.mark.sdm("INVVPID - Invalidate Translations Based on VPID")
 def test_invvpid_outside_vmx_operation(l1: L1) -> None:
     """Any guest can execute it; it needs no VMX operation for that."""
     assert l1.invvpid(2) == Fault(Vector.UD)

@@ -22,7 +22,7 @@ BUG = Bug(
 )
 
 
-@pytest.mark.sdm("VMCLEAR")
+@pytest.mark.sdm("VMCLEAR - Clear Virtual-Machine Control Structure")
 def test_vmclear_at_cpl_3(l1: L1) -> None:
     """In VMX operation the user mode of L1 must not get at a VMCS."""
     l1.enter_vmx()

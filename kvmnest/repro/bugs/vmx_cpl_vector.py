@@ -21,7 +21,7 @@ BUG = Bug(
 )
 
 
-@pytest.mark.sdm("VMCLEAR")
+@pytest.mark.sdm("VMCLEAR - Clear Virtual-Machine Control Structure")
 def test_vmclear_at_cpl_3(l1: L1) -> None:
     """In VMX operation VMCLEAR at CPL 3 is #GP(0); #UD is for L1 outside of it."""
     l1.enter_vmx()
