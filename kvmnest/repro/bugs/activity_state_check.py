@@ -1,4 +1,7 @@
-"""Guest activity state is not checked."""
+"""Guest activity state is not checked.
+
+The subject of the commit is not verified: it was not found in the lists' archives.
+"""
 
 import pytest
 
@@ -9,7 +12,6 @@ from kvmnest.vmx.outcome import EntryFailure
 
 BUG = Bug(
     subject="KVM: nVMX: Check guest activity state on vmentry of nested guests",
-    fixed="v5.1-5.4 era; a posting was seen, the merged form was not",
     vulnerable="L2 runs from an activity state that does not exist",
     correct="VM entry fails: invalid guest state",
     edit={

@@ -9,7 +9,7 @@ from kvmnest.vmx.outcome import EntryFailure
 
 BUG = Bug(
     subject="kvm: nvmx: limit atomic switch MSRs",
-    fixed="v5.4",
+    fixed="v5.4-rc1",
     vulnerable="KVM works through a longer MSR-load area and L2 runs",
     correct="VM entry fails at the first entry beyond the limit",
     edit={

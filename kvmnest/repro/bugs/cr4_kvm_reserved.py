@@ -10,7 +10,8 @@ from kvmnest.vmx.outcome import Succeed, VMfailValid
 
 BUG = Bug(
     subject="KVM: nVMX: Account for KVM reserved CR4 bits in consistency checks",
-    fixed="v6.0",
+    hash="ca58f3aa53d1",
+    fixed="v6.0-rc1",
     vulnerable="the exit loads CR4.SMXE, and KVM_RUN ends with a failed entry",
     correct="VM entry fails with error 8, an invalid host-state field",
     death="VmLost: failed entry",

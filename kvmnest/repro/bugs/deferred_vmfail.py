@@ -1,4 +1,8 @@
-"""Wrong error number when the hardware refuses the entry."""
+"""Wrong error number when the hardware refuses the entry.
+
+The commit ended more than that: before it, the failure was also taken for a VM exit. The edit
+brings one symptom back.
+"""
 
 import pytest
 

@@ -13,6 +13,7 @@ from kvmnest.vmx import (
 
 BUG = Bug(
     subject="KVM: nVMX: Don't emulate instructions in guest mode",
+    hash="07721feee46b",
     cve="CVE-2020-2732",
     fixed="v5.6-rc4",
     vulnerable="RDTSC of L2 is executed although L1 intercepts it",

@@ -10,7 +10,7 @@ from kvmnest.vmx.outcome import EntryFailure
 BUG = Bug(
     subject="KVM: nVMX: Check GUEST_DR7 on vmentry of nested guests",
     hash="ecb697d10f70",
-    fixed="v5.7 era",
+    fixed="v5.6-rc1",
     vulnerable="L2 runs with bit 32 of GUEST_DR7 set",
     correct="VM entry fails: invalid guest state",
     edit={

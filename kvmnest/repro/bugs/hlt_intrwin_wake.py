@@ -9,7 +9,8 @@ from kvmnest.vmx.outcome import Exit
 
 BUG = Bug(
     subject="kvm: nVMX: NMI-window and interrupt-window exiting should wake L2 from HLT",
-    fixed="v5.0 era",
+    since="6dfacadd5858",
+    fixed="v5.0-rc1",
     vulnerable="L2 sleeps: no exit comes",
     correct="the interrupt-window exit comes at once",
     death="VmLost: hang",

@@ -9,7 +9,7 @@ from kvmnest.vmx.outcome import VMfailValid
 
 BUG = Bug(
     subject="KVM: nVMX: Check Host Address Space Size on vmentry of nested guests",
-    fixed="v5.4",
+    fixed="v5.4-rc1",
     vulnerable="L1 goes on in 32-bit mode after the exit, and triple-faults",
     correct="VM entry fails with error 8, an invalid host-state field",
     death="VmLost: triple fault",

@@ -9,7 +9,7 @@ from kvmnest.vmx.outcome import VMfailValid
 
 BUG = Bug(
     subject='kvm: nVMX: Check "load IA32_PAT" VM-exit control on vmentry',
-    fixed="v5.1/5.2",
+    fixed="v5.2-rc1",
     vulnerable="the exit loads a PAT that does not exist, and KVM_RUN ends with a failed entry",
     correct="VM entry fails with error 8, an invalid host-state field",
     death="VmLost: failed entry",

@@ -9,9 +9,9 @@ from kvmnest.vmx.outcome import VMfailValid
 
 BUG = Bug(
     subject=(
-        "KVM: nVMX: Check Host Segment Registers and Descriptor Tables on vmentry of nested guests"
+        "KVM nVMX: Check Host Segment Registers and Descriptor Tables on vmentry of nested guests"
     ),
-    fixed="v5.4",
+    fixed="v5.3-rc1",
     vulnerable="L2 runs with a null selector in HOST_TR_SELECTOR",
     correct="VM entry fails with error 8, an invalid host-state field",
     edit={

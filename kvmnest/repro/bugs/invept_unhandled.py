@@ -9,6 +9,7 @@ from kvmnest.vmx.outcome import Fault
 
 BUG = Bug(
     subject="nEPT: Nested INVEPT",
+    hash="bfd0a56b9000",
     cve="CVE-2014-3645",
     fixed="v3.12-rc1",
     vulnerable="KVM_RUN ends with an internal error: INVEPT of the guest kills its VM",

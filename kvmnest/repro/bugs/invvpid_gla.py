@@ -9,7 +9,7 @@ from kvmnest.vmx.outcome import VMfailValid
 
 BUG = Bug(
     subject="KVM: nVMX: invvpid handling improvements",
-    fixed="v4.11",
+    fixed="v4.10 or v4.11",
     vulnerable="INVVPID of a linear address that is not canonical succeeds",
     correct="INVVPID fails with error 28",
     edit={

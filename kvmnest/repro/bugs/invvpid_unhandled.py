@@ -9,6 +9,7 @@ from kvmnest.vmx.outcome import Fault
 
 BUG = Bug(
     subject="kvm: vmx: handle invvpid vm exit gracefully",
+    hash="a642fc305053",
     cve="CVE-2014-3646",
     fixed="v3.18-rc2",
     vulnerable="KVM_RUN ends with an internal error: INVVPID of the guest kills its VM",

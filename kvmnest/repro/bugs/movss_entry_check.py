@@ -1,4 +1,7 @@
-"""VM entry in the shadow of MOV SS."""
+"""VM entry in the shadow of MOV SS.
+
+The subject of the commit is not verified: it was not found in the lists' archives.
+"""
 
 import pytest
 

@@ -9,7 +9,7 @@ from kvmnest.vmx import Field, ProcCtl
 
 BUG = Bug(
     subject="KVM: nVMX: Clear nested_run_pending if setting nested state fails",
-    fixed="v4.18/19",
+    fixed="v5.2",
     vulnerable="KVM_RUN fails with EIO: the VM is dead",
     correct="L1 runs on",
     edit={

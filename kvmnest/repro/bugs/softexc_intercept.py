@@ -9,6 +9,7 @@ from kvmnest.vmx.outcome import Exit
 
 BUG = Bug(
     subject="kvm: nVMX: Allow L1 to intercept software exceptions (#BP and #OF)",
+    hash="ef85b6738543",
     cve="CVE-2016-9588",
     fixed="v4.10-rc1",
     vulnerable="#BP of L2, which L1 intercepts, ends KVM_RUN or goes to L2",

@@ -9,7 +9,7 @@ from kvmnest.vmx.outcome import VMfailValid
 
 BUG = Bug(
     subject="KVM: nVMX: Unrestricted guest mode requires EPT",
-    fixed="v4.20 era",
+    fixed="v5.0-rc1",
     vulnerable="L2 runs as an unrestricted guest without EPT",
     correct="VM entry fails with error 7, an invalid control field",
     edit={

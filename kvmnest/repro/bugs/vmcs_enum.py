@@ -1,4 +1,4 @@
-"""IA32_VMX_VMCS_ENUM is 0."""
+"""IA32_VMX_VMCS_ENUM does not cover every field."""
 
 import pytest
 
@@ -9,7 +9,8 @@ from kvmnest.vmx.outcome import Succeed
 
 BUG = Bug(
     subject="KVM: nVMX: Dynamically compute max VMCS index for vmcs12",
-    fixed="v5.18",
+    hash="ba1f82456ba8",
+    fixed="v5.14-rc1",
     vulnerable="IA32_VMX_VMCS_ENUM is below the index of fields that L1 can read",
     correct="no field has a higher index than IA32_VMX_VMCS_ENUM says",
     edit={

@@ -9,7 +9,9 @@ from kvmnest.vmx.outcome import VMfailValid
 
 BUG = Bug(
     subject="KVM: nVMX: restore host state in nested_vmx_vmexit for VMFail",
-    fixed="v4.20/5.0",
+    hash="bd18bffca353",
+    since="4f350c6dbcb9 (v4.14)",
+    fixed="v4.19 or v4.20",
     vulnerable="L1 goes on with L2's page tables and is lost",
     correct="VMLAUNCH fails and L1 goes on",
     death="VmLost: ",

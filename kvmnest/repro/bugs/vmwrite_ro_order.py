@@ -9,7 +9,9 @@ from kvmnest.vmx.outcome import VMfailValid
 
 BUG = Bug(
     subject="kvm: nVMX: VMWRITE checks unsupported field before read-only field",
-    fixed="v5.6",
+    hash="693e02cc2409",
+    since="49f705c5324a (v3.1)",
+    fixed="v5.6-rc1",
     vulnerable="VMWRITE fails with error 13, a read-only field",
     correct="VMWRITE fails with error 12, an unsupported field",
     edit={

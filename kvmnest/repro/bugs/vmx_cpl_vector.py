@@ -9,7 +9,8 @@ from kvmnest.vmx.outcome import Fault
 
 BUG = Bug(
     subject="kvm: nVMX: Fix fault vector for VMX operation at CPL > 0",
-    fixed="v4.18-rc",
+    since="727ba748e110 (v4.18-rc1)",
+    fixed="v4.19",
     vulnerable="VMCLEAR at CPL 3 of L1 is #UD",
     correct="VMCLEAR at CPL 3 is #GP(0)",
     edit={

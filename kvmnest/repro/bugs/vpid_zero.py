@@ -9,7 +9,7 @@ from kvmnest.vmx.outcome import VMfailValid
 
 BUG = Bug(
     subject="nVMX x86: Check VPID value on vmentry of L2 guests",
-    fixed="v4.20 era",
+    fixed="v4.19-rc5",
     vulnerable="L2 runs with VPID 0",
     correct="VM entry fails with error 7, an invalid control field",
     edit={
