@@ -76,13 +76,16 @@ def _check(reproducers: list[Reproducer], options: argparse.Namespace) -> int:
     from kvmnest.repro import check, shown
 
     verdicts = []
-    found = check.check(reproducers, lambda params: target(options, params), shown.load())
-    for verdict in found:
-        verdicts.append(verdict)
-        if not options.json:
-            _tell(verdict)
-    if options.json:
-        print(json.dumps(check.document(verdicts), indent=1))
+    try:
+        for verdict in check.check(
+            reproducers, lambda params: target(options, params), shown.load()
+        ):
+            verdicts.append(verdict)
+            if not options.json:
+                _tell(verdict)
+    finally:  # what was found before Ctrl-C or an error counts
+        if options.json:
+            print(json.dumps(check.document(verdicts), indent=1))
     return check.exit_code(verdicts)
 
 
@@ -175,16 +178,22 @@ def _verify(reproducers: list[Reproducer], options: argparse.Namespace) -> int:
     release = kernels.resolve(options.kernel).release
     lab = Lab(options.kernel, release, options.bochs, parameters(options.kvm_param))
     entries = []
-    for each, seen in verify(reproducers, lab, lambda line: print(line, file=sys.stderr)):
-        entries.append({"id": each.id, "both_ways": seen.both_ways, **asdict(seen)})
-        if options.record:
-            record[each.id] = seen
-            shown.save(options.record, record)
-        if not options.json:
-            print(f"{'BOTH WAYS' if seen.both_ways else 'NOT SHOWN'}  {each.id}: {each.title}")
-            print(f"           {release}: {seen.stock.verdict}: {seen.stock.evidence}")
-            print(f"           bug put back: {seen.put_back.verdict}: {seen.put_back.evidence}")
-            sys.stdout.flush()
-    if options.json:
-        print(json.dumps(entries, indent=1))
+    try:
+        for each, seen in verify(reproducers, lab, lambda line: print(line, file=sys.stderr)):
+            entries.append({"id": each.id, "both_ways": seen.both_ways, **asdict(seen)})
+            if options.record:
+                record[each.id] = seen
+                shown.save(options.record, record)
+            if not options.json:
+                _tell_shown(each, seen)
+    finally:
+        if options.json:
+            print(json.dumps(entries, indent=1))
     return 0 if all(entry["both_ways"] for entry in entries) else 1
+
+
+def _tell_shown(each: Reproducer, seen: Shown) -> None:
+    print(f"{'BOTH WAYS' if seen.both_ways else 'NOT SHOWN'}  {each.id}: {each.title}")
+    print(f"           {seen.kernel}: {seen.stock.verdict}: {seen.stock.evidence}")
+    print(f"           bug put back: {seen.put_back.verdict}: {seen.put_back.evidence}")
+    sys.stdout.flush()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from pathlib import Path
 
@@ -28,5 +29,7 @@ def write(bug_id: str, folder: Path) -> Path:
     except FileExistsError:
         raise UsageError(f"{path} exists already") from None
     except OSError as error:
+        with contextlib.suppress(OSError):
+            path.unlink()
         raise HarnessError(f"cannot write {path}: {error.strerror}") from error
     return path
