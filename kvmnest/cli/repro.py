@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvmnest.cli.lab import add_options, parameters, target
+from kvmnest.cli.lab import add_options, emulator, parameters, target
 from kvmnest.errors import UsageError
 
 if TYPE_CHECKING:
@@ -176,7 +176,7 @@ def _verify(reproducers: list[Reproducer], options: argparse.Namespace) -> int:
         raise UsageError(f"--record is for kvmnest's own reproducers, not for {own[0]}")
     record = shown.start(options.record) if options.record else {}
     release = kernels.resolve(options.kernel).release
-    lab = Lab(options.kernel, release, options.bochs, parameters(options.kvm_param))
+    lab = Lab(options.kernel, release, emulator(options), parameters(options.kvm_param))
     entries = []
     try:
         for each, seen in verify(reproducers, lab, lambda line: print(line, file=sys.stderr)):

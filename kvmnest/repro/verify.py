@@ -8,6 +8,7 @@ from pathlib import Path
 
 from kvmnest.kernel.build import BuildError, build_modules
 from kvmnest.kernel.edits import EditError
+from kvmnest.lab.emulators import Choice
 from kvmnest.repro.check import NO_VERDICT, Verdict, check
 from kvmnest.repro.corpus import Reproducer
 from kvmnest.repro.shown import Seen, Shown
@@ -20,7 +21,7 @@ class Lab:
 
     kernel: str | None
     release: str
-    bochs: str | None = None
+    emulator: Choice
     params: Mapping[str, str] | None = None
 
     def target(self, params: Mapping[str, str], kvm_modules: Path | None) -> LabTarget:
@@ -29,7 +30,7 @@ class Lab:
             kernel=self.kernel,
             kvm_modules=kvm_modules,
             kvm_params={**params, **(self.params or {})},
-            bochs=self.bochs,
+            emulator=self.emulator,
         )
 
 
