@@ -16,6 +16,8 @@ from kvmnest.fuzz.model import FuzzCase
 from kvmnest.fuzz.run import Finding, name_of
 from kvmnest.l1.baseline import L2Mode
 
+_MOST_BITS = 32
+
 Steps = tuple[FuzzCase, ...]
 
 
@@ -37,7 +39,8 @@ def smaller(judge: Judge, case: FuzzCase) -> Iterator[FuzzCase]:
         yield replace(case, mode=L2Mode.LONG)
     for field, value in case.changes.items():
         differing = (value ^ base.get(field, 0)) & field.width.mask
-        if differing & (differing - 1):
+        # A value with more other bits is another one altogether, not one with bits flipped.
+        if 1 < differing.bit_count() <= _MOST_BITS:
             for bit in range(field.width.bits):
                 if differing >> bit & 1:
                     # One bit less, and this bit alone.

@@ -120,10 +120,10 @@ class Lab:
 
         ``on_event`` gets each line that the command writes to ``guest.EVENTS_PATH``,
         ``on_output`` and ``on_error`` its stdout and stderr, ``on_kernel`` kernel warnings.
-        ``idle_limit`` is how many seconds may pass without a sign of life, ``limit`` how many
-        altogether. ``files`` are put into the guest: absolute path -> content. Commands
-        ``python3 -m`` and ``python3 -c`` run in a fork of the guest's first process, which has
-        pytest and its like loaded.
+        ``idle_limit`` is how many seconds may pass without a sign of life (of Bochs' CPU time),
+        ``limit`` how many altogether. ``files`` are put into the guest: absolute path -> content.
+        Commands ``python3 -m`` and ``python3 -c`` run in a fork of the guest's first process,
+        which has pytest and its like loaded.
 
         Raises LabPanic, LabHang, LabLost, LabModuleError with the console's tail.
         """
