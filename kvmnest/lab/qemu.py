@@ -83,6 +83,9 @@ def arguments(emulator: Emulator, memory: int, cpus: int) -> list[str]:
     for name, value in options.items():
         argv += [f"-{name}", value]
     argv += ["-device", "isa-debugcon,iobase=0xe9,chardev=guest"]
+    if emulator.accelerator == "tcg" and cpus == 1:  # several would wait for each other's time
+        # The guest's time is counted in instructions, as in Bochs: a busy host is no lockup.
+        argv += ["-icount", "shift=3"]
     if emulator.sandbox:
         argv += ["-sandbox", _SANDBOX]
     return argv

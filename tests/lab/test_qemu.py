@@ -142,10 +142,13 @@ def test_no_qemu_outlives_its_run(number: signal.Signals, tmp_path: Path) -> Non
         env=environment,
     ) as process:
         assert process.stdout is not None
-        assert process.stdout.readline() == b"up\n"
-        emulator = qemu_of(process.pid)
-        process.send_signal(number)
-        assert process.wait(10) != 0
+        try:
+            assert process.stdout.readline() == b"up\n"
+            emulator = qemu_of(process.pid)
+            process.send_signal(number)
+            assert process.wait(10) != 0
+        finally:
+            process.kill()
     assert gone(emulator)
     if number == signal.SIGINT:
         assert list(tmp_path.iterdir()) == []
