@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import Any
 
 from kvmnest.cli.lab import add_options, emulator, parameters, use_host
@@ -31,6 +30,4 @@ def run(options: argparse.Namespace) -> int:
         return prompt.here()
     settings = parameters(options.kvm_param)
     with Lab(options.kernel, settings, options.kvm_modules, 1, emulator(options)) as lab:
-        if sys.stdin.isatty():
-            print(f"an L1 on {lab.kernel.release} {lab.emulator.where}; type help")
         return prompt.in_lab(lab)

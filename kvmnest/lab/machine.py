@@ -1,5 +1,6 @@
 """``Lab``: boot a kernel in an emulator, run a command in it, stream out what it says."""
 
+import contextlib
 import marshal
 import os
 import shutil
@@ -14,6 +15,7 @@ from kvmnest.lab import bochs, cache, image, kernels, plan, rootfs, snapshot
 from kvmnest.lab.bochs import Bochs
 from kvmnest.lab.emulators import BOCHS, Choice, Running
 from kvmnest.lab.errors import LabRunError, LabSetupError
+from kvmnest.lab.guest import MAILBOX_INTERRUPT
 from kvmnest.lab.saved import SavedBoots
 from kvmnest.lab.session import Session, Sink, Times
 from kvmnest.lab.snapshot import SnapshotError
@@ -160,6 +162,16 @@ class Lab:
             snapshot.fill_mailbox(pid, self._mailbox, marshal.dumps(mail))
         except (SnapshotError, OSError) as e:
             raise LabRunError(f"cannot reach the lab's guest: {e}") from e
+
+    def interrupt(self) -> None:
+        """Set what ``guest.Mailbox.interrupted`` asks for, of the mailbox that got mail last.
+
+        Also from a signal handler, while ``run`` follows the guest; it does nothing before the
+        first ``post``. A later ``post`` does not undo it.
+        """
+        if self._running is not None and self._mailbox:
+            with contextlib.suppress(OSError):  # it ends just now
+                snapshot.poke(self._running.pid, self._mailbox[0] + MAILBOX_INTERRUPT, b"\1")
 
     def _start(self, process: Running, job: dict[str, Any]) -> Sink:
         """Start the emulator in the best way there is; returns what to do when it waits."""

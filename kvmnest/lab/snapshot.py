@@ -236,6 +236,12 @@ def fill_mailbox(pid: int, addresses: list[int], data: bytes) -> None:
         os.pwrite(memory.fileno(), b"\1", addresses[0] + 40)
 
 
+def poke(pid: int, address: int, data: bytes) -> None:
+    """Write into the memory of process ``pid``. Raises OSError."""
+    with open(f"/proc/{pid}/mem", "r+b", buffering=0) as memory:
+        os.pwrite(memory.fileno(), data, address)
+
+
 def resume(pid: int, folder: Path, job: bytes) -> None:
     """Turn process ``pid``, a Bochs that waits at its first prompt, into the saved one.
 
