@@ -191,7 +191,7 @@ def in_lab(lab: Lab) -> int:
     output = Output(_show)
     prompt = Prompt(
         lambda: _stand_ins(stand_ins(types)),
-        f"an L1 on {lab.kernel.release} in the lab; type help",
+        f"an L1 on {lab.kernel.release} {lab.emulator.where}; type help",
     )
     interrupts = _Interrupts(lab) if prompt.terminal else None
     ready = False
