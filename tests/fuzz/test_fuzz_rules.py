@@ -126,7 +126,7 @@ def test_a_missed_check_is_found_shrunk_and_written(tmp_path: Path) -> None:
     found = [f for f in report.findings.values() if Field.GUEST_RFLAGS in f.case.changes]
     assert found
     assert all(f.seen[0] != "VMfailValid" for f in found)
-    changes = {Field.GUEST_FS_LIMIT: 0xFFFFF, Field.GUEST_RFLAGS: 0x28, Field.CR3_TARGET_COUNT: 1}
+    changes = {Field.GUEST_FS_LIMIT: 0xFFFFF, Field.GUEST_RFLAGS: 0x28, Field.EXCEPTION_BITMAP: 0}
     case = FuzzCase(L2Mode.PAE, changes, {"virtual_apic": bytes(4)})
     many = Finding(1, case, ["Exit", 52], JUDGE.verdict(case, ["Exit", 52]))
     assert many.verdict.kind == DISAGREE
