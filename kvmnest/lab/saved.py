@@ -12,6 +12,7 @@ from kvmnest.lab.bochs import Bochs
 from kvmnest.lab.errors import LabLost, LabSetupError
 from kvmnest.lab.guest import MAILBOX_PAGES
 from kvmnest.lab.rootfs import Tree
+from kvmnest.lab.session import Sink
 from kvmnest.lab.snapshot import SnapshotError
 
 _KEPT = 3  # of each kind; some 160 MB each
@@ -29,7 +30,7 @@ class _Step:
     mail: bytes
 
 
-class Saver:
+class _Saver:
     """Called when the guest waits: saves it, if nobody has, and gives it the next mail."""
 
     def __init__(self, process: Bochs, steps: Sequence[_Step]) -> None:
@@ -37,7 +38,6 @@ class Saver:
         self._steps = list(steps)
 
     def __call__(self, mark: bytes) -> None:
-        """Do so. Raises SnapshotError."""
         pid, step = self._process.pid, self._steps.pop(0)
         mailbox: list[int] = []
 
@@ -78,7 +78,7 @@ class SavedBoots:
             *made_of, machine.release, machine.version, _host_cpu(),
         ])  # fmt: skip
 
-    def start(self, process: Bochs, job: dict[str, Any]) -> tuple[Saver, bool]:
+    def start(self, process: Bochs, job: dict[str, Any]) -> tuple[Sink, bool]:
         """Start it in the best way there is.
 
         Returns what to call when the guest waits, and whether an earlier boot is continued.
@@ -98,13 +98,13 @@ class SavedBoots:
                 process.stop()
                 cache.drop(saved)
                 continue
-            return Saver(process, steps[number + 1 :]), True
+            return _Saver(process, steps[number + 1 :]), True
         self._write_image(process)
         process.start(self._memory, self._cpus, saved=True)
         if not process.wait_prompt():
             raise LabLost(f"the emulator did not start: {process.verdict()}")
         process.go_on()
-        return Saver(process, steps), False
+        return _Saver(process, steps), False
 
     def _resume(self, process: Bochs, saved: Path, mail: bytes) -> None:
         """Start an emulator that only has the right shape, and put the saved one into it."""

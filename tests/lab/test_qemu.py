@@ -221,9 +221,9 @@ def test_every_verb_takes_the_option(
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        (["run", "--qemu", "/bin/true"], "--qemu needs --boot qemu"),
-        (["run", "--boot", "qemu", "--bochs", "/bin/true"], "--bochs needs --boot lab"),
-        (["run", "--boot", "qemu", "--target", "kvm"], "--boot needs --target lab"),
+        (["run", "--qemu", "/bin/true", CASE], "--qemu needs --boot qemu"),
+        (["run", "--boot", "qemu", "--bochs", "/bin/true", CASE], "--bochs needs --boot lab"),
+        (["run", "--boot", "qemu", "--target", "kvm", CASE], "--boot needs --target lab"),
         (["bench", "--qemu", "/bin/true"], "--qemu needs --target lab"),
         (["caps", "--target", "kvm", "--boot", "lab"], "--boot needs --target lab"),
     ],
