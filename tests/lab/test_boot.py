@@ -88,7 +88,8 @@ def test_a_run_continues_from_the_snapshot_and_a_bad_one_is_replaced():
     assert lab.times.resumed
     assert lab.times.boot < 20
     # Bytes of another process: the check of addresses must notice, and the run must go on.
-    saved = max((cache.root() / "loaded").iterdir(), key=lambda p: p.stat().st_mtime)
+    assert lab._saved is not None
+    saved = cache.root() / "loaded" / lab._saved._steps({})[1].key
     state = marshal.loads((saved / "state").read_bytes())
     state["fixed"] = [(start, *rest[:-1], "other") for start, *rest in state["fixed"]]
     (saved / "state").write_bytes(marshal.dumps(state))
