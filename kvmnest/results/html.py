@@ -6,6 +6,7 @@ import html
 from collections.abc import Iterator
 from importlib.resources import files
 from typing import Any
+from urllib.parse import quote
 
 from kvmnest.results import diff
 from kvmnest.results.model import OUTCOMES, PATCHES
@@ -53,14 +54,19 @@ def _changes(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
     if not changes:
         yield "<p>No change.</p>"
         return
+    here = {case["id"] for case in new["cases"]}
     yield f"<details open><summary>{len(changes)} changes</summary>"
-    yield "<table class=changes><tr><th>change</th><th>case</th><th>before</th><th>now</th></tr>"
+    yield "<div class=wide><table class=changes>"
+    yield "<tr><th>change</th><th>case</th><th>before</th><th>now</th></tr>"
     for change in changes:
+        name = f"<code>{_text(change.id)}</code>"
+        if change.id in here:
+            name = f'<a href="#{_text(quote(change.id))}">{name}</a>'
         yield (
-            f"<tr><td>{_text(change.kind)}</td><td><code>{_text(change.id)}</code></td>"
+            f"<tr><td>{_text(change.kind)}</td><td>{name}</td>"
             f"<td>{_text(change.before or '-')}</td><td>{_text(change.after or '-')}</td></tr>"
         )
-    yield "</table></details>"
+    yield "</table></div></details>"
 
 
 def _summary(document: dict[str, Any]) -> Iterator[str]:
@@ -75,7 +81,9 @@ def _summary(document: dict[str, Any]) -> Iterator[str]:
             f'<td class="{outcome if row[outcome] else "none"}">{row[outcome] or ""}</td>'
             for outcome in OUTCOMES
         )
-        yield f"<tr><td>{_text(name)}</td>{cells}</tr>"
+        # The attribute is that of the cases: "" for those without a patch.
+        button = f'<button type="button" data-series="{series or ""}">{_text(name)}</button>'
+        yield f"<tr><td>{button}</td>{cells}</tr>"
     total = document["summary"]
     cells = "".join(f"<td>{total[outcome]}</td>" for outcome in OUTCOMES)
     yield f"<tr class=total><td>all</td>{cells}</tr>"
@@ -92,7 +100,7 @@ def _cases(document: dict[str, Any]) -> Iterator[str]:
             body += f"\n\nrerun: {case['rerun']}"
         opened = " open" if outcome in ("failed", "error") else ""
         yield (
-            f'<details class="case {outcome}" data-outcome="{outcome}"'
+            f'<details class="case {outcome}" id="{_text(case["id"])}" data-outcome="{outcome}"'
             f' data-series="{_text(case.get("series"))}"{opened}>'
             f"<summary><b>{outcome}</b> <code>{_text(case['id'])}</code>"
             f" <span>{_text(summary)}</span></summary>"

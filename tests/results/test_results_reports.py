@@ -1,9 +1,12 @@
 """kvmnest diff, report and list, on results files and on the suite."""
 
+import html
 import json
 import re
 import shutil
 import subprocess
+from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 
@@ -132,7 +135,14 @@ def test_html_escapes_everything(files, tmp_path):
     assert "&lt;b&gt;&amp;" in text
     assert "new failure" in text
     assert "kvmnest run a" in text
-    assert not re.search(r"(src|href)=", text)
+    # Links lead to cases of the page itself, and to each that changed and is there.
+    assert not re.search(r"src=", text)
+    links = re.findall(r'href="([^"]*)"', text)
+    assert links
+    ids = set(re.findall(r'<details class="case [a-z]+" id="([^"]*)"', text))
+    assert {html.unescape(unquote(link.removeprefix("#"))) for link in links} <= {
+        html.unescape(name) for name in ids
+    }
 
 
 def test_html_in_a_browser(files, tmp_path):
@@ -141,18 +151,27 @@ def test_html_in_a_browser(files, tmp_path):
         pytest.skip("no chromium: apt-get install chromium")
     page = tmp_path / "out.html"
     assert main(["report", files[1], "--html", str(page)]) == 0
+    passed = next(
+        case["id"]
+        for case in json.loads(Path(files[1]).read_text())["cases"]
+        if case["outcome"] == "passed"
+    )
     done = subprocess.run(
         [
             *(browser, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"),
-            *(f"--user-data-dir={tmp_path}/profile", page.as_uri()),
+            *(f"--user-data-dir={tmp_path}/profile", f"{page.as_uri()}#{passed}"),
         ],
         capture_output=True,
         text=True,
         timeout=120,
         check=False,
     )
-    # The script ran: it counts the cases.
+    # The script ran: it counts the cases, and no patch is chosen.
     assert '<output id="count">5 of 5</output>' in done.stdout
+    assert 'aria-pressed="false"' in done.stdout
+    assert 'aria-pressed="true"' not in done.stdout
+    # It opened the case that the address names.
+    assert re.search(rf'id="{passed}" data-outcome="passed"[^>]* open=""', done.stdout)
 
 
 @pytest.mark.parametrize("where", ["/nonexistent/x.html", "/proc/x.html"])
