@@ -4,7 +4,7 @@ import pytest
 
 from kvmnest.l1 import L1
 from kvmnest.repro import Bug
-from kvmnest.vmx import Field, ProcCtl
+from kvmnest.vmx import Cr4, Field, ProcCtl
 from kvmnest.vmx.outcome import VMfailValid
 
 BUG = Bug(
@@ -12,8 +12,8 @@ BUG = Bug(
     hash="bd18bffca353",
     since="4f350c6dbcb9 (v4.14)",
     fixed="v4.19 or v4.20",
-    vulnerable="L1 goes on with L2's page tables and is lost",
-    correct="VMLAUNCH fails and L1 goes on",
+    vulnerable="KVM takes L2's CR4 for L1's after VMLAUNCH failed, or L1 is lost",
+    correct="VMLAUNCH fails and L1 has the CR4 that it had",
     death="VmLost: ",
     edit={
         "file": "arch/x86/kvm/vmx/nested.c",
@@ -28,12 +28,13 @@ BUG = Bug(
 @pytest.mark.needs(ProcCtl.USE_TPR_SHADOW)
 def test_l1_after_a_late_failure(l1: L1) -> None:
     """KVM leaves the TPR threshold to the processor and has to undo what it loaded before."""
-    cr3 = l1.read_cr(3)
     vmcs = l1.launchable()
     vmcs.set_bits(Field.CPU_BASED_VM_EXEC_CONTROL, ProcCtl.USE_TPR_SHADOW)
     vmcs[Field.VIRTUAL_APIC_PAGE_ADDR] = page = l1.alloc()
     l1.write_int(page + 0x80, 0xF0, 4)  # a TPR that no threshold is above
     vmcs[Field.TPR_THRESHOLD] = 0x10  # bits 31:4 must be 0
+    vmcs.set_bits(Field.GUEST_CR4, Cr4.PSE)  # L1's own is 0
+    cr4 = l1.vcpu.get_sregs().cr4
     # Which error number it is, is another bug: deferred-vmfail.
     assert isinstance(l1.vmlaunch(), VMfailValid)
-    assert l1.read_cr(3) == cr3
+    assert l1.vcpu.get_sregs().cr4 == cr4
