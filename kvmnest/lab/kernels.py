@@ -250,12 +250,13 @@ def forget(release: str) -> str:
     return name
 
 
-def between(first: str, last: str) -> list[str]:
+def between(first: str, last: str, *, plain: bool = False) -> list[str]:
     """Debian's releases from one to another, both included, of the flavour of ``first``.
 
-    Raises KernelSpecError if apt knows one of them not. Empty if ``last`` is older.
+    ``plain`` leaves the cloud flavour out. Raises KernelSpecError if apt knows one of them not.
+    Empty if ``last`` is older.
     """
-    known = {entry.release for entry in available()}
+    known = {e.release for e in available() if not (plain and "-cloud-" in e.release)}
     ends = []
     for spec in (first, last):
         name = debian.match(spec, known)
@@ -272,3 +273,12 @@ def between(first: str, last: str) -> list[str]:
         and low <= debian.version_key(name) <= high
     ]
     return sorted(found, key=debian.version_key)
+
+
+def package_version(release: str) -> str:
+    """Version of Debian's package of a kernel ("6.1.176-1"); "" if apt does not know it."""
+    try:
+        chosen = _choose(release)
+    except LabSetupError:
+        return ""
+    return chosen[0].record(release).get("Version", "") if chosen else ""
