@@ -138,9 +138,25 @@ class Repository:
         """Hashes of the parents of a commit."""
         return self._git("log", "-1", "--format=%P", revision).split()
 
+    def repair(self) -> None:
+        """Undo what a loss of power left of a git that was writing: its lock, half a checkout.
+
+        For a tree that was clean when the bisection began, in which nobody else works.
+        """
+        lock = self.folder / self._git("rev-parse", "--git-path", "index.lock").strip()
+        if lock.exists() and lock.stat().st_mtime < _boot_time():
+            lock.unlink()
+            self._git("reset", "--hard", "--quiet")
+
     def reset(self, place: str) -> None:
         """End the bisection, if there is one, and check ``place`` out."""
         self._git("bisect", "reset", place)
+
+
+def _boot_time() -> int:
+    """When this system was started, in seconds since the epoch."""
+    lines = Path("/proc/stat").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("btime "))
 
 
 @dataclass(frozen=True)
@@ -203,7 +219,11 @@ def bisect(
             raise
         repository.start(header.good, header.bad)
     while True:
-        first = repository.mark(answer().verdict)
+        try:
+            first = repository.mark(answer().verdict)
+        except NotBisectable:
+            repository.reset(header.came_from)
+            raise
         if first:
             tested = {c for c, a in journal.answers.items() if a.verdict == GOOD}
             parents = [p for p in repository.parents(first) if p in tested]

@@ -25,14 +25,15 @@ def add_parser(subparsers: Any) -> None:
         usage="kvmnest bisect --good SPEC --bad SPEC (--case ID | --repro ID) [options] |"
         " kvmnest bisect --git DIR --good REV --bad REV --build CMD ... |"
         " kvmnest bisect step (--case ID | --repro ID) [--kernel SPEC] [--kvm-modules DIR] |"
-        " kvmnest bisect log [--git DIR | --state FILE]",
+        " kvmnest bisect log [--git DIR | --state PATH] | kvmnest bisect stop [--state DIR]",
         description="Without --git: over Debian's kernels between two, or --kernels. With --git:"
         " over commits, each built with CMD. step: one answer, for `git bisect run`. log: the"
-        " steps of the last search.",
-        epilog="exit codes: 0 found (step: good), 1 step: bad, 125 step: cannot be tested,"
-        " 2 usage or good and bad are not, 3 harness or environment error, 130 interrupted",
+        " steps of the last search. stop: give up a search of --boot reboot.",
+        epilog="exit codes: 0 found, or the machine restarts (step: good), 1 step: bad, 125 step:"
+        " cannot be tested, 2 usage or good and bad are not, 3 harness or environment error, 130"
+        " interrupted",
     )
-    parser.add_argument("words", nargs="*", metavar="step|log")
+    parser.add_argument("words", nargs="*", metavar="step|log|stop")
     parser.add_argument("--good", metavar="SPEC|REV")
     parser.add_argument("--bad", metavar="SPEC|REV")
     parser.add_argument("--case", metavar="ID", help="case, or file of cases, of the suite")
@@ -50,12 +51,25 @@ def add_parser(subparsers: Any) -> None:
         " of kvmnest; with --git the git directory)",
     )  # fmt: skip
     parser.add_argument("--continue", dest="go_on", action="store_true", help="go on")
+    parser.add_argument(
+        "--boot", choices=("lab", "reboot"), default="lab", help="where a kernel runs: in the"
+        " software lab, or on this machine, restarted into it (default: lab)",
+    )  # fmt: skip
     add_options(parser)
+    group = parser.add_argument_group("--boot reboot")
+    group.add_argument("--install", metavar="CMD", help="installs what --build built (default:"
+        " make INSTALL_MOD_STRIP=1 modules_install install)")  # fmt: skip
+    group.add_argument("--release", metavar="CMD", help="prints the release of what --build built"
+        " (default: make -s kernelrelease)")  # fmt: skip
+    group.add_argument("--keep-kernels", action="store_true", help="remove no kernel afterwards")
+    group.add_argument("--stay", action="store_true", help="at the end do not restart into the"
+        " kernel that ran at the beginning")  # fmt: skip
+    group.add_argument("--dry-run", action="store_true", help="print the commands, change nothing")
 
 
 def run(options: argparse.Namespace) -> int:
     """Run the verb."""
-    if options.words not in ([], ["step"], ["log"]):
+    if options.words not in ([], ["step"], ["log"], ["stop"]):
         raise UsageError(f"unexpected: {' '.join(options.words)}")
     if options.words == ["log"]:
         return _log(options)
@@ -63,13 +77,31 @@ def run(options: argparse.Namespace) -> int:
         raise UsageError(f"--repeat must be at least 1, not {options.repeat}")
     if options.build_limit is not None and options.build_limit <= 0:
         raise UsageError(f"--build-limit must be above 0, not {options.build_limit:g}")
-    if options.words:
+    if options.words == ["step"]:
+        if options.boot == "reboot":
+            raise UsageError("step boots the lab: this machine is not restarted by it")
         return _step(_plan(options))
+    if options.boot == "reboot" or options.words == ["stop"]:
+        return _reboot(options)
+    given = _given(options, *_REBOOT_ONLY)
+    if given:
+        raise UsageError(f"{given} needs --boot reboot")
     signal.signal(signal.SIGTERM, _terminated)
     plan = _plan(options)
     if not (options.good and options.bad) and not (options.git and options.go_on):
         raise UsageError("say --good and --bad")
     return _commits(options, plan) if options.git else _kernels(options, plan)
+
+
+_REBOOT_ONLY = ("install", "release", "keep_kernels", "stay", "dry_run")
+_LAB_ONLY = ("kernel", "kvm_modules", "bochs")
+_SEARCH = ("case", "repro", "good", "bad", "git", "kernels", "build", "kvm_param", *_REBOOT_ONLY)
+
+
+def _given(options: argparse.Namespace, *names: str) -> str:
+    """The first of these options that is given, as one writes it."""
+    found = (f"--{name.replace('_', '-')}" for name in names if getattr(options, name))
+    return next(found, "")
 
 
 def _plan(options: argparse.Namespace) -> Plan:
@@ -168,12 +200,73 @@ def _told(search: Callable[[], list[str]], hint: str | Callable[[], str]) -> int
     return 0
 
 
+def _reboot(options: argparse.Namespace) -> int:
+    from kvmnest.bisect.reboot import dry, fitness, session, state
+    from kvmnest.bisect.reboot.commands import Commands
+    from kvmnest.bisect.reboot.host import RebootNeeded
+    from kvmnest.bisect.reboot.machine import Machine
+
+    folder = (options.state or state.FOLDER).resolve()
+    if options.dry_run:
+        dry.dry_run(_reboot_plan(options), folder, _say)
+        return 0
+    fitness.require_root()
+    machine = Machine(Commands(), folder / "state.json")
+    with state.locked(folder):
+        if options.go_on or options.words:
+            given = _given(options, *_SEARCH)
+            if given:
+                raise UsageError(f"{given} is settled already, in {folder}")
+            found = state.load(folder)
+            if found is None:
+                raise UsageError(f"nothing to continue in {folder}")
+            if options.words:
+                session.stop(found)
+        else:
+            found = session.begin(
+                folder, _reboot_plan(options), machine, keep_kernels=options.keep_kernels,
+                stay=options.stay,
+            )  # fmt: skip
+        try:
+            return session.go_on(found, machine, _say)
+        except RebootNeeded as needed:
+            _say(f"restarting into {needed.into}; it goes on by itself: journalctl -u {_UNIT}")
+            machine.reboot()
+            return 0
+
+
+_UNIT = "kvmnest-bisect"
+
+
+def _reboot_plan(options: argparse.Namespace) -> Plan:
+    from dataclasses import replace
+
+    from kvmnest.bisect.plan import choose_kernels
+    from kvmnest.bisect.reboot.candidates import INSTALL, RELEASE
+
+    given = _given(options, *_LAB_ONLY)
+    if given:
+        raise UsageError(f"{given} is for the lab, not for --boot reboot")
+    if not (options.good and options.bad):
+        raise UsageError("say --good and --bad")
+    plan = _plan(options)
+    if options.git:
+        if not plan.build:
+            raise UsageError("--git needs --build CMD")
+        install, release = options.install or INSTALL, options.release or RELEASE
+        return replace(plan, install=install, release=release)
+    names = choose_kernels(options.kernels, options.good, options.bad, plain=True)
+    return replace(plan, kernels=names)
+
+
 def _log(options: argparse.Namespace) -> int:
     from kvmnest.bisect import git, journal
     from kvmnest.bisect.plan import folder
+    from kvmnest.bisect.reboot.state import journal_in
 
     if options.state or options.git:
         path = options.state or git.Repository(options.git.resolve()).journal
+        path = journal_in(path) if path.is_dir() else path
     else:
         found = sorted(folder().glob("*.jsonl"), key=lambda path: path.stat().st_mtime)
         if not found:

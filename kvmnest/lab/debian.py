@@ -11,7 +11,7 @@ from kvmnest.lab import tools
 from kvmnest.lab.errors import KernelSpecError, LabSetupError
 
 _NAME = re.compile(r"linux-image-(\d+\.\d+\.\d+\S*?-(?:cloud-|rt-)?amd64)$")
-_SECURE = (
+SECURE = (
     "-oAPT::Get::AllowUnauthenticated=false",
     "-oAcquire::AllowInsecureRepositories=false",
     "-oAcquire::AllowWeakRepositories=false",
@@ -53,7 +53,7 @@ class Apt:
 
     def __init__(self, options: Iterable[str] = ()) -> None:
         """Use apt with extra ``options``."""
-        self._options = (*_SECURE, *options)
+        self._options = (*SECURE, *options)
 
     def releases(self) -> list[str]:
         """Releases of the kernel images that apt knows."""
@@ -155,7 +155,7 @@ def private_apt(folder: Path) -> Apt:
         "-oAPT::Sandbox::User=",
         "-oAcquire::Languages=none",
     )
-    tools.run(["apt-get", *_SECURE, *options, "-q", "update"], "apt-get update")
+    tools.run(["apt-get", *SECURE, *options, "-q", "update"], "apt-get update")
     return Apt(options)
 
 
