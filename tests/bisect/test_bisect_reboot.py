@@ -86,8 +86,10 @@ def test_power_loss_at_every_moment(tmp_path, monkeypatch):
     for cut in range(1, whole.events + 1):
         folder = tmp_path / str(cut)
         folder.mkdir()
-        sim, code, again, _ = bisect(folder, monkeypatch, told, {cut})
+        sim, code, again, said = bisect(folder, monkeypatch, told, {cut})
         assert (code, again[-1]) == (0, result[-1]), cut
+        missed = [line for line in said if "did not come up" in line]
+        assert all(line.startswith(NAMES[2]) for line in missed), cut
         names = [line.split()[1] for line in again if line.startswith(("before", "since"))]
         assert names == [f"{NAMES[FIRST_BAD - 1]}:", f"{NAMES[FIRST_BAD]}:"], cut
         require_as_found(sim)
@@ -283,6 +285,16 @@ def test_given_up(tmp_path):
     assert state.load(tmp_path).result == ["given up"]
     require_as_found(sim)
     assert begin(sim)().phase == state.PREPARE
+
+
+def test_given_up_before_a_restart_that_was_arranged(tmp_path):
+    sim = Sim(tmp_path, outcomes())
+    with pytest.raises(session.RebootNeeded):
+        session.go_on(begin(sim)(), sim, print)
+    found = state.load(tmp_path)
+    session.stop(found)
+    assert session.go_on(found, sim, print) == 0
+    require_as_found(sim)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"schema": 0}', '{"schema": 1}'])
