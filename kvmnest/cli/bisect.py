@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvmnest.cli.lab import add_options, parameters
-from kvmnest.errors import UsageError
+from kvmnest.errors import KvmnestError, UsageError
 
 if TYPE_CHECKING:
     from kvmnest.bisect.plan import Plan
@@ -30,8 +30,8 @@ def add_parser(subparsers: Any) -> None:
         " over commits, each built with CMD. step: one answer, for `git bisect run`. log: the"
         " steps of the last search. stop: give up a search of --boot reboot.",
         epilog="exit codes: 0 found, or the machine restarts (step: good), 1 step: bad, 125 step:"
-        " cannot be tested, 2 usage or good and bad are not, 3 harness or environment error, 130"
-        " interrupted",
+        " cannot be tested, 129 step: usage, harness or environment error, 2 usage or good and"
+        " bad are not, 3 harness or environment error, 130 interrupted",
     )
     parser.add_argument("words", nargs="*", metavar="step|log|stop")
     parser.add_argument("--good", metavar="SPEC|REV")
@@ -80,7 +80,7 @@ def run(options: argparse.Namespace) -> int:
     if options.words == ["step"]:
         if options.boot == "reboot":
             raise UsageError("step boots the lab: this machine is not restarted by it")
-        return _step(_plan(options))
+        return _step(options)
     if options.boot == "reboot" or options.words == ["stop"]:
         return _reboot(options)
     given = _given(options, *_REBOOT_ONLY)
@@ -135,10 +135,19 @@ def _plan(options: argparse.Namespace) -> Plan:
     )
 
 
-def _step(plan: Plan) -> int:
+#: Above 127 stops ``git bisect run``, to which 2 and 3 would mean bad.
+_NO_ANSWER = 129
+
+
+def _step(options: argparse.Namespace) -> int:
     from kvmnest.bisect.probe import EXIT_CODES
 
-    answer = plan.question.ask(plan.kernel, _modules(plan, Path()))
+    try:
+        plan = _plan(options)
+        answer = plan.question.ask(plan.kernel, _modules(plan, Path()))
+    except KvmnestError as error:
+        print(f"kvmnest: {error}", file=sys.stderr)
+        return _NO_ANSWER
     print(f"{answer.verdict}: {answer.text}")
     return EXIT_CODES[answer.verdict]
 

@@ -104,9 +104,11 @@ def test_the_journal_of_another_search(history):
         find(history, asker(history, asked), question="b", go_on=True)
 
 
-def test_only_skipped_commits_left(history):
+def test_only_skipped_commits_left(history, git_call):
     with pytest.raises(git.NotBisectable, match="only skipped"):
         find(history, asker(history, [], skip=range(1, 15)))
+    assert git_call(history, "symbolic-ref", "--short", "HEAD") == "topic"
+    assert not git.Repository(history).bisecting
 
 
 def test_ends_that_are_not_as_stated(history, git_call):

@@ -2,14 +2,17 @@
 
 import json
 import subprocess
+import sys
 
 import pytest
 
 from kvmnest.bisect import plan
 from kvmnest.bisect.probe import BAD, GOOD, SKIP, Answer, Question
 from kvmnest.cli.main import main
+from kvmnest.errors import HarnessError
 from kvmnest.lab import debian, kernels
 from kvmnest.lab.decompress import decompress
+from kvmnest.lab.errors import LabSetupError
 
 CASE = "test_vmxon.py"
 NAMES = [f"6.1.0-{number}-amd64" for number in range(40, 48)]
@@ -122,6 +125,24 @@ def test_what_a_step_says(told, capsys):
     answers["6.1"] = Answer(SKIP, "panic", kind="no start")
     assert main(["bisect", "step", "--case", CASE, "--kernel", "6.1"]) == 125
     assert capsys.readouterr().out == "skip: no start: panic\n"
+
+
+@pytest.mark.parametrize("error", [HarnessError("no disk"), LabSetupError("no bochs")])
+def test_a_step_without_an_answer_stops_git_bisect_run(told, capsys, history, error):
+    """To git everything up to 127 but 125 would be a verdict on the commit."""
+    answers, _ = told
+    answers["6.1"] = error
+    words = ["bisect", "step", "--case", CASE, "--kernel", "6.1"]
+    code = main(words)
+    assert capsys.readouterr().err == f"kvmnest: {error}\n"
+    assert main(["bisect", "step", "--case", "x", "--repro", "y"]) == code
+    run = ["git", "bisect", "run", sys.executable, "-c", f"exit({code})"]
+    subprocess.run(["git", "bisect", "start", "HEAD", "HEAD~15"], cwd=history, check=True)
+    done = subprocess.run(run, cwd=history, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "first bad commit" not in done.stdout
+    log = subprocess.run(["git", "bisect", "log"], cwd=history, capture_output=True, text=True)
+    assert log.stdout.count("git bisect bad") + log.stdout.count("git bisect good") == 0
 
 
 @pytest.fixture(scope="module")
