@@ -279,6 +279,6 @@ def package_version(release: str) -> str:
     """Version of Debian's package of a kernel ("6.1.176-1"); "" if apt does not know it."""
     try:
         chosen = _choose(release)
+        return chosen[0].record(release).get("Version", "") if chosen else ""
     except LabSetupError:
         return ""
-    return chosen[0].record(release).get("Version", "") if chosen else ""

@@ -38,7 +38,7 @@ class Sim:
         self.kernel = HOME
         self.booted_with = None
         self.tested = []
-        self.lost_in_case = set()
+        self.blamed = set()
         self.full = False
         self.clears_choice = True
 
@@ -51,13 +51,15 @@ class Sim:
             raise PowerLost
 
     def _lost_before(self):
-        # Twice in the case of one kernel cannot be told from a kernel that crashes.
+        # Twice in the case of one kernel, or twice before it is noted that it came up, cannot be
+        # told from a kernel that crashes, or does not boot.
         path = self.folder / "state.json"
         trial = json.loads(path.read_text())["trial"] if path.exists() else None
-        if trial is None or trial["phase"] != state.TEST:
+        came_up = trial and trial["phase"] == state.ARMED and trial["release"] == self.kernel
+        if not came_up and not (trial and trial["phase"] == state.TEST):
             return False
-        known = trial["name"] in self.lost_in_case
-        self.lost_in_case.add(trial["name"])
+        known = (trial["name"], trial["phase"]) in self.blamed
+        self.blamed.add((trial["name"], trial["phase"]))
         return known
 
     def start(self):

@@ -1,6 +1,7 @@
 """Bisections by restarts on an acted machine, the power failing at every moment there is."""
 
 import json
+import os
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -86,13 +87,29 @@ def test_power_loss_at_every_moment(tmp_path, monkeypatch):
     for cut in range(1, whole.events + 1):
         folder = tmp_path / str(cut)
         folder.mkdir()
-        sim, code, again, said = bisect(folder, monkeypatch, told, {cut})
+        sim, code, again, _ = bisect(folder, monkeypatch, told, {cut})
         assert (code, again[-1]) == (0, result[-1]), cut
-        missed = [line for line in said if "did not come up" in line]
-        assert all(line.startswith(NAMES[2]) for line in missed), cut
         names = [line.split()[1] for line in again if line.startswith(("before", "since"))]
         assert names == [f"{NAMES[FIRST_BAD - 1]}:", f"{NAMES[FIRST_BAD]}:"], cut
         require_as_found(sim)
+
+
+def test_a_kernel_that_was_not_chosen_yet_has_not_failed_to_boot(tmp_path):
+    """The power fails before the choice of the next boot, as often as a kernel is tried."""
+    sim = Sim(tmp_path, outcomes())
+    real, losses = sim.choose, []
+
+    def choose(release):
+        if len(losses) < TRIES:
+            losses.append(release)
+            raise PowerLost
+        real(release)
+
+    sim.choose = choose
+    said = []
+    assert live(sim, begin(sim), said.append) == 0
+    assert losses == [NAMES[0]] * TRIES
+    assert not [line for line in said if "did not come up" in line]
 
 
 @settings(
@@ -314,6 +331,28 @@ def test_the_state_is_private_and_held_by_one(tmp_path):
         begin(Sim(folder, {}))()
     assert (folder / "state.json").stat().st_mode & 0o077 == 0
     assert json.loads((folder / "state.json").read_text())["plan"]["kernels"] == NAMES
+
+
+def test_a_folder_that_others_can_replace(tmp_path):
+    """Its commands are run as root."""
+    for mode, fails in ((0o777, True), (0o770, True), (0o1777, False), (0o755, False)):
+        tmp_path.chmod(mode)
+        if fails:
+            with (
+                pytest.raises(HarnessError, match=f"{tmp_path} can be changed by other users"),
+                state.locked(tmp_path / "state"),
+            ):
+                pass
+        else:
+            with state.locked(tmp_path / "state"):
+                pass
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives a folder away")
+def test_a_folder_of_somebody_else(tmp_path):
+    os.chown(tmp_path, 65534, 65534)
+    with pytest.raises(HarnessError, match="by other users"), state.locked(tmp_path / "state"):
+        pass
 
 
 def test_parameters_of_every_boot():

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
+import stat
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ from kvmnest.bisect.probe import Answer
 from kvmnest.errors import HarnessError, UsageError
 
 SCHEMA = 1
-FOLDER = Path("/var/lib/kvmnest/bisect")
+FOLDER = Path("/var/lib/kvmnest-bisect")
 
 # Phases of the whole.
 PREPARE, SEARCH, FINISH, DONE = "prepare", "search", "finish", "done"
@@ -118,11 +119,24 @@ def load(folder: Path) -> State | None:
         raise HarnessError(f"{path} is no state of kvmnest bisect: {error}") from error
 
 
+def _require_own(folder: Path) -> None:
+    """Commands in it are run by us: nobody else may be able to replace it. Raises HarnessError."""
+    for path in (folder, *folder.parents):
+        status = path.stat()
+        open_to_others = status.st_mode & 0o022 and not status.st_mode & stat.S_ISVTX
+        if status.st_uid not in (0, os.geteuid()) or open_to_others:
+            raise HarnessError(f"cannot use {folder}: {path} can be changed by other users")
+
+
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder, made private if it is not there. Raises UsageError if another does."""
+    """Hold the folder, made private if it is not there.
+
+    Raises UsageError if another does, HarnessError if it is not private.
+    """
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _require_own(folder)
         folder.chmod(0o700)
         fd = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
