@@ -80,13 +80,16 @@ apt_packages() {
     [ ${#missing[@]} -gt 0 ] || return 0
     need_root install "${missing[@]}"
     echo "${0##*/}: installing ${missing[*]}"
-    if ! as_root apt-get -qq install -y --no-install-recommends "${missing[@]}" \
-        >/dev/null 2>&1 </dev/null; then
-        # The lists may be older than the mirror's files.
-        run_quietly "apt-get update" as_root apt-get -q update
-        run_quietly "apt-get install ${missing[*]}" \
-            as_root apt-get -q install -y --no-install-recommends "${missing[@]}"
-    fi
+    apt_install "${missing[@]}"
+}
+
+# apt_install NAME...: dies with apt's reason.
+apt_install() {
+    as_root apt-get -qq install -y --no-install-recommends "$@" >/dev/null 2>&1 </dev/null &&
+        return
+    # The lists may be older than the mirror's files, or than packages that are installed.
+    run_quietly "apt-get update" as_root apt-get -q update
+    run_quietly "apt-get install $*" as_root apt-get -q install -y --no-install-recommends "$@"
 }
 
 # optional_packages NAME...: for tests that are skipped where these cannot be installed.
@@ -95,9 +98,8 @@ optional_packages() {
     mapfile -t missing < <(missing_packages "$@")
     [ ${#missing[@]} -gt 0 ] || return 0
     echo "${0##*/}: installing ${missing[*]}, if that is possible"
-    as_root apt-get -qq install -y --no-install-recommends "${missing[@]}" \
-        >/dev/null 2>&1 </dev/null ||
-        echo "${0##*/}: not possible; what needs ${missing[*]} is left out"
+    (apt_install "${missing[@]}") ||
+        echo "${0##*/}: what needs ${missing[*]} is left out"
 }
 
 setup() {
@@ -105,7 +107,7 @@ setup() {
     local packages=(binutils bochs bochs-term bochsbios gcc linux-libc-dev vgabios)
     base=$(find_python) || exit
     [ "$base" != /usr/bin/python3 ] || packages+=(python3-venv)
-    [ "$extras" != dev ] || packages+=(shellcheck)
+    [ "$extras" != dev ] || packages+=(qemu-system-x86 shellcheck)
     apt_packages "${packages[@]}"
     [ "$extras" != dev ] || optional_packages vagrant vagrant-libvirt
     [ "$extras" != dev ] || optional_packages grub2-common

@@ -4,7 +4,7 @@ The record is ``kvmnest/data/known.toml``, a list of tables::
 
     [[deviation]]
     case = "test_exits.py::test_pause*"   # fnmatch pattern on the case id
-    target = "any"                        # "any", "kvm" or "lab"
+    target = "any"                        # "any", "kvm", "lab" or "qemu"
     kernels = ">=6.1,<6.13"               # or "any"
     params = { ept = "N" }                # optional: kvm_intel parameters it depends on, and
                                           # nested_roundtrip for that option of the run
@@ -153,8 +153,10 @@ def _entry(path: Path, number: int, entry: dict[str, Any]) -> Deviation:
         raise HarnessError(f"{where}: {str(error).removeprefix('Deviation.__init__() ')}") from None
     except ValueError as error:
         raise HarnessError(f"{where}: {error}") from None
-    if deviation.target not in ("any", "kvm", "lab"):
-        raise HarnessError(f'{where}: target is "any", "kvm" or "lab", not {deviation.target!r}')
+    if deviation.target not in ("any", "kvm", "lab", "qemu"):
+        raise HarnessError(
+            f'{where}: target is "any", "kvm", "lab" or "qemu", not {deviation.target!r}'
+        )
     if not deviation.reason.strip():
         raise HarnessError(f"{where}: a deviation needs a reason")
     return deviation

@@ -4,7 +4,8 @@
 # hands that memory out in 128 KiB blocks, each on the guest's first touch, so the file appears in
 # the guest in the order of touching. The image is one contiguous picture of guest memory from
 # LAB_INFO on; reading one dword per block in ascending order puts every block in its place.
-# A Bochs that maps its memory at once shows the same picture without that.
+# A Bochs that maps its memory at once, and QEMU, whose loader puts the file there, show the same
+# picture without that.
 #
 # The info block (kvmnest/lab/image.py writes it) holds, by page:
 #   +0x0000 boot_params   +0x1000 command line   +0x2000 ACPI tables
@@ -72,7 +73,8 @@ protected:
         movl    %eax, %cr0
         ljmpl   $0x18, $ROM + long_mode - _start
 
-# Tell the host on the debug port, then ask Bochs to stop.
+# Tell the host on the debug port, then ask Bochs to stop, and QEMU (by the keyboard controller) to
+# reset, which ends it.
 refuse:
         movl    $ROM + message - _start, %esi
         movl    $message_end - message, %ecx
@@ -82,6 +84,8 @@ refuse:
         movl    $8, %ecx
         movw    $0x8900, %dx
         rep outsb
+        movb    $0xfe, %al
+        outb    %al, $0x64
         cli
         hlt
 
@@ -92,16 +96,17 @@ long_mode:
         jmp     *%rax
 
 message:
-        .ascii  "KVMNEST-BOOT: this Bochs lays out preloaded memory in an unknown order\n"
+        .ascii  "KVMNEST-BOOT: this emulator lays out preloaded memory in an unknown order\n"
 message_end:
 shutdown:
         .ascii  "Shutdown"
 
         .balign 8
+        # Marked as accessed: a CPU that sets the bit itself writes to a ROM, and KVM would emulate.
 gdt:    .quad   0
-        .quad   0x00cf9a000000ffff              # 0x08: 32-bit code
-        .quad   0x00cf92000000ffff              # 0x10: data
-        .quad   0x00af9a000000ffff              # 0x18: 64-bit code
+        .quad   0x00cf9b000000ffff              # 0x08: 32-bit code
+        .quad   0x00cf93000000ffff              # 0x10: data
+        .quad   0x00af9b000000ffff              # 0x18: 64-bit code
 gdt_pointer:
         .word   . - gdt - 1
         .long   ROM + gdt - _start

@@ -10,6 +10,7 @@ from kvmnest.bisect import command
 from kvmnest.bisect.probe import BAD, GOOD, SKIP, Answer, Question
 from kvmnest.errors import UsageError
 from kvmnest.lab import cache, kernels
+from kvmnest.lab.emulators import Choice
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class Plan:
 
     ``find`` is "bug" or "fix"; ``kernels`` is the list to search, ``git`` the work tree to search
     in instead. ``build`` and the commands of ``--boot reboot`` are run there; ``limit`` is for
-    ``build``, in seconds.
+    ``build``, in seconds. ``boot`` is where kernels are booted, ``emulator`` the program for that.
     """
 
     case: str
@@ -33,19 +34,22 @@ class Plan:
     limit: float | None = None
     kernel: str | None = None
     kvm_modules: str | None = None
-    bochs: str | None = None
+    boot: str = "lab"
+    emulator: str | None = None
     install: str = ""
     release: str = ""
 
     @property
     def question(self) -> Question:
         """What is asked of each kernel."""
-        return Question(self.case, self.params, self.repeat, self.bochs)
+        return Question(self.case, self.params, self.repeat, Choice(self.boot, self.emulator))
 
     @property
     def asked(self) -> str:
         """What makes answers comparable, as text."""
         words = f"{self.find} {self.case} {sorted(self.params.items())}"
+        if self.boot != "lab":
+            words += f" {self.boot}"
         if self.git:
             return f"{words} {self.build}"
         return f"{words} from {self.kernels[0]} to {self.kernels[-1]}"
@@ -83,10 +87,10 @@ def folder() -> Path:
     return path
 
 
-def choose_kernels(given: str | None, good: str, bad: str, *, plain: bool = False) -> list[str]:
+def choose_kernels(given: str | None, good: str, bad: str, *, here: bool = False) -> list[str]:
     """The kernels to search: those ``given`` ("A,B,C"), or Debian's, from ``good`` to ``bad``.
 
-    ``plain`` leaves the cloud flavour out, which has no drivers for hardware. Raises UsageError.
+    ``here``: those that this system can install and boot. Raises UsageError.
     """
     if given:
         names = given.split(",")
@@ -94,7 +98,7 @@ def choose_kernels(given: str | None, good: str, bad: str, *, plain: bool = Fals
             raise UsageError("--kernels must hold --good and --bad")
         names = names[names.index(good) : names.index(bad) + 1]
     else:
-        names = kernels.between(good, bad, plain=plain)
+        names = kernels.between(good, bad, here=here)
     if len(names) < 2:
         raise UsageError(f"no kernels from {good} to {bad}: are they swapped?")
     return names

@@ -10,6 +10,7 @@ from pathlib import Path
 from kvmnest import host
 from kvmnest.errors import KvmnestError, UsageError
 from kvmnest.known import same_parameter
+from kvmnest.lab.emulators import BOCHS, Choice
 from kvmnest.lab.errors import LabSetupError
 from kvmnest.results.environment import why_not_kvm
 from kvmnest.results.lab_target import LabTarget
@@ -53,7 +54,7 @@ class Question:
     case: str
     params: Mapping[str, str]
     repeat: int = 1
-    bochs: str | None = None
+    emulator: Choice = BOCHS
 
     def ask(self, kernel: str | None, kvm_modules: Path | None = None) -> Answer:
         """Boot a kernel in the lab and run the case.
@@ -84,7 +85,10 @@ class Question:
 
     def _once(self, modules: list[str], kernel: str | None, kvm_modules: Path | None) -> Answer:
         target = LabTarget(
-            kernel=kernel, kvm_modules=kvm_modules, kvm_params=self.params, bochs=self.bochs
+            kernel=kernel,
+            kvm_modules=kvm_modules,
+            kvm_params=self.params,
+            emulator=self.emulator,
         )
         return self._run(target, modules)
 

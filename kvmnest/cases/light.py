@@ -237,6 +237,7 @@ class Runner:
         return {
             "outcome": verdict.kind(error, when),
             "summary": verdict.summary(error),
+            "raised": verdict.raised(error),
             "detail": f"{text}\n{explain.context(values.values(), '')}",
         }
 

@@ -21,10 +21,16 @@ def kind(error: BaseException, when: str) -> str:
     return "failed"
 
 
+def raised(error: BaseException) -> str:
+    """Name of the exception, "" if it was a failed assertion."""
+    name = type(error).__name__
+    return "" if isinstance(error, AssertionError) or name == "Failed" else name
+
+
 def summary(error: BaseException) -> str:
     """One line that says what happened."""
     first = str(error).strip().partition("\n")[0]
-    name = type(error).__name__
-    if isinstance(error, AssertionError) or name == "Failed":
-        return first or name
+    name = raised(error)
+    if not name:
+        return first or type(error).__name__
     return f"{name}: {first}" if first else name

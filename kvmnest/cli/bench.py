@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from kvmnest.cli.lab import add_options, parameters
+from kvmnest.cli.lab import add_options, emulator, lab_only, parameters
 from kvmnest.errors import HarnessError, UsageError
 
 
@@ -16,7 +16,7 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "bench",
         help="measure L1s, resets, commands and VM entries against a bare KVM_RUN",
-        description="Times in a lab are times of its guest: instructions at 100 million a second.",
+        description="Times in Bochs are those of its guest: 100 million instructions a second.",
         epilog="exit codes: 0 measured, 2 usage, 3 harness or environment error",
     )
     parser.add_argument(
@@ -33,7 +33,8 @@ def add_parser(subparsers: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run the verb."""
     old = load(options.compare)["seconds"] if options.compare else {}
-    found = _in_lab(options) if options.target == "lab" else _here(options)
+    in_lab = options.target == "lab" or options.boot
+    found = _in_lab(options) if in_lab else _here(options)
     if options.json:
         try:
             options.json.write_text(f"{json.dumps(found, indent=1)}\n", encoding="utf-8")
@@ -52,8 +53,8 @@ def run(options: argparse.Namespace) -> int:
 def _here(options: argparse.Namespace) -> dict[str, Any]:
     from kvmnest.bench.measure import measure
 
-    if options.kernel or options.kvm_modules or options.kvm_param or options.bochs:
-        raise UsageError("options of the lab need --target lab")
+    if given := lab_only(options):
+        raise UsageError(f"{given} needs --target lab")
     return measure()
 
 
@@ -62,7 +63,7 @@ def _in_lab(options: argparse.Namespace) -> dict[str, Any]:
 
     output = bytearray()
     settings = parameters(options.kvm_param)
-    with Lab(options.kernel, settings, options.kvm_modules, 1, options.bochs) as lab:
+    with Lab(options.kernel, settings, options.kvm_modules, 1, emulator(options)) as lab:
         command = ["python3", "-m", "kvmnest.bench.measure"]
         status = lab.run(command, on_output=output.extend, idle_limit=300)
     text = output.decode(errors="replace").strip()

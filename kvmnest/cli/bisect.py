@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvmnest.cli.lab import add_options, parameters
+from kvmnest.cli.lab import add_options, emulator, parameters
 from kvmnest.errors import KvmnestError, UsageError
 
 if TYPE_CHECKING:
@@ -51,12 +51,10 @@ def add_parser(subparsers: Any) -> None:
         " of kvmnest; with --git the git directory)",
     )  # fmt: skip
     parser.add_argument("--continue", dest="go_on", action="store_true", help="go on")
-    parser.add_argument(
-        "--boot", choices=("lab", "reboot"), default="lab", help="where a kernel runs: in the"
-        " software lab, or on this machine, restarted into it (default: lab)",
-    )  # fmt: skip
-    add_options(parser)
-    group = parser.add_argument_group("--boot reboot")
+    add_options(parser, boots=("lab", "qemu", "reboot"))
+    group = parser.add_argument_group(
+        "--boot reboot", "each kernel is installed on this machine, which is restarted into it"
+    )
     group.add_argument("--install", metavar="CMD", help="installs what --build built (default:"
         " make INSTALL_MOD_STRIP=1 modules_install install)")  # fmt: skip
     group.add_argument("--release", metavar="CMD", help="prints the release of what --build built"
@@ -79,7 +77,7 @@ def run(options: argparse.Namespace) -> int:
         raise UsageError(f"--build-limit must be above 0, not {options.build_limit:g}")
     if options.words == ["step"]:
         if options.boot == "reboot":
-            raise UsageError("step boots the lab: this machine is not restarted by it")
+            raise UsageError("step has no --boot reboot: a restart ends git bisect run")
         return _step(options)
     if options.boot == "reboot" or options.words == ["stop"]:
         return _reboot(options)
@@ -94,7 +92,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 _REBOOT_ONLY = ("install", "release", "keep_kernels", "stay", "dry_run")
-_LAB_ONLY = ("kernel", "kvm_modules", "bochs")
+_LAB_ONLY = ("kernel", "kvm_modules", "bochs", "qemu")
 _SEARCH = ("case", "repro", "good", "bad", "git", "kernels", "build", "kvm_param", *_REBOOT_ONLY)
 
 
@@ -106,14 +104,19 @@ def _given(options: argparse.Namespace, *names: str) -> str:
 
 def _plan(options: argparse.Namespace) -> Plan:
     from kvmnest.bisect import plan
+    from kvmnest.lab.emulators import BOCHS
 
+    # With --boot reboot there is none.
+    chosen = BOCHS if options.boot == "reboot" else emulator(options)
     if bool(options.case) == bool(options.repro):
         raise UsageError("say one of --case and --repro")
     case, params = options.case, parameters(options.kvm_param)
     if options.repro:
         from kvmnest.repro import corpus
 
-        bugs = corpus.load().select([options.repro])
+        if corpus.is_file(options.repro):
+            raise UsageError(f"--repro takes an id, not a file ({options.repro})")
+        bugs = corpus.select([options.repro])
         if len(bugs) > 1:
             names = ", ".join(bug.id for bug in bugs)
             raise UsageError(f"{options.repro} names several bugs, say one: {names}")
@@ -131,7 +134,8 @@ def _plan(options: argparse.Namespace) -> Plan:
         limit=options.build_limit,
         kernel=options.kernel,
         kvm_modules=options.kvm_modules,
-        bochs=options.bochs,
+        boot=chosen.boot,
+        emulator=chosen.program,
     )
 
 
@@ -264,7 +268,7 @@ def _reboot_plan(options: argparse.Namespace) -> Plan:
             raise UsageError("--git needs --build CMD")
         install, release = options.install or INSTALL, options.release or RELEASE
         return replace(plan, install=install, release=release)
-    names = choose_kernels(options.kernels, options.good, options.bad, plain=True)
+    names = choose_kernels(options.kernels, options.good, options.bad, here=True)
     return replace(plan, kernels=names)
 
 

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from kvmnest.cli.lab import add_options, parameters, use_host
+from kvmnest.cli.lab import add_options, emulator, parameters, use_host
 from kvmnest.errors import UsageError
 
 
@@ -66,5 +66,8 @@ def _document(options: argparse.Namespace, word: str | None) -> dict[str, Any]:
     if not word and use_host(options):
         return capabilities.here()
     return capabilities.in_lab(
-        word or options.kernel, parameters(options.kvm_param), options.kvm_modules, options.bochs
+        word or options.kernel,
+        parameters(options.kvm_param),
+        options.kvm_modules,
+        emulator(options),
     )

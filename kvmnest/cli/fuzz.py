@@ -6,10 +6,11 @@ import argparse
 import json
 import os
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from kvmnest.cli.lab import add_options, parameters, use_host
+from kvmnest.cli.lab import add_options, emulator, parameters, use_host
 from kvmnest.errors import HarnessError, UsageError
 
 
@@ -58,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
     machine: Machine = LocalMachine()
     if not use_host(options):
         machine = LabMachine(
-            options.kernel, parameters(options.kvm_param), options.kvm_modules, options.bochs
+            options.kernel, parameters(options.kvm_param), options.kvm_modules, emulator(options)
         )
     chosen = {"seed": seed, "target": machine.name, "kernel": options.kernel}
     chosen |= {"kvm_modules": options.kvm_modules, "kvm_params": options.kvm_param}
@@ -96,13 +97,21 @@ def _print(report: Any) -> None:
 
 def _shrunk(fuzzer: Any, finding: Any) -> Any:
     from kvmnest.fuzz.journal import CRASHED
-    from kvmnest.fuzz.shrink import shrink
+    from kvmnest.fuzz.shrink import NotAgain, Shrinker
 
     if finding.seen[0] == CRASHED:
         return finding
-    small = shrink(fuzzer.machine, fuzzer.judge, finding)
-    changes = " ".join(f"{field.name}={value:#x}" for field, value in small.case.changes.items())
-    print(f"smallest: case {small.number}: {small.case.mode.name} {changes}: {small.verdict.text}")
+    whole = replace(finding, before=fuzzer.before(finding.number))
+    try:
+        small = Shrinker(fuzzer.machine, fuzzer.judge, whole).run()
+    except NotAgain:
+        print(f"case {finding.number} does not show it again, alone or after those before it")
+        return finding
+    for number, case in enumerate((*small.before, small.case)):
+        changes = " ".join(f"{field.name}={value:#x}" for field, value in case.changes.items())
+        what = f"smallest: case {small.number}" if not number else "then"
+        print(f"{what}: {case.mode.name} {changes or 'as it is'}")
+    print(f"ends in {small.verdict.text}")
     return small
 
 

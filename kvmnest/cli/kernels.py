@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import asdict
 from typing import Any
 
 from kvmnest.errors import UsageError
@@ -14,6 +15,8 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "kernels",
         help="list the kernels that the lab can boot; fetch or forget some",
+        description="Kernels of Debian's archive (stable, security, backports), installed on this"
+        " machine, or in the lab's cache. Each release is a SPEC for --kernel.",
         usage="kvmnest kernels [--all] [--json] | kvmnest kernels fetch SPEC... |"
         " kvmnest kernels forget RELEASE...",
         epilog="exit codes: 0 done, 2 usage, 3 apt cannot be asked or a kernel not be fetched",
@@ -40,11 +43,15 @@ def run(options: argparse.Namespace) -> int:
         return 0
     found = kernels.available()
     if not options.all:
-        found = [entry for entry in found if "cloud" in entry.release or entry.cached]
+        found = [e for e in found if "cloud" in e.release or e.cached or e.installed]
     if options.json:
-        print(json.dumps([vars(entry) for entry in found], indent=1))
-    else:
-        for entry in found:
-            print(f"{'cached' if entry.cached else '':6}  {entry.release}")
-        print("also: a .deb, a folder with bzImage or vmlinux and modules, a kernel build tree")
+        print(json.dumps([asdict(entry) for entry in found], indent=1))
+        return 0
+    width = max((len(entry.release) for entry in found), default=0)
+    for entry in found:
+        here = "cached" if entry.cached else "installed" if entry.installed else ""
+        origin = f"{', '.join(entry.suites)}  {entry.version}" if entry.version else "not in Debian"
+        size = f"{entry.size / 1e6:4.0f} MB" if entry.size and not here else ""
+        print(f"{here:9}  {entry.release:{width}}  {size:7}  {origin}")
+    print("also: a .deb, a folder with bzImage or vmlinux and modules, a kernel build tree")
     return 0

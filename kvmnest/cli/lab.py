@@ -2,13 +2,14 @@
 
 import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvmnest.errors import UsageError
 
 if TYPE_CHECKING:
+    from kvmnest.lab.emulators import Choice
     from kvmnest.results.targets import Target
 
 
@@ -18,7 +19,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     verbs = lab.add_subparsers(dest="lab_verb", required=True, metavar="VERB")
     parser = verbs.add_parser(
         "run",
-        help="boot a kernel with nested KVM in Bochs and run COMMAND in it",
+        help="boot a kernel with nested KVM and run COMMAND in it",
         usage="kvmnest lab run [options] -- COMMAND...",
     )
     add_options(parser)
@@ -38,8 +39,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("command", nargs="+", metavar="COMMAND")
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Options that say which lab to boot; shared with ``kvmnest run``."""
+def add_options(parser: argparse.ArgumentParser, boots: Sequence[str] = ("lab", "qemu")) -> None:
+    """Options that say what to boot, and where; shared by all verbs that boot kernels."""
     parser.add_argument(
         "--kernel", metavar="SPEC", help="Debian version (6.1.0-56, 6.12), .deb, or folder"
     )
@@ -51,7 +52,41 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE",
         help="module parameter of kvm_intel or kvm (repeatable)",
     )
+    add_emulator_options(parser, boots)
+
+
+def add_emulator_options(
+    parser: argparse.ArgumentParser, boots: Sequence[str] = ("lab", "qemu")
+) -> None:
+    """Options that say where a kernel is booted."""
+    restart = "; reboot restarts this machine into each kernel" if "reboot" in boots else ""
+    parser.add_argument(
+        "--boot",
+        choices=boots,
+        help="where: lab is Bochs, which emulates VT-x (default); qemu is QEMU with this machine's"
+        f" KVM, which must offer VMX to its guests{restart}",
+    )
     parser.add_argument("--bochs", metavar="PATH", help="the Bochs to use")
+    parser.add_argument("--qemu", metavar="PATH", help="the qemu-system-x86_64 to use")
+
+
+def emulator(options: argparse.Namespace) -> "Choice":
+    """The emulator that the options mean. Raises UsageError if they contradict each other."""
+    from kvmnest.lab.emulators import Choice
+
+    boot = options.boot or "lab"
+    programs = {"lab": "bochs", "qemu": "qemu"}
+    for needs, name in programs.items():
+        if getattr(options, name) and boot != needs:
+            raise UsageError(f"--{name} needs --boot {needs}")
+    return Choice(boot, getattr(options, programs[boot]))
+
+
+def lab_only(options: argparse.Namespace) -> str:
+    """The first of the given options that this machine's /dev/kvm has no use for; "" if none."""
+    names = ("kernel", "kvm_modules", "kvm_param", "boot", "bochs", "qemu")
+    given = (f"--{name.replace('_', '-')}" for name in names if getattr(options, name))
+    return next(given, "")
 
 
 def parameters(settings: list[str]) -> dict[str, str]:
@@ -73,19 +108,13 @@ def use_host(options: argparse.Namespace) -> bool:
     """
     from kvmnest.results.environment import require_kvm, why_not_kvm
 
-    given = {
-        "--kernel": options.kernel,
-        "--kvm-modules": options.kvm_modules,
-        "--kvm-param": options.kvm_param,
-        "--bochs": options.bochs,
-    }
-    lab_only = next((name for name, value in given.items() if value), None)
+    given = lab_only(options)
     if options.target == "kvm":
-        if lab_only:
-            raise UsageError(f"{lab_only} needs --target lab: the host's kernel stays as it is")
+        if given:
+            raise UsageError(f"{given} needs --target lab: the host's kernel stays as it is")
         require_kvm()
         return True
-    return options.target == "auto" and not lab_only and not why_not_kvm()
+    return options.target == "auto" and not given and not why_not_kvm()
 
 
 def target(options: argparse.Namespace, params: Mapping[str, str] | None = None) -> "Target":
@@ -102,7 +131,7 @@ def target(options: argparse.Namespace, params: Mapping[str, str] | None = None)
         kernel=options.kernel,
         kvm_modules=Path(options.kvm_modules) if options.kvm_modules else None,
         kvm_params={**(params or {}), **parameters(options.kvm_param)},
-        bochs=options.bochs,
+        emulator=emulator(options),
     )
 
 
@@ -120,7 +149,7 @@ def run(args: argparse.Namespace) -> int:
         settings,
         args.kvm_modules,
         args.cpus,
-        args.bochs,
+        emulator(args),
         snapshots=not args.cold,
     ) as lab:
         status = lab.run(

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from kvmnest.cli.lab import parameters
+from kvmnest.cli.lab import add_emulator_options, emulator, parameters
 from kvmnest.errors import UsageError
 
 
@@ -55,7 +55,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--state", type=Path, metavar="DIR", help="where results are kept")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all outcomes")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page")
-    parser.add_argument("--bochs", metavar="PATH", help="the Bochs to use")
+    add_emulator_options(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -89,12 +89,12 @@ def _run(options: argparse.Namespace) -> int:
     if options.scheduler is not None:
         from kvmnest.matrix.cluster import Cluster
 
-        engine = Cluster(options.scheduler, out.line, options.bochs)
+        engine = Cluster(options.scheduler, out.line, emulator(options))
     matrix = Matrix(
         options.state or cache.root() / "matrix",
         options.selected,
         options.keyword,
-        options.bochs,
+        emulator(options),
         out.line,
         options.parts,
     )

@@ -56,6 +56,7 @@ def run(options: argparse.Namespace) -> int:
             print(line)
         return 0
     from kvmnest.lab import kernels
+    from kvmnest.lab.emulators import Choice
     from kvmnest.mutants.score import Scorer
 
     release = kernels.resolve(options.kernel).release
@@ -70,7 +71,7 @@ def run(options: argparse.Namespace) -> int:
         kernel=options.kernel,
         release=release,
         results=results,
-        bochs=options.bochs,
+        emulator=Choice(program=options.bochs),
         first_only=options.first_only,
         on_line=lambda line: print(line, flush=True),
     )

@@ -4,10 +4,23 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict
-from typing import Any
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from kvmnest.cli.lab import add_options, target
+from kvmnest.cli.lab import add_options, emulator, parameters, target
+from kvmnest.errors import UsageError
+
+if TYPE_CHECKING:
+    from kvmnest.repro.check import Verdict
+    from kvmnest.repro.corpus import Reproducer
+    from kvmnest.repro.shown import Shown
+
+_USAGE = """kvmnest repro [options] ID... (ids, CVE numbers, files of yours, or all)
+       kvmnest repro list [--json]
+       kvmnest repro show ID
+       kvmnest repro new ID
+       kvmnest repro verify [options] ID..."""
 
 
 def add_parser(subparsers: Any) -> None:
@@ -15,53 +28,172 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "repro",
         help="say whether a kernel has a known bug of nested VMX",
-        usage="kvmnest repro list [--json] | kvmnest repro [options] ID... (or all)",
-        epilog="exit codes: 0 FIXED, 1 VULNERABLE (any of them), 2 usage, 3 harness or environment"
-        " error, 4 NOT APPLICABLE",
+        usage=_USAGE,
+        description="Run reproducers of real bugs. list: all there are, and what was seen on a"
+        " fixed kernel and on one with the bug. show: the script of one. new: write a script to"
+        " start from. verify: run reproducers on a kernel as it is and on the same one with the"
+        " bug put back, in the lab.",
+        epilog="exit codes: 0 FIXED (verify: shown both ways), 1 VULNERABLE (any of them; verify:"
+        " not shown both ways), 2 usage, 3 harness or environment error, 4 NOT APPLICABLE,"
+        " 130 interrupted",
     )
-    parser.add_argument("words", nargs="+", metavar="ID", help="id or CVE of a bug, all, or list")
+    parser.add_argument("words", nargs="+", metavar="ID", help="see above")
     parser.add_argument("--target", choices=("auto", "kvm", "lab"), default="auto")
     parser.add_argument("--json", action="store_true", help="print a JSON document")
+    parser.add_argument(
+        "--record", type=Path, metavar="FILE", help="verify: add what was shown to FILE"
+    )
     add_options(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """Run the verb."""
     from kvmnest.repro import corpus
-    from kvmnest.repro.check import FIXED, VULNERABLE, check, document
 
-    known = corpus.load()
-    if options.words == ["list"]:
-        _list(known, as_json=options.json)
+    verb, *names = options.words
+    if options.record and verb != "verify":
+        raise UsageError("--record is for kvmnest repro verify")
+    if verb == "list":
+        if names:
+            raise UsageError("kvmnest repro list takes no id; kvmnest repro show ID shows one")
+        _list(corpus.load(), as_json=options.json)
         return 0
-    verdicts = check(
-        known.select(options.words), lambda params: target(options, params), known.bugs
-    )
-    if options.json:
-        print(json.dumps(document(verdicts), indent=1))
-    else:
-        for verdict in verdicts:
-            bug = verdict.bug
-            print(f"{verdict.verdict:14} {bug.id}: {bug.title} ({verdict.kernel})")
-            print(f"{'':14} {verdict.evidence}")
-            print(f'{"":14} upstream: "{bug.subject}"{f", {bug.cve}" if bug.cve else ""}')
-    seen = {verdict.verdict for verdict in verdicts}
-    return 1 if VULNERABLE in seen else 0 if FIXED in seen else 4
+    if verb not in ("show", "new", "verify"):
+        return _check(corpus.select(options.words), options)
+    if not names:
+        raise UsageError(f"say which: kvmnest repro {verb} ID")
+    if verb == "verify":
+        return _verify(corpus.select(names), options)
+    for name in names:
+        if verb == "new":
+            _new(name)
+        else:
+            _show(corpus.select([name]))
+    return 0
 
 
-def _list(known: Any, *, as_json: bool) -> None:
+def _check(reproducers: list[Reproducer], options: argparse.Namespace) -> int:
+    from kvmnest.repro import check, shown
+
+    verdicts = []
+    try:
+        for verdict in check.check(
+            reproducers, lambda params: target(options, params), shown.load()
+        ):
+            verdicts.append(verdict)
+            if not options.json:
+                _tell(verdict)
+    finally:  # what was found before Ctrl-C or an error counts
+        if options.json:
+            print(json.dumps(check.document(verdicts), indent=1))
+    return check.exit_code(verdicts)
+
+
+def _tell(verdict: Verdict) -> None:
+    bug, each = verdict.reproducer.bug, verdict.reproducer
+    print(f"{verdict.verdict:14} {each.id}: {each.title} ({verdict.kernel})")
+    print(f"{'':14} {verdict.evidence}")
+    print(f"{'':14} upstream: {_upstream(each)}{f', fixed in {bug.fixed}' if bug.fixed else ''}")
+    sys.stdout.flush()
+
+
+def _upstream(each: Reproducer) -> str:
+    bug = each.bug
+    commit = f'{bug.hash} ("{bug.subject}")' if bug.hash else f'"{bug.subject}"'
+    return f"{commit}{f', {bug.cve}' if bug.cve else ''}"
+
+
+def _list(reproducers: tuple[Reproducer, ...], *, as_json: bool) -> None:
+    from kvmnest.repro import shown
+
+    record = shown.load()
     if as_json:
-        print(json.dumps([asdict(bug) for bug in known.bugs], indent=1))
+        print(json.dumps([_entry(each, record.get(each.id)) for each in reproducers], indent=1))
         return
-    width = max(len(bug.id) for bug in known.bugs)
-    for bug in known.bugs:
-        notes = [note for note in (bug.cve, bug.fixed and f"fixed in {bug.fixed}") if note]
-        shown = f" ({', '.join(notes)})" if notes else ""
-        print(f"{bug.id:{width}}  {bug.title}{shown}")
-        print(f'{"":{width}}  "{bug.subject}"')
-        print(f"{'':{width}}  {bug.case}")
-        print(f"{'':{width}}  {known.kernel}: FIXED; with the bug put back: {bug.vulnerable}")
-    print(
-        f"{len(known.bugs)} bugs; each reproducer passes on {known.kernel} and fails on the same"
-        " kernel with the bug put back (kvmnest mutants)"
-    )
+    for each in reproducers:
+        bug, seen = each.bug, record.get(each.id)
+        print(f"{each.id}: {each.title}")
+        print(f"    {_upstream(each)}")
+        since, fixed = bug.since or "unknown", bug.fixed or "unknown"
+        print(f"    since {since}, fixed in {fixed}{_needs(each)}")
+        if seen is None:
+            print("    not shown yet: kvmnest repro verify", each.id)
+            continue
+        for kernel, what in (
+            (seen.kernel, seen.stock),
+            (f"{seen.kernel} with the bug put back", seen.put_back),
+        ):
+            print(f"    {kernel}: {what.verdict}: {what.evidence}")
+    both = sum(each.id in record and record[each.id].both_ways for each in reproducers)
+    print(f"{len(reproducers)} bugs, {both} of them shown both ways (kvmnest repro verify)")
+
+
+def _needs(each: Reproducer) -> str:
+    wanted = [*each.needs, *(f"{name}={value}" for name, value in each.params.items())]
+    return f", needs {', '.join(wanted)}" if wanted else ""
+
+
+def _entry(each: Reproducer, seen: Shown | None) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return {
+        "id": each.id,
+        "title": each.title,
+        **asdict(each.bug),
+        "needs": list(each.needs),
+        "script": str(each.path),
+        "shown": asdict(seen) if seen else None,
+    }
+
+
+def _show(reproducers: list[Reproducer]) -> None:
+    for each in reproducers:
+        print(f"# {each.path}\n{each.path.read_text(encoding='utf-8')}", end="")
+
+
+def _new(bug_id: str) -> None:
+    from kvmnest.repro import new
+
+    path = new.write(bug_id, Path())
+    print(f"{path}: change it, then")
+    print(f"  kvmnest repro ./{path}           does this kernel have the bug?")
+    print(f"  kvmnest repro verify ./{path}    is it shown both ways?")
+
+
+def _verify(reproducers: list[Reproducer], options: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from kvmnest.lab import kernels
+    from kvmnest.repro import shown
+    from kvmnest.repro.verify import Lab, verify
+
+    if options.target == "kvm":
+        raise UsageError("kvmnest repro verify runs in the lab: the host's kernel stays as it is")
+    if options.kvm_modules:
+        raise UsageError("kvmnest repro verify builds the modules itself: no --kvm-modules")
+    own = [each.path for each in reproducers if not each.shipped]
+    if options.record and own:
+        raise UsageError(f"--record is for kvmnest's own reproducers, not for {own[0]}")
+    record = shown.start(options.record) if options.record else {}
+    release = kernels.resolve(options.kernel).release
+    lab = Lab(options.kernel, release, emulator(options), parameters(options.kvm_param))
+    entries = []
+    try:
+        for each, seen in verify(reproducers, lab, lambda line: print(line, file=sys.stderr)):
+            entries.append({"id": each.id, "both_ways": seen.both_ways, **asdict(seen)})
+            if options.record:
+                record[each.id] = seen
+                shown.save(options.record, record)
+            if not options.json:
+                _tell_shown(each, seen)
+    finally:
+        if options.json:
+            print(json.dumps(entries, indent=1))
+    return 0 if all(entry["both_ways"] for entry in entries) else 1
+
+
+def _tell_shown(each: Reproducer, seen: Shown) -> None:
+    print(f"{'BOTH WAYS' if seen.both_ways else 'NOT SHOWN'}  {each.id}: {each.title}")
+    print(f"           {seen.kernel}: {seen.stock.verdict}: {seen.stock.evidence}")
+    print(f"           bug put back: {seen.put_back.verdict}: {seen.put_back.evidence}")
+    sys.stdout.flush()

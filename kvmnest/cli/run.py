@@ -13,7 +13,7 @@ from types import FrameType
 from typing import Any
 
 from kvmnest.cli.lab import add_options as add_lab_options
-from kvmnest.cli.lab import parameters
+from kvmnest.cli.lab import emulator, lab_only, parameters
 from kvmnest.errors import HarnessError, KvmnestError, UsageError
 from kvmnest.results.environment import require_kvm, why_not_kvm
 from kvmnest.results.lab_target import LabTarget
@@ -94,7 +94,7 @@ def run(options: argparse.Namespace) -> int:
         raise UsageError(f"--budget must be above 0, not {options.budget:g}")
     progress = Progress(sys.stdout, quiet=options.quiet)
     target = _target(options, progress)
-    again = _rerun_prefix(options, target.name)
+    again = _rerun_prefix(options, "kvm" if target.name == "kvm" else "lab")
 
     def rerun(case_id: str) -> str:
         return f"{again} {shlex.quote(case_id)}"
@@ -155,14 +155,7 @@ def _pages(options: argparse.Namespace, done: Run) -> None:
 
 
 def _target(options: argparse.Namespace, progress: Progress) -> Target:
-    lab_only = {
-        "--kernel": options.kernel,
-        "--kvm-modules": options.kvm_modules,
-        "--kvm-param": options.kvm_param,
-        "--bochs": options.bochs,
-        "--cpus": options.cpus != 1,
-    }
-    wants_lab = next((name for name, value in lab_only.items() if value), None)
+    wants_lab = lab_only(options) or ("--cpus" if options.cpus != 1 else "")
     if options.target == "kvm":
         if wants_lab:
             raise UsageError(f"{wants_lab} needs --target lab: the host's kernel stays as it is")
@@ -179,7 +172,7 @@ def _target(options: argparse.Namespace, progress: Progress) -> Target:
         kvm_modules=options.kvm_modules,
         kvm_params=parameters(options.kvm_param),
         cpus=options.cpus,
-        bochs=options.bochs,
+        emulator=emulator(options),
         patience=max(120.0, 4 * options.budget),
         on_line=progress.line,
     )
@@ -204,7 +197,7 @@ def _recorded(options: argparse.Namespace) -> dict[str, Any]:
 
 def _rerun_prefix(options: argparse.Namespace, target: str) -> str:
     words = ["kvmnest", "run", "--target", target]
-    for name in ("kernel", "kvm_modules", "bochs"):
+    for name in ("kernel", "kvm_modules", "boot", "bochs", "qemu"):
         value = getattr(options, name)
         if value is not None:
             words += [f"--{name.replace('_', '-')}", str(value)]

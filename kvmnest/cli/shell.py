@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import Any
 
-from kvmnest.cli.lab import add_options, parameters, use_host
+from kvmnest.cli.lab import add_options, emulator, parameters, use_host
 
 
 def add_parser(subparsers: Any) -> None:
@@ -30,7 +29,5 @@ def run(options: argparse.Namespace) -> int:
     if use_host(options):
         return prompt.here()
     settings = parameters(options.kvm_param)
-    with Lab(options.kernel, settings, options.kvm_modules, 1, options.bochs) as lab:
-        if sys.stdin.isatty():
-            print(f"an L1 on {lab.kernel.release} in the lab; type help")
+    with Lab(options.kernel, settings, options.kvm_modules, 1, emulator(options)) as lab:
         return prompt.in_lab(lab)

@@ -20,6 +20,7 @@ extensions = [
     "sphinx_argparse_cli",
     "documented_modules",
     "documented_formats",
+    "other_pages",
 ]
 exclude_patterns = ["extension"]
 default_role = "code"

@@ -9,6 +9,7 @@ from typing import Any
 
 from kvmnest.cases.capabilities import SCHEMA, read
 from kvmnest.errors import HarnessError, UsageError
+from kvmnest.lab.emulators import BOCHS, Choice
 from kvmnest.vmx import Capabilities
 
 Document = dict[str, Any]
@@ -23,7 +24,7 @@ def in_lab(
     kernel: str | None,
     params: Mapping[str, str] | None = None,
     modules: str | None = None,
-    bochs: str | None = None,
+    emulator: Choice = BOCHS,
 ) -> Document:
     """Of a kernel in the lab. Raises what Lab raises, HarnessError if KVM offers no VMX there."""
     from kvmnest.lab.machine import Lab
@@ -34,7 +35,7 @@ def in_lab(
         nonlocal output
         output += data
 
-    with Lab(kernel, params, modules, 1, bochs) as lab:
+    with Lab(kernel, params, modules, 1, emulator) as lab:
         status = lab.run(
             ["python3", "-m", "kvmnest.cases.capabilities"],
             on_output=take,

@@ -66,6 +66,8 @@ class Executor:
 
     def run(self, case: FuzzCase) -> Seen:
         """Try one case. Raises KvmError if KVM does not even make a VM."""
+        if case.fresh:
+            self.close()
         l1 = self._ready()
         memory = {**base_memory(), **case.memory}
         for label, content in memory.items():

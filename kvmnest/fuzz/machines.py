@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +18,7 @@ from typing import Any, Protocol
 from kvmnest.errors import HarnessError
 from kvmnest.fuzz.execute import Seen
 from kvmnest.fuzz.model import FuzzCase
+from kvmnest.lab.emulators import BOCHS, Choice
 from kvmnest.lab.errors import LabHang, LabLost, LabPanic, LabRunError
 from kvmnest.lab.guest import EVENTS_PATH
 from kvmnest.lab.machine import Lab
@@ -57,17 +59,16 @@ class LabMachine:
     Kernel warnings arrive as events {"kernel": text}, before the end of the case they belong to.
     """
 
-    name = "lab"
-
     def __init__(
         self,
         kernel: str | None = None,
         params: Mapping[str, str] | None = None,
         modules: str | None = None,
-        bochs: str | None = None,
+        emulator: Choice = BOCHS,
     ) -> None:
-        self._make: Callable[[], Lab] = partial(Lab, kernel, params, modules, 1, bochs)
+        self._make: Callable[[], Lab] = partial(Lab, kernel, params, modules, 1, emulator)
         self._make()
+        self.name = emulator.boot
 
     def run(self, cases: Numbered, on_event: OnEvent, journal: Path | None) -> str:
         """See Machine; the lab's crash is not this machine's, so ``journal`` is not needed."""
@@ -157,22 +158,47 @@ def _last_line(output: bytes) -> str:
     return lines[-1] if lines else "the executor said nothing"
 
 
-def try_all(machine: Machine, cases: Sequence[FuzzCase]) -> list[Seen | None]:
-    """What becomes of each case; None for those in which the kernel was lost."""
+class _Enough(Exception):
+    """The sequence that was looked for is found."""
+
+
+def try_sequences(
+    machine: Machine,
+    sequences: Sequence[Sequence[FuzzCase]],
+    enough: Callable[[int, Seen], bool] = lambda index, seen: False,
+) -> list[Seen | None]:
+    """What becomes of the last case of each sequence, which begins with a new L1.
+
+    None for those in which the kernel was lost, and for all after the first of which ``enough``
+    (index of the sequence, outcome) is true. Raises HarnessError if nothing can be tried.
+    """
+    numbered: list[tuple[int, FuzzCase]] = []
+    ends = []
+    for first, *rest in sequences:
+        for case in (replace(first, fresh=True), *rest):
+            numbered.append((len(numbered), case))
+        ends.append(len(numbered))
     found: dict[int, Seen] = {}
-    first = 0
+    at = 0
 
     def take(event: dict[str, Any]) -> None:
-        nonlocal first
+        nonlocal at
         if "start" in event:
-            first = event["start"] + 1
+            at = event["start"]
         elif "end" in event:
-            found[event["end"]] = event["outcome"]
+            found[at] = event["outcome"]
+            if at + 1 in ends and enough(ends.index(at + 1), found[at]):
+                raise _Enough
 
-    while first < len(cases):
-        before = first
-        rest = [(number, cases[number]) for number in range(first, len(cases))]
-        why = machine.run(rest, take, None)
-        if why and first == before:
+    begin = 0
+    while begin < len(numbered):
+        at = -1
+        try:
+            why = machine.run(numbered[begin:], take, None)
+        except _Enough:
+            break
+        if why and at < 0:
             raise HarnessError(f"no case was tried: {why}")
-    return [found.get(number) for number in range(len(cases))]
+        # A sequence in which the kernel was lost is not tried again.
+        begin = next(end for end in ends if end > at)
+    return [found.get(end - 1) for end in ends]

@@ -21,13 +21,15 @@ _AREAS = ("entry_load_msrs", "exit_store_msrs", "exit_load_msrs")
 class FuzzCase:
     """``changes`` against ``base_fields`` of ``mode``; ``memory`` maps payload labels to bytes.
 
-    With ``bare`` the VMCS is the plain baseline of the suite instead, for a reproducer.
+    With ``bare`` the VMCS is the plain baseline of the suite instead, for a reproducer; with
+    ``fresh`` the case gets a new L1, so that nothing of earlier ones is left.
     """
 
     mode: L2Mode = L2Mode.LONG
     changes: Mapping[Field, int] = field(default_factory=dict)
     memory: Mapping[str, bytes] = field(default_factory=dict)
     bare: bool = False
+    fresh: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Names and numbers only."""
@@ -36,6 +38,7 @@ class FuzzCase:
             "changes": {field.name: value for field, value in self.changes.items()},
             "memory": {label: content.hex() for label, content in self.memory.items()},
             "bare": self.bare,
+            "fresh": self.fresh,
         }
 
     @classmethod
@@ -46,6 +49,7 @@ class FuzzCase:
             {Field[name]: int(value) for name, value in found["changes"].items()},
             {label: bytes.fromhex(content) for label, content in found["memory"].items()},
             bool(found["bare"]),
+            bool(found["fresh"]),
         )
 
     def fields(self, base: Mapping[Field, int]) -> dict[Field, int]:

@@ -32,13 +32,18 @@ class _Enough(Exception):
 
 @dataclass
 class Finding:
-    """One thing that disagrees: the first case that shows it, and how many do."""
+    """One thing that disagrees: the first case that shows it, and how many do.
+
+    ``before`` are the cases that ran before it in the same process; after shrinking, those of
+    them without which it does not show.
+    """
 
     number: int
     case: FuzzCase
     seen: Seen
     verdict: Verdict
     count: int = 1
+    before: tuple[FuzzCase, ...] = ()
 
 
 @dataclass
@@ -67,6 +72,7 @@ class Report:
                     "text": finding.verdict.text,
                     "outcome": finding.seen,
                     "case": finding.case.to_json(),
+                    "before": [case.to_json() for case in finding.before],
                 }
                 for finding in self.findings.values()
             ],
@@ -90,6 +96,8 @@ class Fuzzer:
         self.machine, self.journal, self.seed = machine, journal, seed
         self._on_line = on_line
         self._warnings: dict[int, str] = {}
+        #: Numbers of the cases of each process, in order.
+        self._streams: list[list[int]] = []
         self._deadline: float | None = None
         if not journal.facts:
             machine.run([], self._take, journal.path)
@@ -137,17 +145,20 @@ class Fuzzer:
 
     def _batch(self, cases: Numbered) -> None:
         left, running = list(cases), -1
+        stream: list[int] = []
 
         def take(event: dict[str, Any]) -> None:
             nonlocal running
             if "start" in event:
                 running = event["start"]
+                stream.append(running)
             elif "kernel" in event and running >= 0 and _ALARM.search(event["kernel"]):
                 self._warnings[running] = event["kernel"].strip().partition("\n")[0]
             self._take(event)
 
         while left and not self._late():
-            running = -1
+            running, stream = -1, []
+            self._streams.append(stream)
             try:
                 why = self.machine.run(left, take, self.journal.path)
             except _Enough:
@@ -158,6 +169,14 @@ class Fuzzer:
                 self._on_line(f"case {running}: {why}")
                 self.journal.add({"end": running, "outcome": [CRASHED, why]})
             left = [(n, case) for n, case in left if n not in self.journal.outcomes]
+
+    def before(self, number: int) -> tuple[FuzzCase, ...]:
+        """The cases that ran before this one in the same process, as far as this run knows."""
+        for stream in self._streams:
+            if number in stream:
+                earlier = stream[: stream.index(number)]
+                return tuple(self.generator.numbered(self.seed, n) for n in earlier)
+        return ()
 
     def report(self) -> Report:
         """Judge everything that the journal holds."""

@@ -1,15 +1,28 @@
-"""The smallest difference from the base VMCS that still shows what a finding shows."""
+"""The smallest difference from the base VMCS that still shows what a finding shows.
+
+Most findings show in a new L1. One that depends on what KVM remembers of earlier entries needs
+some of those too: a sequence of cases, of which the last is the finding.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
+from kvmnest.fuzz.execute import Seen
 from kvmnest.fuzz.judge import DISAGREE, Judge
-from kvmnest.fuzz.machines import Machine, try_all
+from kvmnest.fuzz.machines import Machine, try_sequences
 from kvmnest.fuzz.model import FuzzCase
 from kvmnest.fuzz.run import Finding, name_of
 from kvmnest.l1.baseline import L2Mode
+
+_MOST_BITS = 32
+
+Steps = tuple[FuzzCase, ...]
+
+
+class NotAgain(Exception):
+    """The finding does not show when its cases are tried again."""
 
 
 def smaller(judge: Judge, case: FuzzCase) -> Iterator[FuzzCase]:
@@ -26,7 +39,8 @@ def smaller(judge: Judge, case: FuzzCase) -> Iterator[FuzzCase]:
         yield replace(case, mode=L2Mode.LONG)
     for field, value in case.changes.items():
         differing = (value ^ base.get(field, 0)) & field.width.mask
-        if differing & (differing - 1):
+        # A value with more other bits is another one altogether, not one with bits flipped.
+        if 1 < differing.bit_count() <= _MOST_BITS:
             for bit in range(field.width.bits):
                 if differing >> bit & 1:
                     # One bit less, and this bit alone.
@@ -48,32 +62,86 @@ def size(judge: Judge, case: FuzzCase) -> tuple[int, ...]:
     return len(case.changes), len(case.memory), bits, case.mode is not L2Mode.LONG, not case.bare
 
 
-def shrink(machine: Machine, judge: Judge, finding: Finding) -> Finding:
-    """Simplify as long as the outcome and the disagreement stay; each round is one run.
+def shorter(steps: Steps) -> Iterator[Steps]:
+    """Without half, a quarter... of the cases before the last, down to one at a time."""
+    before, last = steps[:-1], steps[-1:]
+    part = (len(before) + 1) // 2
+    while part:
+        for start in range(0, len(before), part):
+            yield before[:start] + before[start + part :] + last
+        part = part // 2 if part > 1 else 0
 
-    The broken rules may become fewer, but must be some of those of the beginning (or none, if
-    there were none).
-    """
-    rules = {str(violation) for violation in judge.violations(finding.case)}
-    best = finding
-    while True:
-        candidates = sorted(
-            {str(case.to_json()): case for case in smaller(judge, best.case)}.values(),
-            key=lambda case: size(judge, case),
-        )
-        now = size(judge, best.case)
-        candidates = [case for case in candidates if size(judge, case) < now]
-        worthwhile = []
-        for case in candidates:
-            left = {str(violation) for violation in judge.violations(case)}
-            if left <= rules and bool(left) == bool(rules):
-                worthwhile.append(case)
-        for case, seen in zip(worthwhile, try_all(machine, worthwhile), strict=True):
-            if seen is None or name_of(seen) != name_of(finding.seen):
-                continue
-            verdict = judge.verdict(case, seen)
+
+def simpler(judge: Judge, steps: Steps) -> Iterator[Steps]:
+    """As long, with one of the cases a step simpler."""
+    for index, case in enumerate(steps):
+        now = size(judge, case)
+        found = {str(other.to_json()): other for other in smaller(judge, case)}
+        for other in sorted(found.values(), key=lambda other: size(judge, other)):
+            if size(judge, other) < now:
+                yield (*steps[:index], other, *steps[index + 1 :])
+
+
+class Shrinker:
+    """Simplifies one finding on ``machine``."""
+
+    def __init__(self, machine: Machine, judge: Judge, finding: Finding) -> None:
+        self._machine, self._judge, self._finding = machine, judge, finding
+        self._rules = {str(violation) for violation in judge.violations(finding.case)}
+        self._best = finding
+
+    def run(self) -> Finding:
+        """Simplify as long as the outcome and the disagreement stay; each round is one run.
+
+        The broken rules may become fewer, but must be some of those of the beginning (or none, if
+        there were none). Raises NotAgain if the finding does not show again.
+        """
+        if not self._take(self._beginnings()):
+            raise NotAgain
+        self._shorten()
+        while self._take(simpler(self._judge, self._steps)):
+            pass
+        self._shorten()
+        return self._best
+
+    @property
+    def _steps(self) -> Steps:
+        return (*self._best.before, self._best.case)
+
+    def _beginnings(self) -> Iterator[Steps]:
+        """The finding by itself, then after more and more of the latest cases before it."""
+        last, before = self._finding.case, self._finding.before
+        count = 0
+        while count < len(before):
+            yield (*before[len(before) - count :], last)
+            count = min(len(before), 2 * count or 1)
+        yield (*before, last)
+
+    def _shorten(self) -> None:
+        while self._best.before and self._take(shorter(self._steps)):
+            pass
+
+    def _take(self, candidates: Iterable[Steps]) -> bool:
+        """Try all, and go on with the first that shows the finding; False if none does."""
+        worthwhile = [steps for steps in candidates if self._same_rules(steps[-1])]
+        found: Finding | None = None
+
+        def shows(index: int, seen: Seen) -> bool:
+            nonlocal found
+            if name_of(seen) != name_of(self._finding.seen):
+                return False
+            *before, case = worthwhile[index]
+            verdict = self._judge.verdict(case, seen)
             if verdict.kind == DISAGREE:
-                best = replace(best, case=case, seen=seen, verdict=verdict)
-                break
-        else:
-            return best
+                found = replace(
+                    self._best, case=case, before=tuple(before), seen=seen, verdict=verdict
+                )
+            return found is not None
+
+        try_sequences(self._machine, worthwhile, shows)
+        self._best = found or self._best
+        return found is not None
+
+    def _same_rules(self, case: FuzzCase) -> bool:
+        left = {str(violation) for violation in self._judge.violations(case)}
+        return left <= self._rules and bool(left) == bool(self._rules)

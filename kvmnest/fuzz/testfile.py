@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+
 from kvmnest.fuzz.judge import Judge, shown
-from kvmnest.fuzz.model import FuzzCase
+from kvmnest.fuzz.model import FuzzCase, base_memory
 from kvmnest.fuzz.run import Finding
 from kvmnest.l1.payload import Payload
 from kvmnest.vmx import Field
 from kvmnest.vmx.outcome import EntryFailure, Outcome, VMfailValid
 
 _PAGE = 4096
+_AREA_COUNTS = (
+    Field.VM_ENTRY_MSR_LOAD_COUNT,
+    Field.VM_EXIT_MSR_STORE_COUNT,
+    Field.VM_EXIT_MSR_LOAD_COUNT,
+)
 
 
 def write(finding: Finding, judge: Judge, seed: int, target: str) -> str:
@@ -21,7 +28,7 @@ def write(finding: Finding, judge: Judge, seed: int, target: str) -> str:
     )
     section = prediction.violations[0].section if prediction.violations else "VM Entries"
     kinds = {type(outcome).__name__ for outcome in prediction.failures}
-    if not prediction.must_fail:
+    if not prediction.must_fail or finding.before:
         kinds.add("Exit")
     imports = [f"from kvmnest.vmx.outcome import {', '.join(sorted(kinds))}"]
     names = ["Field", *(["ExitReason"] if "EntryFailure" in kinds else ())]
@@ -44,13 +51,8 @@ def write(finding: Finding, judge: Judge, seed: int, target: str) -> str:
         f'@pytest.mark.sdm("{section}")',
         f"def test_fuzz_{seed}_{finding.number}(l1: L1) -> None:",
         f"    vmcs = l1.launchable(mode=L2Mode.{case.mode.name})",
+        *_entries(finding, judge),
     ]
-    for label, content in case.memory.items():
-        text = content.rstrip(b"\0").hex()
-        lines.append(f'    l1.write(l1.sym("{label}"), bytes.fromhex("{text}"))')
-    for field, value in _differences(case, judge).items():
-        lines.append(f"    vmcs[Field.{field.name}] = {_value(value, judge.payload)}")
-    lines.append("    outcome = l1.vmlaunch()")
     wanted = [f"outcome == {text}" for text in failures]
     if not prediction.must_fail:
         wanted.append("isinstance(outcome, Exit)")
@@ -58,14 +60,34 @@ def write(finding: Finding, judge: Judge, seed: int, target: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _differences(case: FuzzCase, judge: Judge) -> dict[Field, int]:
-    """All fields that differ from the suite's baseline."""
-    plain = judge.base(FuzzCase(case.mode, bare=True))
-    return {
-        field: value
-        for field, value in case.fields(judge.base(case)).items()
-        if plain.get(field) != value
-    }
+def _entries(finding: Finding, judge: Judge) -> Iterator[str]:
+    """What is written before each VM entry, and the entry; only the last one's outcome counts."""
+    now = dict(judge.base(FuzzCase(finding.case.mode, bare=True)))
+    if finding.before:
+        yield "    launched = False"
+    for case in (*finding.before, finding.case):
+        for label, content in _memory(case, judge).items():
+            text = content.rstrip(b"\0").hex()
+            yield f'    l1.write(l1.sym("{label}"), bytes.fromhex("{text}"))'
+        # As the run did it: a field that this case does not have is 0 if an earlier one set it.
+        wanted = {**dict.fromkeys(now, 0), **case.fields(judge.base(case))}
+        for field, value in wanted.items():
+            if now.get(field) != value:
+                yield f"    vmcs[Field.{field.name}] = {_value(value, judge.payload)}"
+        now = wanted
+        if not finding.before:
+            yield "    outcome = l1.vmlaunch()"
+        else:
+            yield "    outcome = l1.vmresume() if launched else l1.vmlaunch()"
+            if case is not finding.case:
+                yield "    launched = launched or isinstance(outcome, Exit)"
+
+
+def _memory(case: FuzzCase, judge: Judge) -> Mapping[str, bytes]:
+    """Memory that the case needs: its own, and the MSR areas if it uses any."""
+    fields = case.fields(judge.base(case))
+    areas = any(value for field, value in fields.items() if field in _AREA_COUNTS)
+    return {**(base_memory() if areas else {}), **case.memory}
 
 
 def _value(value: int, payload: Payload) -> str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvmnest.errors import HarnessError
-from kvmnest.lab import cache, debian, tools
+from kvmnest.lab import cache, debian, kernels, tools
 from kvmnest.lab.errors import LabSetupError
 
 _FORMAT = 1
@@ -46,7 +46,7 @@ def prepare(release: str, apt: debian.Apt | None = None) -> KernelSource:
     """
     found = _noted(release)
     if found is None:
-        found = _fetch(release, apt or debian.Apt())
+        found = _fetch(release, apt or kernels.apt_of(release))
     _require_tools(found)
     return found
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from kvmnest.kvm.memory import Memory as Memory
     from kvmnest.kvm.native import CData as CData
     from kvmnest.kvm.native import ffi as ffi
+    from kvmnest.kvm.state import MsrList as MsrList
     from kvmnest.kvm.system import Kvm as Kvm
     from kvmnest.kvm.vcpu import Vcpu as Vcpu
     from kvmnest.kvm.vm import Vm as Vm
@@ -28,6 +29,7 @@ _HOMES = {
     "KvmMsrError": "errors",
     "KvmUnavailable": "errors",
     "Memory": "memory",
+    "MsrList": "state",
     "Vcpu": "vcpu",
     "Vm": "vm",
     "ffi": "native",

@@ -24,6 +24,20 @@ _TSC_CTRL = 0
 _TSC_OFFSET = 0
 
 
+class MsrList:
+    """Values of MSRs in the form that KVM_SET_MSRS takes, made once for many writes.
+
+    ``batches`` are ``struct kvm_msrs *`` of at most 255 entries, in the order of ``values``.
+    """
+
+    def __init__(self, values: Mapping[int, int]) -> None:
+        items = [(index, 0, value) for index, value in values.items()]
+        self.count = len(items)
+        parts = [items[start : start + MSR_BATCH] for start in range(0, self.count, MSR_BATCH)]
+        pointer = ioctls.SET_MSRS.pointer
+        self.batches = [ffi.new(pointer, {"nmsrs": len(p), "entries": p}) for p in parts]
+
+
 class VcpuState(KvmObject):
     """Everything of a vCPU but running it (which ``Vcpu`` adds)."""
 
@@ -131,20 +145,20 @@ class VcpuState(KvmObject):
         """Read MSRs. Raises KvmMsrError naming the first index that KVM refuses."""
         return self._read_msrs(indices)
 
-    def set_msrs(self, values: Mapping[int, int]) -> int:
+    def set_msrs(self, values: Mapping[int, int] | MsrList) -> int:
         """Write MSRs in order; return how many. Raises KvmMsrError naming the first refused.
 
         Those before the refused one are written.
         """
-        items = list(values.items())
-        row = ioctls.SET_MSRS
-        for start in range(0, len(items), MSR_BATCH):
-            batch = items[start : start + MSR_BATCH]
-            entries = [(index, 0, value) for index, value in batch]
-            done = self.ioctl(row, ffi.new(row.pointer, {"nmsrs": len(batch), "entries": entries}))
-            if done < len(batch):
-                raise KvmMsrError(row.name, self.name, batch[done][0], start + done, len(items))
-        return len(items)
+        prepared = values if isinstance(values, MsrList) else MsrList(values)
+        row, start = ioctls.SET_MSRS, 0
+        for batch in prepared.batches:
+            done = self.ioctl(row, batch)
+            if done < batch.nmsrs:
+                index = batch.entries[done].index
+                raise KvmMsrError(row.name, self.name, index, start + done, prepared.count)
+            start += done
+        return prepared.count
 
     def get_cpuid(self) -> CData:
         """The CPUID leaves of this vCPU: ``struct kvm_cpuid2 *``."""

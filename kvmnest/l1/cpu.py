@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import functools
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -108,6 +109,19 @@ def check_layout(payload: Payload) -> None:
     )
     if not right:
         raise PayloadError("the payload's command slots differ from kvmnest/l1/cpu.py")
+
+
+def _packed(entries: Sequence[tuple[int, int]]) -> bytes:
+    """Entries of the list page. A plain loop over one flat list: this is the hot path."""
+    flat = [0] * (3 * len(entries))
+    flat[0::3] = [key for key, _ in entries]
+    flat[1::3] = [value & 0xFFFFFFFFFFFFFFFF for _, value in entries]
+    return struct.pack(f"<{len(flat)}Q", *flat)
+
+
+@functools.lru_cache(64)
+def _packed_reads(fields: tuple[int, ...]) -> bytes:
+    return _packed([(field, 0) for field in fields])
 
 
 class Cpu:
@@ -259,12 +273,22 @@ class Cpu:
 
     def write_list(self, op: str, entries: Sequence[tuple[int, int]]) -> Command:
         """Put (field, value) pairs into the list page; the command that works through them."""
-        if len(entries) > self.list_entries:
-            raise HarnessError(f"{len(entries)} entries, a list holds {self.list_entries}")
-        view, address = self.l1.memory.view, self.list
-        flat = [part for key, value in entries for part in (key, value & 0xFFFFFFFFFFFFFFFF, 0)]
-        struct.pack_into(f"<{len(flat)}Q", view, address, *flat)
-        return Command(self.l1.payload[op], self.list, op.removeprefix("OP_"), cs=len(entries))
+        return self._put_list(op, _packed(entries))
+
+    def vmread_command(self, fields: tuple[int, ...]) -> Command:
+        """Put fields to be read into the list page; ``read_list`` has their values afterwards."""
+        return self._put_list("OP_VMREAD_LIST", _packed_reads(fields))
+
+    def _put_list(self, op: str, packed: bytes) -> Command:
+        count = len(packed) // LIST_ENTRY.size
+        if count > self.list_entries:
+            raise HarnessError(f"{count} entries, a list holds {self.list_entries}")
+        self.l1.memory.view[self.list : self.list + len(packed)] = packed
+        return Command(self.l1.payload[op], self.list, op.removeprefix("OP_"), cs=count)
+
+    def list_flags(self, count: int) -> tuple[int, ...]:
+        """RFLAGS after each of the first ``count`` entries of the list page."""
+        return struct.unpack_from(f"<{3 * count}Q", self.l1.memory.view, self.list)[2::3]
 
     def read_list(self, count: int) -> list[tuple[int, int, int]]:
         """Return the first ``count`` entries of the list page: key, value, RFLAGS."""

@@ -85,7 +85,7 @@ class Instructions(SystemInstructions):
 
     def vmread_list(self, cpu: Cpu, fields: tuple[int, ...]) -> list[tuple[int, int, int]]:
         """VMREAD several fields in one KVM_RUN: (field, value, RFLAGS) of each."""
-        cpu.submit([cpu.write_list("OP_VMREAD_LIST", [(field, 0) for field in fields])])
+        cpu.submit([cpu.vmread_command(fields)])
         return cpu.read_list(len(fields))
 
     def vmxon(self, address: int | None = None, **how: Unpack[How]) -> Outcome:
@@ -185,7 +185,7 @@ class Instructions(SystemInstructions):
         if "at" not in how:
             command.regs = dict(how.get("regs", {}))
         command.cr2 = command.regs.pop("cr2", 0)
-        reads = cpu.write_list("OP_VMREAD_LIST", [(field, 0) for field in _EXIT_FIELDS])
+        reads = cpu.vmread_command(_EXIT_FIELDS)
         return self._note(command, self._entered(cpu, cpu.submit([command, reads])))
 
     def resume(self, cpu: Cpu | None = None) -> Outcome:

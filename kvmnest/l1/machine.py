@@ -107,7 +107,8 @@ class Machine:
         self._enabled: list[tuple[Cap, int]] = []
         self._slots = [0]
         try:
-            self._load_payload()
+            for address, content in self.payload.segments:
+                self.memory.write(address, content)
             self._vm = self.create_vm()
             self.add_cpu()
         except BaseException:
@@ -235,9 +236,8 @@ class Machine:
         # Leaving VMX operation comes first: other state is refused while L2 runs.
         if self._powered_on.nested is not None:
             vcpu.set_nested_state(self._powered_on.nested)
-        self.memory.write(0, bytes(payload["work_end"]))
+        self.memory.write(0, payload.image)
         self.memory.discard(payload["work_end"])
-        self._load_payload()
         roundtrip.restore(vcpu, self._powered_on)
         self.log.clear()
         self.vmcss.clear()
@@ -247,10 +247,6 @@ class Machine:
     def keep_state(self) -> None:
         """Remember the vCPU's state for ``reset``; to be called before the first command."""
         self._powered_on = roundtrip.save(self, self._vcpus[0])
-
-    def _load_payload(self) -> None:
-        for address, content in self.payload.segments:
-            self.memory.write(address, content)
 
     # --- the budget of a case ---
 

@@ -32,6 +32,14 @@ class Payload:
     symbols: dict[str, int]
     build_id: str
 
+    @functools.cached_property
+    def image(self) -> bytes:
+        """Memory from address 0 to ``work_end`` as it is before the first command."""
+        memory = bytearray(self["work_end"])
+        for address, content in self.segments:
+            memory[address : address + len(content)] = content
+        return bytes(memory)
+
     def __getitem__(self, name: str) -> int:
         """Value of a constant or address of a label; PayloadError when there is none."""
         try:

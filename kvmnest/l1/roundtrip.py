@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from kvmnest.kvm import Cap, Kvm, KvmError, Vcpu
+from kvmnest.kvm import Cap, Kvm, KvmError, MsrList, Vcpu
 
 if TYPE_CHECKING:
     from kvmnest.l1.machine import Machine
@@ -32,6 +33,11 @@ class VcpuState:
     lapic: Any
     nested: bytes | None
     tsc_offset: int | None
+
+    @cached_property
+    def msr_list(self) -> MsrList:
+        """The MSRs as the ioctl takes them; made once, since a reset restores a state often."""
+        return MsrList(self.msrs)
 
 
 _migrated_msrs: WeakKeyDictionary[Kvm, list[int]] = WeakKeyDictionary()
@@ -62,7 +68,7 @@ def save(l1: Machine, vcpu: Vcpu) -> VcpuState:
 def restore(vcpu: Vcpu, state: VcpuState) -> None:
     """Write a vCPU's whole state into a fresh vCPU that has its CPUID already."""
     vcpu.set_sregs(state.sregs)
-    vcpu.set_msrs(state.msrs)
+    vcpu.set_msrs(state.msr_list)
     if state.tsc_offset is not None:
         vcpu.set_tsc_offset(state.tsc_offset)
     vcpu.set_xcrs(state.xcrs)

@@ -74,13 +74,15 @@ class Vmcs:
         results = cpu.submit([cpu.write_list("OP_VMWRITE_LIST", part)])
         if results[0].status != self._l1.payload["STATUS_LIST_DONE"]:
             raise HarnessError(f"VMWRITE faulted with vector {results[0].vector}")
-        for (field, value), (_, _, rflags) in zip(part, cpu.read_list(len(part)), strict=True):
+        for number, rflags in enumerate(cpu.list_flags(len(part))):
             if rflags & _FAILED:
+                self._written.update(part[:number])
+                field, value = part[number]
                 error = "VMfailInvalid"
                 if rflags & _ZF:
                     error = str(self._l1.instruction_error(cpu))
                 raise HarnessError(f"VMWRITE of {field_name(field)} <- {value:#x} failed: {error}")
-            self._written[field] = value
+        self._written.update(part)
 
     def rebase(self, *fields: Field) -> None:
         """Count the present values of these fields to the baseline."""

@@ -5,32 +5,24 @@ interface. The terminal display gets a pseudo terminal of ours, and the guest ne
 """
 
 import contextlib
-import ctypes
-import fcntl
 import os
 import pty
 import select
 import shutil
-import signal
-import subprocess
-import tempfile
 import termios
 import time
 import tty
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvmnest.lab import cache
+from kvmnest.lab.emulators import Running, version_text
 from kvmnest.lab.errors import LabSetupError
 from kvmnest.lab.image import INFO
 from kvmnest.lab.snapshot import ADDR_NO_RANDOMIZE
 
 CPU_MODEL = "corei7_skylake_x"
 IPS = 100_000_000
-_PR_SET_PDEATHSIG = 1
-_PREFIX = "kvmnest-lab-"
 
 _CONFIG = """\
 cpu: model={model}, count={cpus}, ips={ips}, reset_on_triple_fault=0, msrs=msrs.def
@@ -61,6 +53,23 @@ MSRS = """\
 """
 
 
+# Start code that costs much here and serves nothing that a KVM test uses: tracing, BTF for BPF,
+# certificates, debug directories. Names that a kernel does not know are ignored by it.
+_SKIPPED_INITCALLS = (
+    "trace_eval_init", "init_trace_printk_function_export", "init_kprobe_trace",
+    "ftrace_check_for_weak_functions", "tracer_init_tracefs", "load_system_certificate_list",
+    "hugetlb_init", "xenbus_probe_backend_init", "slab_sysfs_init", "cubictcp_register",
+    "bpf_rstat_kfunc_init", "bpf_key_sig_kfuncs_init", "kfunc_init", "bpf_prog_test_run_init",
+    "bpf_tcp_ca_kfunc_init", "crypto_kdf108_init", "jent_mod_init",
+    "bpf_dummy_struct_ops_init", "slab_late_init",
+)  # fmt: skip
+KERNEL_PARAMETERS = (
+    "mitigations=off tsc=reliable tsc_early_khz=100000 lpj=400000 "
+    # XSAVEC and XSAVES (Bochs reports a size that Linux warns about), FSRM, APERFMPERF
+    "clearcpuid=580,321,323,124 initcall_blacklist=" + ",".join(_SKIPPED_INITCALLS)
+)
+
+
 @dataclass(frozen=True)
 class Emulator:
     """A Bochs binary and the two things about its build that matter here."""
@@ -68,6 +77,12 @@ class Emulator:
     path: str
     debugger: bool
     display: str
+    where = "in the lab"
+    kernel_parameters = KERNEL_PARAMETERS
+
+    def process(self) -> "Bochs":
+        """A process of it, not yet started. Raises LabSetupError."""
+        return Bochs(self)
 
     def stamp(self) -> str:
         """What identifies this build: another one cannot use its snapshots."""
@@ -85,17 +100,7 @@ def locate(path: str | None = None) -> Emulator:
     if found is None:
         hint = "no such program" if path else "apt-get install bochs bochs-term"
         raise LabSetupError(f"{program} not found: {hint}")
-    try:
-        done = subprocess.run(
-            [found, "--help"],
-            capture_output=True,
-            timeout=20,
-            check=False,
-            stdin=subprocess.DEVNULL,
-        )
-    except (OSError, subprocess.TimeoutExpired) as e:
-        raise LabSetupError(f"{found} does not run: {e}") from e
-    text = (done.stdout + done.stderr).decode(errors="replace")
+    text = version_text(found, "--help")
     if "Bochs" not in text:
         raise LabSetupError(f"{found} is no Bochs")
     plugins = Path("/usr/lib/x86_64-linux-gnu/bochs/plugins/libbx_term_gui.so")
@@ -106,21 +111,6 @@ def locate(path: str | None = None) -> Emulator:
     return Emulator(found, "-rc filename" in text, display)
 
 
-def _child_setup(saved: bool) -> Callable[[], None]:
-    """For the child before exec: the kernel kills it when this process dies."""
-    libc = ctypes.CDLL(None)
-    parent = os.getpid()
-
-    def setup() -> None:
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if saved:
-            libc.personality(ADDR_NO_RANDOMIZE)
-        if os.getppid() != parent:
-            os._exit(1)
-
-    return setup
-
-
 def configuration(emulator: Emulator, memory: int, cpus: int) -> str:
     """The bochsrc."""
     return _CONFIG.format(
@@ -128,52 +118,22 @@ def configuration(emulator: Emulator, memory: int, cpus: int) -> str:
     )
 
 
-def _sweep() -> None:
-    """Remove folders whose owner was killed: the lock inside is free again."""
-    for folder in Path(tempfile.gettempdir()).glob(_PREFIX + "*"):
-        with contextlib.suppress(OSError):
-            if folder.stat().st_uid != os.getuid():
-                continue
-            fd = os.open(folder / "lock", os.O_RDWR | os.O_CLOEXEC)
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder, ignore_errors=True)
-            finally:
-                os.close(fd)
-
-
-class Bochs:
-    """One emulator in a private folder: write ``memory.img`` and ``boot.rom`` there, start it.
-
-    ``output`` is the file descriptor its stdout comes from. As a context manager it leaves
-    neither process nor folder behind.
-    """
+class Bochs(Running):
+    """One Bochs in a private folder."""
 
     def __init__(self, emulator: Emulator) -> None:
         """Make the folder. Raises LabSetupError if that is impossible."""
+        super().__init__(emulator.path)
         self.emulator = emulator
-        self.output = -1
-        self._process: subprocess.Popen[bytes] | None = None
         self._attributes: list[Any] = []
-        try:
-            _sweep()
-            # It gets the name that _sweep looks for when its lock is held, not before.
-            made = Path(tempfile.mkdtemp(prefix=f".{_PREFIX}"))
-            self._lock = os.open(made / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            fcntl.flock(self._lock, fcntl.LOCK_EX)
-            self.folder = made.rename(made.with_name(made.name.removeprefix(".")))
-        except OSError as e:
-            raise LabSetupError(cache.describe(e, "making the lab's folder")) from e
+
+    def clock(self) -> float:
+        """Its CPU time, since it is never idle: a slow guest on a busy host is no hang."""
+        return self.cpu_seconds()
 
     def __enter__(self) -> "Bochs":
         """Return self."""
         return self
-
-    def __exit__(self, *_: object) -> None:
-        """Stop the emulator and remove its folder."""
-        self.stop()
-        shutil.rmtree(self.folder, ignore_errors=True)
-        os.close(self._lock)
 
     def start(self, memory: int, cpus: int, *, saved: bool = False) -> None:
         """Start emulating ``memory`` MiB and ``cpus`` CPUs.
@@ -184,7 +144,7 @@ class Bochs:
         (self.folder / "bochsrc").write_text(configuration(self.emulator, memory, cpus))
         (self.folder / "msrs.def").write_text(MSRS)
         (self.folder / "debugger").write_text("c\n")
-        argv = [self.emulator.path, "-q", "-f", "bochsrc"]
+        argv = ["-q", "-f", "bochsrc"]
         if self.emulator.debugger and not saved:
             argv += ["-rc", "debugger"]
         self.output, terminal = pty.openpty()
@@ -195,19 +155,8 @@ class Bochs:
             attributes[1] &= ~termios.OPOST
             termios.tcsetattr(terminal, termios.TCSANOW, attributes)
             self._attributes = attributes
-            with open(self.folder / "stderr.log", "wb") as errors:
-                self._process = subprocess.Popen(
-                    argv,
-                    cwd=self.folder,
-                    stdin=terminal,
-                    stdout=terminal,
-                    stderr=errors,
-                    env={"PATH": os.defpath, "TERM": "vt100", "HOME": "/", "LANG": "C"},
-                    start_new_session=True,
-                    preexec_fn=_child_setup(saved),
-                )
-        except OSError as e:
-            raise LabSetupError(f"cannot start {self.emulator.path}: {e.strerror}") from e
+            personality = ADDR_NO_RANDOMIZE if saved else 0
+            self._launch(argv, terminal, terminal, {"TERM": "vt100"}, personality)
         finally:
             os.close(terminal)
 
@@ -230,71 +179,8 @@ class Bochs:
         """Undo what the prompt did to the terminal."""
         termios.tcsetattr(self.output, termios.TCSANOW, self._attributes)
 
-    @property
-    def pid(self) -> int:
-        """Process id, 0 before the start."""
-        return self._process.pid if self._process is not None else 0
-
-    def ended(self) -> bool:
-        """Whether the process is gone."""
-        return self._process is None or self._process.poll() is not None
-
-    def console(self) -> str:
-        """The guest kernel's log so far."""
-        return self._text("console.log").replace("\r", "")
-
-    def console_size(self) -> int:
-        """Bytes of kernel log so far: a cheap sign of life."""
-        try:
-            return (self.folder / "console.log").stat().st_size
-        except OSError:
-            return 0
-
-    def cpu_seconds(self) -> float:
-        """CPU time the emulator has used."""
-        try:
-            fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            return 0.0
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-    def drop_images(self) -> None:
-        """Delete the memory image and the ROM, which Bochs reads once at its start."""
-        for name in ("memory.img", "boot.rom"):
-            (self.folder / name).unlink(missing_ok=True)
-
     def verdict(self) -> str:
         """Why Bochs ended, in its own words (one line), or its status."""
         text = self._text("stderr.log") + self._text("bochs.log")
         message = text.partition("exiting with the following message:")[2].strip().splitlines()
-        if message:
-            return message[0]
-        status = self._process.poll() if self._process is not None else None
-        if status is not None and status < 0:
-            return f"killed by {signal.Signals(-status).name}"
-        return f"exit status {status}"
-
-    def _text(self, name: str) -> str:
-        try:
-            return (self.folder / name).read_bytes().decode(errors="replace")
-        except OSError:
-            return ""
-
-    def stop(self) -> None:
-        """Kill the emulator's process group, if it still runs."""
-        process = self._process
-        if process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            self._process = None
-        if self.output >= 0:
-            os.close(self.output)
-            self.output = -1
-
-    def wait_end(self, seconds: float) -> bool:
-        """Wait until the process is gone; False if it still runs after ``seconds``."""
-        limit = time.monotonic() + seconds
-        while not self.ended() and time.monotonic() < limit:
-            time.sleep(0.02)
-        return self.ended()
+        return message[0] if message else self._status()

@@ -39,12 +39,12 @@ class Decoder:
 
     def __init__(self) -> None:
         """Start with nothing pending."""
-        self._pending = b""
+        self._pending = bytearray()  # QEMU brings single bytes: to add one must cost no copy
         self.noise = b""
 
     def _skip(self, count: int) -> None:
         self.noise = (self.noise + self._pending[:count])[-8192:]
-        self._pending = self._pending[count:]
+        del self._pending[:count]
 
     def feed(self, data: bytes) -> Iterator[tuple[int, bytes]]:
         """Yield (kind, payload) of each complete frame. Raises ChannelError on a damaged one."""
@@ -56,7 +56,8 @@ class Decoder:
                 # the last bytes may be the start of a magic
                 self._skip(max(0, len(self._pending) - len(MAGIC) + 1))
                 return
-            self._skip(at)
+            if at:
+                self._skip(at)
             if len(self._pending) < head:
                 return
             kind, size, crc = _HEAD.unpack_from(self._pending, len(MAGIC))
@@ -64,9 +65,9 @@ class Decoder:
                 raise ChannelError(f"frame of kind {kind} claims {size} bytes")
             if len(self._pending) < head + size:
                 return
-            payload = self._pending[head : head + size]
+            payload = bytes(self._pending[head : head + size])
             whole = frame(kind, payload)
             if self._pending[: len(whole)] != whole:
                 raise ChannelError(f"frame of kind {kind}, {size} bytes: checksum {crc:#x} differs")
-            self._pending = self._pending[head + size :]
+            del self._pending[: head + size]
             yield kind, payload

@@ -4,7 +4,10 @@ import hashlib
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from kvmnest.lab import tools
@@ -48,16 +51,27 @@ def match(spec: str, releases: Iterable[str]) -> str | None:
     return max(cloud or found)[2] if found else None
 
 
+@dataclass(frozen=True)
+class Offer:
+    """A kernel image of the archive: package version, suites that hold it, bytes to download."""
+
+    release: str
+    version: str
+    suites: tuple[str, ...]
+    size: int
+
+
 class Apt:
     """The system's apt, or a private one whose lists live in a folder of ours."""
 
     def __init__(self, options: Iterable[str] = ()) -> None:
         """Use apt with extra ``options``."""
-        self._options = (*SECURE, *options)
+        self.options = (*SECURE, *options)
 
+    @cached_property
     def releases(self) -> list[str]:
-        """Releases of the kernel images that apt knows."""
-        done = tools.run(["apt-cache", *self._options, "pkgnames", "linux-image-"], "apt-cache")
+        """Releases of the kernel images that apt knows. Raises LabSetupError."""
+        done = tools.run(["apt-cache", *self.options, "pkgnames", "linux-image-"], "apt-cache")
         found = (_NAME.match(name) for name in done.stdout.decode().split())
         return [name[1] for name in found if name is not None]
 
@@ -67,11 +81,33 @@ class Apt:
 
     def package(self, package: str) -> dict[str, str]:
         """Index record of any package, ``name`` (its newest version) or ``name=version``."""
-        done = tools.run(["apt-cache", *self._options, "--no-all-versions", "show", package],
+        done = tools.run(["apt-cache", *self.options, "--no-all-versions", "show", package],
                          f"apt-cache show {package}")  # fmt: skip
-        lines = done.stdout.decode(errors="replace").split("\n\n")[0].splitlines()
-        parts = (line.partition(":") for line in lines if not line.startswith(" "))
-        return {key: value.strip() for key, sep, value in parts if sep}
+        return next(_records(done.stdout))
+
+    def offers(self) -> list[Offer]:
+        """All kernel images, with what the index says of each, in no order."""
+        packages = [f"linux-image-{release}" for release in self.releases]
+        if not packages:
+            return []
+        asked = [*self.options, "--no-all-versions"]
+        shown = tools.run(["apt-cache", *asked, "show", *packages], "apt-cache show")
+        rows = tools.run(["apt-cache", *self.options, "madison", *packages], "apt-cache madison")
+        suites: dict[tuple[str, str], list[str]] = {}
+        for row in rows.stdout.decode(errors="replace").splitlines():
+            name, version, place = (part.strip() for part in row.split("|"))
+            if place.endswith(" Packages"):  # "URL SUITE/COMPONENT ARCHITECTURE Packages"
+                suite = place.split()[1].partition("/")[0]
+                suites.setdefault((name, version), []).append(suite)
+        return [
+            Offer(
+                record["Package"].removeprefix("linux-image-"),
+                record["Version"],
+                tuple(sorted(set(suites.get((record["Package"], record["Version"]), ())))),
+                int(record["Size"]),
+            )
+            for record in _records(shown.stdout)
+        ]
 
     def download(self, release: str, folder: Path) -> Path:
         """Fetch the image package into ``folder``; see ``download_package``."""
@@ -84,7 +120,7 @@ class Apt:
         refuses, KernelSpecError when the file is not the one of the signed index.
         """
         wanted = self.package(package).get("SHA256", "")
-        command = [tools.find("apt-get"), *self._options, "-q", "download", package]
+        command = [tools.find("apt-get"), *self.options, "-q", "download", package]
         done = subprocess.run(command, cwd=folder, capture_output=True, check=False)
         files = list(folder.glob("*.deb"))
         if done.returncode or not files:
@@ -96,6 +132,13 @@ class Apt:
         if not wanted or actual != wanted:
             raise KernelSpecError(f"{package}: the downloaded file does not match apt's index")
         return files[0]
+
+
+def _records(output: bytes) -> Iterator[dict[str, str]]:
+    """Index records as apt-cache prints them: fields without their continuation lines."""
+    for text in output.decode(errors="replace").strip().split("\n\n"):
+        parts = (line.partition(":") for line in text.splitlines() if not line.startswith(" "))
+        yield {key: value.strip() for key, sep, value in parts if sep}
 
 
 def unpack(deb: Path, folder: Path) -> None:
@@ -120,12 +163,70 @@ def system_stamp() -> str:
         return "none"
 
 
-def private_apt(folder: Path) -> Apt:
-    """An apt of our own with lists in ``folder``, brought up to date; needs no root.
+_DAY, _MINUTE = 86_400.0, 60.0
 
-    It uses the mirrors that the system is set up for, with security and backports added, and
-    trusts Debian's archive keyring only. Raises LabSetupError if there is no Debian mirror, no
-    keyring, or no connection.
+
+def archive(folder: Path) -> Apt:
+    """Debian's archive as it is now: an apt of our own, its lists in ``folder``; needs no root.
+
+    The system's lists may be months old, and lack backports. Ours are brought up to date once a
+    day. Raises LabSetupError if that cannot be done and there are no older ones: no Debian
+    mirror, no keyring, no connection.
+    """
+    apt, updated, failed = Apt(_private_options(folder)), folder / "updated", folder / "failed"
+    if _age(updated) < _DAY:
+        return apt
+    # Without a connection each attempt may take long.
+    if _age(failed) > _MINUTE:
+        try:
+            _write_sources(folder)
+            tools.run(["apt-get", *apt.options, "-q", "update"], "apt-get update")
+            updated.touch()
+            failed.unlink(missing_ok=True)
+            return apt
+        except LabSetupError as error:
+            folder.mkdir(exist_ok=True)
+            failed.write_text(str(error))
+    if not updated.is_file():
+        raise LabSetupError(failed.read_text())
+    return apt
+
+
+def _age(path: Path) -> float:
+    try:
+        return abs(time.time() - path.stat().st_mtime)
+    except OSError:
+        return float("inf")
+
+
+def archive_stamp(folder: Path) -> str:
+    """What tells that the lists of ``archive`` changed."""
+    try:
+        return f"{(folder / 'updated').stat().st_mtime_ns}"
+    except OSError:
+        return "none"
+
+
+def _private_options(folder: Path) -> tuple[str, ...]:
+    return (
+        f"-oDir::Etc::sourcelist={folder}/sources.list",
+        "-oDir::Etc::sourceparts=/dev/null",
+        f"-oDir::State={folder}/state",
+        f"-oDir::State::lists={folder}/state/lists",
+        f"-oDir::State::status={folder}/status",
+        f"-oDir::Cache={folder}/cache",
+        # Containers often turn these off; without them each question reads all lists again.
+        "-oDir::Cache::pkgcache=pkgcache.bin",
+        "-oDir::Cache::srcpkgcache=srcpkgcache.bin",
+        "-oAPT::Sandbox::User=",
+        "-oAcquire::Languages=none",
+    )
+
+
+def _write_sources(folder: Path) -> None:
+    """The mirrors that the system is set up for, with security and backports added.
+
+    Only Debian's archive keyring is trusted.
     """
     if not _KEYRING.is_file():
         raise LabSetupError(f"{_KEYRING} not found: apt-get install debian-archive-keyring")
@@ -145,18 +246,6 @@ def private_apt(folder: Path) -> Apt:
     lines = [f"deb [signed-by={_KEYRING}] {uri} {suite} main\n" for uri, suite in sources]
     (folder / "sources.list").write_text("".join(lines))
     (folder / "status").touch()
-    options = (
-        f"-oDir::Etc::sourcelist={folder}/sources.list",
-        "-oDir::Etc::sourceparts=/dev/null",
-        f"-oDir::State={folder}/state",
-        f"-oDir::State::lists={folder}/state/lists",
-        f"-oDir::State::status={folder}/status",
-        f"-oDir::Cache={folder}/cache",
-        "-oAPT::Sandbox::User=",
-        "-oAcquire::Languages=none",
-    )
-    tools.run(["apt-get", *SECURE, *options, "-q", "update"], "apt-get update")
-    return Apt(options)
 
 
 def fetch(apt: Apt, release: str, target: Path) -> None:

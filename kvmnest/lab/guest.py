@@ -36,6 +36,7 @@ PRELOAD = (
     "unittest", "_pytest.assertion.rewrite", "_pytest.config",
 )  # fmt: skip
 MAILBOX_PAGES = 4096
+MAILBOX_INTERRUPT = 48  # offset in page 0 of the byte by which the host interrupts
 MAILBOX_MASK = b"kvmnest mailbox!"  # the mark is this with all bits of 0x5a flipped
 
 _SYS_FINIT_MODULE = 313
@@ -290,7 +291,7 @@ class Mailbox:
 
     def wait(self, tell: Callable[[bytes], object]) -> dict[str, Any]:
         """Let ``tell`` give the host the mark, and wait for mail."""
-        self._pages[32:48] = bytes(16)
+        self._pages[32:49] = bytes(17)
         for page in range(self.pages):
             self._pages[page * 4096 : page * 4096 + 20] = self.mark + page.to_bytes(4, "little")
         tell(self.mark)
@@ -299,6 +300,12 @@ class Mailbox:
         size = int.from_bytes(self._pages[32:40], "little")
         mail: dict[str, Any] = marshal.loads(self._pages[4096 : 4096 + size])
         return mail
+
+    def interrupted(self) -> bool:
+        """Whether the host has interrupted (``Lab.interrupt``) since the last question."""
+        seen = self._pages[MAILBOX_INTERRUPT] != 0
+        self._pages[MAILBOX_INTERRUPT] = 0
+        return seen
 
 
 def _first_job(port: Port) -> dict[str, Any]:

@@ -1,17 +1,19 @@
 """Turn a kernel SPEC into a kernel that the lab can boot, from the cache when it can.
 
-A SPEC is a Debian version (``6.1.0-56``, ``6.12``, ``6.1.0-56-cloud-amd64``), a ``.deb`` file,
-or a directory: an unpacked package, a kernel build tree, or simply a folder with a bzImage or
-vmlinux and kvm modules.
+A SPEC is a Debian version (``6.1.0-56``, ``6.12``, ``6.1.0-56-cloud-amd64``), the release of a
+kernel installed here, a ``.deb`` file, or a directory: an unpacked package, a kernel build tree, or
+simply a folder with a bzImage or vmlinux and kvm modules.
 """
 
+import contextlib
 import hashlib
 import marshal
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kvmnest.lab import cache, debian, modules
@@ -21,6 +23,8 @@ from kvmnest.lab.image import KernelImage, flatten
 
 DEFAULT_SPEC = "6.1"
 MODULES = ("kvm", "kvm_intel")
+_KEPT_KERNELS = 24  # some 60 MB each: a ladder of kernels is asked again and again
+_DAY = 86_400.0
 _FORMAT = 1
 _BANNER = re.compile(rb"Linux version (\S+) \(")
 
@@ -104,19 +108,50 @@ def _kernel_file(folder: Path) -> Path:
 
 
 def _from_folder(folder: Path) -> Kernel:
-    kernel_file = _kernel_file(folder)
     places = [folder / "lib/modules", folder / "usr/lib/modules", folder / "arch/x86/kvm"]
     found = modules.find(folder / "virt/lib") if (folder / "virt/lib").is_dir() else {}
     existing = [place for place in places if place.is_dir()]
     for place in existing or [folder]:
         found |= modules.find(place)
     candidates = (folder / "modules.builtin", *folder.glob("**/modules/*/modules.builtin"))
-    listings = [p for p in candidates if p.is_file()]
-    builtin = modules.builtin_names(listings[0].read_text() if listings else "")
     wanted = {n: p for n, p in found.items() if n in MODULES or not existing or len(found) < 64}
-    contents = [hashlib.sha256(p.read_bytes()).digest() for _, p in sorted(wanted.items())]
-    key = cache.digest([_FORMAT, kernel_file.read_bytes(), *contents, *sorted(builtin)])
-    return _load(cache.entry("kernels", key, lambda to: _store(kernel_file, found, builtin, to)))
+    return _from_files(_kernel_file(folder), found, wanted.values(), candidates)
+
+
+def installed_releases(root: Path = Path("/")) -> list[str]:
+    """Releases of the kernels installed on this machine with their modules."""
+    files = (root / "boot").glob("vmlinuz-*")
+    releases = [path.name.removeprefix("vmlinuz-") for path in files]
+    return sorted(r for r in releases if (root / "lib/modules" / r).is_dir())
+
+
+def _from_installed(release: str, root: Path = Path("/")) -> Kernel:
+    folder = root / "lib/modules" / release
+    found = modules.find(folder)
+    wanted = [path for name, path in found.items() if name in MODULES]
+    file = root / "boot" / f"vmlinuz-{release}"
+    return _from_files(file, found, wanted, [folder / "modules.builtin"])
+
+
+def _from_files(
+    file: Path, found: Mapping[str, Path], wanted: Iterable[Path], listings: Iterable[Path]
+) -> Kernel:
+    """A kernel of loose files; ``wanted`` are the modules whose content tells it from others."""
+    listing = next((path.read_text() for path in listings if path.is_file()), "")
+    builtin = modules.builtin_names(listing)
+    try:
+        contents = [file.read_bytes(), *(path.read_bytes() for path in sorted(wanted))]
+    except PermissionError as e:
+        raise KernelSpecError(
+            f"{e.filename} cannot be read: make it readable, or run as root"
+        ) from e
+    hashes = [hashlib.sha256(content).digest() for content in contents]
+    key = cache.digest([_FORMAT, *hashes, *sorted(builtin)])
+    return _cached(key, lambda to: _store(file, found, builtin, to))
+
+
+def _cached(key: str, build: Callable[[Path], None]) -> Kernel:
+    return _load(cache.entry("kernels", key, build, keep=_KEPT_KERNELS))
 
 
 def _from_deb(deb: Path) -> Kernel:
@@ -131,7 +166,7 @@ def _from_deb(deb: Path) -> Kernel:
                 # The package is what the user knows, not where it was unpacked.
                 raise KernelSpecError(f"{deb}: {str(e).replace(scratch, 'it')}") from e
 
-    return _load(cache.entry("kernels", key, build))
+    return _cached(key, build)
 
 
 def _store_unpacked(package: Path, to: Path) -> None:
@@ -148,39 +183,63 @@ def cached_releases() -> dict[str, str]:
     return {r: k for r, k in keys.items() if (cache.root() / "kernels" / k / "meta").is_file()}
 
 
-def _choose(spec: str) -> tuple[debian.Apt, str] | None:
-    """The apt that knows ``spec`` and the release it means; None if nobody does.
+def _archive_folder() -> Path:
+    return cache.root() / "apt"
 
-    The system's apt comes first; one of our own, with backports, when it does not know. Raises
-    LabSetupError when neither can be asked.
+
+def apts() -> list[debian.Apt]:
+    """Who knows Debian's kernels: the archive as it is now, and the system's apt.
+
+    Raises LabSetupError if neither can be asked.
     """
-    apt = debian.Apt()
-    release = debian.match(spec, apt.releases())
-    if release is None:
+    found, why = [], None
+    try:
         with cache.locked("apt"):
-            apt = debian.private_apt(cache.root() / "apt")
-        release = debian.match(spec, apt.releases())
-    return None if release is None else (apt, release)
+            found.append(debian.archive(_archive_folder()))
+    except LabSetupError as error:
+        why = error
+    system = debian.Apt()
+    try:
+        if system.releases:
+            found.append(system)
+    except LabSetupError as error:
+        why = why or error
+    if not found:
+        raise why or LabSetupError("apt knows no kernel")
+    return found
+
+
+def apt_of(release: str) -> debian.Apt:
+    """The apt that knows a kernel release; the archive's if none does.
+
+    Raises LabSetupError if apt cannot be asked.
+    """
+    every = apts()
+    return next((apt for apt in every if release in apt.releases), every[0])
 
 
 def _from_version(spec: str) -> Kernel:
-    # Asking apt takes a second, so its last answer holds until its lists change.
+    # Asking apt takes a second, so its last answer holds until its lists change or are old.
     notes = cache.root() / "debian"
     notes.mkdir(mode=0o700, exist_ok=True)
-    answer = notes / f"answer-{cache.digest([spec, debian.system_stamp()])}"
+    stamps = [debian.system_stamp(), debian.archive_stamp(_archive_folder())]
+    answer = notes / f"answer-{cache.digest([spec, *stamps])}"
     cached = cached_releases()
-    if answer.is_file() and answer.read_text() in cached:
-        return _load(cache.entry("kernels", cached[answer.read_text()], _gone))
+    if answer.is_file() and time.time() - answer.stat().st_mtime < _DAY:
+        release = answer.read_text()
+        if release in cached:
+            return _cached(cached[release], _gone)
     try:
-        chosen = _choose(spec)
+        known = {release: apt for apt in reversed(apts()) for release in apt.releases}
     except LabSetupError as e:
-        release = debian.match(spec, cached)
-        if release is None:
+        release = debian.match(spec, cached) or ""
+        if not release:
             raise KernelSpecError(f"no kernel {spec} in the cache, and {e}") from e
-        return _load(cache.entry("kernels", cached[release], _gone))
-    if chosen is None:
-        raise KernelSpecError(f"no kernel {spec} in Debian's archive (apt-get update may help)")
-    apt, release = chosen
+        return _cached(cached[release], _gone)
+    release = debian.match(spec, known) or ""
+    if not release:
+        raise KernelSpecError(f"no kernel {spec} in Debian's archive (kvmnest kernels lists them)")
+    apt = known[release]
     key = cache.digest([_FORMAT, apt.record(release).get("SHA256", release)])
 
     def build(to: Path) -> None:
@@ -188,12 +247,13 @@ def _from_version(spec: str) -> Kernel:
             debian.fetch(apt, release, Path(scratch))
             _store_unpacked(Path(scratch), to)
 
-    kernel = _load(cache.entry("kernels", key, build))
+    kernel = _cached(key, build)
     (notes / release).write_text(key)
     for old in notes.glob("answer-*"):
         if old.read_text() == release:
             old.unlink(missing_ok=True)
-    answer.write_text(release)
+    stamps[1] = debian.archive_stamp(_archive_folder())  # asking may have renewed its lists
+    (notes / f"answer-{cache.digest([spec, *stamps])}").write_text(release)
     return kernel
 
 
@@ -215,28 +275,46 @@ def resolve(spec: str | None = None) -> Kernel:
         return _from_deb(path)
     if path.is_dir():
         return _from_folder(path)
+    if spec in installed_releases():
+        return _from_installed(spec)
     if "/" in spec or not re.match(r"\d+\.\d+", spec):
         raise KernelSpecError(f"{spec}: no such directory, and no Debian kernel version")
     return _from_version(spec)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Available:
-    """A Debian kernel: in the archive (or only in the cache), and whether it is cached."""
+    """A kernel that can be had by its release.
+
+    ``version`` is that of its package, ``suites`` are Debian's that hold it, ``size`` counts the
+    bytes to download; all three are empty where the archive does not know it (any more).
+    """
 
     release: str
     cached: bool
+    installed: bool
+    version: str = ""
+    suites: tuple[str, ...] = ()
+    size: int = 0
 
 
 def available() -> list[Available]:
-    """Kernels that apt knows or the cache holds, oldest first; only the cache's without apt."""
-    cached = cached_releases()
-    try:
-        known = set(debian.Apt().releases())
-    except LabSetupError:
-        known = set()
-    releases = sorted(known | set(cached), key=debian.version_key)
-    return [Available(release, release in cached) for release in releases]
+    """Kernels of the archive, of this machine and of the cache, oldest first.
+
+    Only the latter two where apt cannot be asked.
+    """
+    cached, installed = cached_releases(), installed_releases()
+    offers: dict[str, debian.Offer] = {}
+    with contextlib.suppress(LabSetupError):
+        offers = {offer.release: offer for apt in reversed(apts()) for offer in apt.offers()}
+    found = []
+    for release in sorted({*offers, *cached, *installed}, key=debian.version_key):
+        entry = Available(release, release in cached, release in installed)
+        offer = offers.get(release)
+        if offer is not None:
+            entry = replace(entry, version=offer.version, suites=offer.suites, size=offer.size)
+        found.append(entry)
+    return found
 
 
 def forget(release: str) -> str:
@@ -250,18 +328,24 @@ def forget(release: str) -> str:
     return name
 
 
-def between(first: str, last: str, *, plain: bool = False) -> list[str]:
+def between(first: str, last: str, *, here: bool = False) -> list[str]:
     """Debian's releases from one to another, both included, of the flavour of ``first``.
 
-    ``plain`` leaves the cloud flavour out. Raises KernelSpecError if apt knows one of them not.
-    Empty if ``last`` is older.
+    ``here``: only those that are installed or that the system's own apt can install, without the
+    cloud flavour, which has no drivers for hardware. Raises KernelSpecError if one of the two is
+    not known, LabSetupError if apt cannot be asked. Empty if ``last`` is older.
     """
-    known = {e.release for e in available() if not (plain and "-cloud-" in e.release)}
+    known = {entry.release for entry in available()}
+    if here:
+        known &= {*debian.Apt().releases, *installed_releases()}
+        known = {release for release in known if "-cloud-" not in release}
     ends = []
     for spec in (first, last):
         name = debian.match(spec, known)
         if name is None:
-            raise KernelSpecError(f"no kernel {spec} in Debian's archive (apt-get update may help)")
+            hint = "apt-get update may help" if here else "kvmnest kernels lists them"
+            where = "for this system's apt" if here else "in Debian's archive"
+            raise KernelSpecError(f"no kernel {spec} {where} ({hint})")
         ends.append(name)
     cloud = "-cloud-" in ends[0]
     low, high = (debian.version_key(name) for name in ends)
@@ -275,10 +359,7 @@ def between(first: str, last: str, *, plain: bool = False) -> list[str]:
     return sorted(found, key=debian.version_key)
 
 
-def package_version(release: str) -> str:
-    """Version of Debian's package of a kernel ("6.1.176-1"); "" if apt does not know it."""
-    try:
-        chosen = _choose(release)
-        return chosen[0].record(release).get("Version", "") if chosen else ""
-    except LabSetupError:
-        return ""
+def package_version(spec: str) -> str:
+    """Version of Debian's package of a kernel ("6.1.176-1"); "" if the archive has it not."""
+    versions = {entry.release: entry.version for entry in available() if entry.version}
+    return versions.get(debian.match(spec, versions) or "", "")

@@ -28,6 +28,7 @@ from kvmnest.lab.errors import LabSetupError
 FORMAT = 2  # bump when the content of a layer changes for the same inputs
 SITE = "site"  # packages live here; PYTHONPATH names it
 PYTHON = "usr/bin/python3"
+REWRITTEN = ("suite", "plugin", "repro/bugs")  # of kvmnest: pytest rewrites their assertions
 _STDLIB = f"usr/lib/python{sys.version_info[0]}.{sys.version_info[1]}"
 
 # Parts of the standard library that nothing in a kernel test needs.
@@ -290,7 +291,7 @@ def kvmnest_files() -> Tree:
         for path, pyc in zip(sources, compile_sources(jobs), strict=True):
             cached = Path(importlib.util.cache_from_source(path.name)).name
             contents[f"{inside[path].rpartition('/')[0]}/__pycache__/{cached}"] = pyc
-        by_pytest = [p for p in sources if p.relative_to(base).parts[0] in ("suite", "plugin")]
+        by_pytest = [p for p in sources if any(p.is_relative_to(base / d) for d in REWRITTEN)]
         contents |= rewritten([(p, inside[p]) for p in by_pytest])
         (folder / "files").write_bytes(marshal.dumps(contents))
 

@@ -9,7 +9,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from kvmnest.lab import bochs, channel
+from kvmnest.lab import channel
+from kvmnest.lab.emulators import Running
 from kvmnest.lab.errors import LabHang, LabLost, LabModuleError, LabPanic, LabRunError
 
 # A boot takes some 16 s of the emulator's CPU time, whatever else the host is busy with.
@@ -64,14 +65,14 @@ class Session:
         self._decoder = channel.Decoder()
 
     def follow(
-        self, emulator: bochs.Bochs, cpus: int, idle_limit: float | None, limit: float | None
+        self, emulator: Running, cpus: int, idle_limit: float | None, limit: float | None
     ) -> int:
         """Dispatch frames until the exit status arrives; returns it as an exit code.
 
         Raises LabPanic, LabHang, LabLost, LabModuleError, LabRunError.
         """
         self._emulator = emulator
-        last_sign = time.monotonic()
+        last_sign = emulator.clock()
         poll = select.poll()
         poll.register(emulator.output, select.POLLIN)
         console_size = 0
@@ -80,18 +81,19 @@ class Session:
             if poll.poll(200):
                 with contextlib.suppress(OSError):  # EIO: the terminal's other side is closed
                     data = os.read(emulator.output, 1 << 16)
-            now = time.monotonic()
             if data:
                 self._receive(data)
-                last_sign = time.monotonic()
+                last_sign = emulator.clock()
             else:
                 size = emulator.console_size()
                 if size != console_size:
-                    console_size, last_sign = size, now
+                    console_size, last_sign = size, emulator.clock()
                     self._check_panic()
                 if emulator.ended():
                     raise LabLost(f"the emulator ended: {emulator.verdict()}", self._tail())
-            self._check_time(now, last_sign, cpus, idle_limit, limit)
+                if reason := emulator.stuck():
+                    raise LabLost(f"the guest cannot go on: {reason}", self._tail())
+            self._check_time(last_sign, cpus, idle_limit, limit)
         self.times.total = time.monotonic() - self._started
         return os.waitstatus_to_exitcode(self._status)
 
@@ -144,14 +146,14 @@ class Session:
         raise LabPanic("the guest kernel panicked", "\n".join(lines[:20]))
 
     def _check_time(
-        self, now: float, last_sign: float, cpus: int, idle: float | None, limit: float | None
+        self, last_sign: float, cpus: int, idle: float | None, limit: float | None
     ) -> None:
         if not self.info and self._emulator.cpu_seconds() > BOOT_LIMIT * cpus:
             seconds = BOOT_LIMIT * cpus
             raise LabHang(f"the guest did not boot in {seconds:.0f} s of CPU time", self._tail())
-        if idle is not None and now - last_sign > idle:
+        if idle is not None and self._emulator.clock() - last_sign > idle:
             raise LabHang(f"the guest said nothing for {idle:.0f} s", self._tail())
-        if limit is not None and now - self._started > limit:
+        if limit is not None and time.monotonic() - self._started > limit:
             raise LabHang(f"the run took longer than {limit:.0f} s", self._tail())
 
     def _tail(self) -> str:

@@ -7,6 +7,7 @@ debugger prompt with all files open, and its memory is replaced. Every assumptio
 (mapped files, addresses, open files); if one does not hold the caller boots from cold.
 """
 
+import contextlib
 import ctypes
 import functools
 import marshal
@@ -120,11 +121,25 @@ def capacity(pages: int) -> int:
     return (pages - 1) * PAGE
 
 
-def take(pid: int, folder: Path | None, mark: bytes, pages: int) -> list[int]:
-    """Save process ``pid`` into ``folder`` (or nowhere) and let it run on.
+def find_mailbox(pid: int, mark: bytes, pages: int) -> list[int]:
+    """Where the guest's mailbox lies in process ``pid``, which runs on: address by page.
 
-    ``mark`` and a 4-byte index begin each of the ``pages`` pages of the guest's mailbox; returns
-    their addresses in the process, by index. Raises SnapshotError.
+    ``mark`` and a 4-byte index begin each of its ``pages`` pages. Raises SnapshotError if they
+    are not there, OSError if the process cannot be read.
+    """
+    copy = _Copy(mark)
+    with open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
+        for region in regions(pid):
+            # What another thread unmaps in between, and memory of devices, is not the guest's.
+            with contextlib.suppress(OSError):
+                copy.run(memory.fileno(), -1, [region] if region.saved else [])
+    return copy.by_index(pages)
+
+
+def take(pid: int, folder: Path, mark: bytes, pages: int) -> list[int]:
+    """Save process ``pid`` into ``folder`` and let it run on.
+
+    Returns where the guest's mailbox lies, as ``find_mailbox`` does. Raises SnapshotError.
     """
     try:
         with Stopped(pid) as process:
@@ -137,13 +152,10 @@ def take(pid: int, folder: Path | None, mark: bytes, pages: int) -> list[int]:
                 raise SnapshotError("the emulator shares writable memory")
             copy = _Copy(mark)
             with open(f"/proc/{pid}/mem", "rb") as memory:
-                target = folder / "memory" if folder is not None else Path(os.devnull)
-                with open(target, "wb") as out:
-                    copy.run(memory.fileno(), out.fileno() if folder is not None else -1, saved)
+                with open(folder / "memory", "wb") as out:
+                    copy.run(memory.fileno(), out.fileno(), saved)
                 gate = _syscall_instruction(memory.fileno(), found)
-            mailbox = [copy.mailbox.get(i, 0) for i in range(pages)]
-            if 0 in mailbox or len(copy.mailbox) != pages:
-                raise SnapshotError(f"{len(copy.mailbox)} of {pages} mailbox pages found")
+            mailbox = copy.by_index(pages)
             state = {
                 "fixed": _fixed(found),
                 "files": _open_files(pid),
@@ -153,19 +165,25 @@ def take(pid: int, folder: Path | None, mark: bytes, pages: int) -> list[int]:
                 "extended": process.extended_state(),
                 "mailbox": mailbox,
             }
-        if folder is not None:
-            (folder / "state").write_bytes(marshal.dumps(state))
+        (folder / "state").write_bytes(marshal.dumps(state))
     except OSError as e:
         raise SnapshotError(str(e)) from e
     return mailbox
 
 
 class _Copy:
-    """Copies memory that is not zero; finds the guest's mailbox pages (index -> address)."""
+    """Copies memory that is not zero; finds the guest's mailbox pages."""
 
     def __init__(self, mark: bytes) -> None:
         self._mark = mark
-        self.mailbox: dict[int, int] = {}
+        self._mailbox: dict[int, int] = {}
+
+    def by_index(self, pages: int) -> list[int]:
+        """Addresses of the mailbox's pages. Raises SnapshotError unless all were found."""
+        mailbox = [self._mailbox.get(i, 0) for i in range(pages)]
+        if 0 in mailbox or len(self._mailbox) != pages:
+            raise SnapshotError(f"{len(self._mailbox)} of {pages} mailbox pages found")
+        return mailbox
 
     def run(self, memory: int, out: int, saved: list[Region]) -> None:
         """Copy all of ``saved``, one after the other, from ``memory`` to ``out`` (-1: nowhere)."""
@@ -200,7 +218,7 @@ class _Copy:
         while at >= 0:
             if (start + at) % PAGE == 0:
                 after = at + len(self._mark)
-                self.mailbox[int.from_bytes(chunk[after : after + 4], "little")] = start + at
+                self._mailbox[int.from_bytes(chunk[after : after + 4], "little")] = start + at
             at = chunk.find(self._mark, at + 1)
 
 
@@ -216,6 +234,12 @@ def fill_mailbox(pid: int, addresses: list[int], data: bytes) -> None:
             os.pwrite(memory.fileno(), data[at : at + PAGE], addresses[number + 1])
         os.pwrite(memory.fileno(), len(data).to_bytes(8, "little"), addresses[0] + 32)
         os.pwrite(memory.fileno(), b"\1", addresses[0] + 40)
+
+
+def poke(pid: int, address: int, data: bytes) -> None:
+    """Write into the memory of process ``pid``. Raises OSError."""
+    with open(f"/proc/{pid}/mem", "r+b", buffering=0) as memory:
+        os.pwrite(memory.fileno(), data, address)
 
 
 def resume(pid: int, folder: Path, job: bytes) -> None:

@@ -8,6 +8,7 @@ from kvmnest.lab.errors import LabSetupError
 
 _PACKAGES = {
     "bochs": "bochs bochs-term",
+    "qemu-system-x86_64": "qemu-system-x86",
     "strip": "binutils",
     "objcopy": "binutils",
     "as": "binutils",

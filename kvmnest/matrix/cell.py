@@ -10,6 +10,7 @@ from typing import Any
 
 from kvmnest.errors import HarnessError, KvmnestError
 from kvmnest.lab import cache
+from kvmnest.lab.emulators import BOCHS, Choice
 from kvmnest.results import jsonfile
 from kvmnest.results.lab_target import LabTarget
 from kvmnest.results.model import OUTCOMES, Run
@@ -44,7 +45,7 @@ class Job:
     cell: Cell
     selected: tuple[str, ...]
     keyword: str
-    bochs: str | None
+    emulator: Choice
     suite: str
     part: int = 0
     parts: int = 1
@@ -53,6 +54,8 @@ class Job:
     def file(self) -> str:
         """Name of its results file: the same for the same work, another for any other."""
         words = [self.cell.name, *self.selected, self.keyword, self.suite]
+        if self.emulator.boot != BOCHS.boot:
+            words.append(self.emulator.boot)
         if self.parts > 1:
             words.append(f"part {self.part} of {self.parts}")
         return f"{cache.digest(words)[:16]}.json"
@@ -62,7 +65,7 @@ class Job:
         modules, paths = split_selection(self.selected)
         if paths:
             raise HarnessError("a matrix runs cases of the suite only")
-        return pytest_arguments(Plan(keyword=self.keyword), "lab", modules, [])
+        return pytest_arguments(Plan(keyword=self.keyword), self.emulator.boot, modules, [])
 
 
 class Stopped(Exception):
@@ -95,11 +98,11 @@ def run_job(job: Job, path: Path, stopped: Callable[[], bool] = lambda: False) -
     after the next event once ``stopped()`` is true, HarnessError if ``path`` cannot be written.
     """
     options = {"kernel": job.cell.kernel, "part": job.part, "parts": job.parts}
-    reporter = _Reporter(Run("lab", options=options), path, stopped)
+    reporter = _Reporter(Run(job.emulator.boot, options=options), path, stopped)
     try:
         arguments = job.arguments()
         target = LabTarget(
-            kernel=job.cell.kernel, kvm_params=dict(job.cell.params), bochs=job.bochs
+            kernel=job.cell.kernel, kvm_params=dict(job.cell.params), emulator=job.emulator
         )
         # A selection that is too small for so many labs has fewer parts than were asked for.
         targets = target.split(arguments, job.parts) if job.parts > 1 else [target]
@@ -115,7 +118,7 @@ def run_job(job: Job, path: Path, stopped: Callable[[], bool] = lambda: False) -
 
 def trouble(job: Job, text: str) -> Document:
     """The document of a job that could not be run, and why."""
-    run = Run("lab", options={"kernel": job.cell.kernel}, problems=[text])
+    run = Run(job.emulator.boot, options={"kernel": job.cell.kernel}, problems=[text])
     return {**jsonfile.document(run), "cases": []}
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import kvmnest
 from kvmnest.errors import HarnessError, KvmnestError, UsageError
-from kvmnest.lab import bochs
+from kvmnest.lab.emulators import BOCHS, Choice
 from kvmnest.matrix.cell import Document, Job, Stopped, run_job, trouble
 from kvmnest.mutants.record import suite_state
 
@@ -27,12 +27,12 @@ class Cluster:
     """Runs jobs on the workers of the Dask scheduler at ``address`` ("tcp://HOST:PORT").
 
     Raises HarnessError if Dask is not installed here, nobody answers there, or no worker can run
-    jobs of this kvmnest with Bochs ``emulator``; ``on_line`` gets a line about each worker that
+    jobs of this kvmnest with ``emulator``; ``on_line`` gets a line about each worker that
     cannot.
     """
 
     def __init__(
-        self, address: str, on_line: Callable[[str], None], emulator: str | None = None
+        self, address: str, on_line: Callable[[str], None], emulator: Choice = BOCHS
     ) -> None:
         self.address = address
         self._emulator = emulator
@@ -137,11 +137,11 @@ def _unfit(answer: object, suite: str) -> str:
     return str(answer["trouble"])
 
 
-def look(emulator: str | None) -> dict[str, str]:
+def look(emulator: Choice) -> dict[str, str]:
     """On a worker: which kvmnest it has, and why it could not run a lab ("" if it could)."""
     reason = ""
     try:
-        bochs.locate(emulator)
+        emulator.locate()
     except KvmnestError as error:
         reason = str(error).partition("\n")[0]
     return {"version": kvmnest.__version__, "suite": suite_state(), "trouble": reason}

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from kvmnest.errors import HarnessError, KvmnestError, UsageError
+from kvmnest.lab.emulators import BOCHS, Choice
 from kvmnest.matrix.cell import Cell, Document, Job, merge, run_job, trouble
 from kvmnest.mutants.record import suite_state
 from kvmnest.results import jsonfile
@@ -72,7 +73,7 @@ class Matrix:
     folder: Path
     selected: Sequence[str] = ()
     keyword: str = ""
-    bochs: str | None = None
+    emulator: Choice = BOCHS
     on_line: Callable[[str], None] = lambda line: None
     parts: int = 1
     _found: dict[Job, Document] = field(default_factory=dict, init=False)
@@ -103,7 +104,7 @@ class Matrix:
 
     def _jobs(self, cell: Cell, suite: str) -> list[Job]:
         return [
-            Job(cell, tuple(self.selected), self.keyword, self.bochs, suite, part, self.parts)
+            Job(cell, tuple(self.selected), self.keyword, self.emulator, suite, part, self.parts)
             for part in range(self.parts)
         ]
 

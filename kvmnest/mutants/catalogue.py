@@ -1,6 +1,10 @@
 """The catalogue of broken KVMs, ``kvmnest/data/mutants.toml``: a list of tables::
 
 [[mutant]]
+bug = "vmx-cpl"       # a reproducer of kvmnest, which has id, title, edit, origin and parameters
+cases = ["test_vmcs_pointers.py::test_at_cpl_3"]          # run first; fnmatch patterns
+
+[[mutant]]
 id = "vpid-zero"
 title = "VPID 0 is accepted"                 # the bug, in a few words
 file = "arch/x86/kvm/vmx/nested.c"
@@ -9,7 +13,7 @@ expression = "CC(a && b)"                    # must occur once in the function
 replacement = "0"
 origin = { subject = "...", hash = "...", cve = "...", fixed = "v4.18" }   # of the real bug
 params = { ept = "0" }                       # module parameters that the bug needs
-cases = ["test_entry_controls.py::test_vpid_zero"]        # run first; fnmatch patterns
+cases = ["test_entry_controls.py::test_vpid_zero"]
 masked = "why no case can notice it in the lab"           # then it is not scored
 missed = "why it is not noticed"                          # if a miss is what one expects
 """
@@ -25,11 +29,13 @@ from typing import Any
 
 from kvmnest.errors import HarnessError, UsageError
 from kvmnest.kernel.edits import Edit
+from kvmnest.repro import corpus
 
 MUTANTS_FILE = Path(__file__).parent.parent / "data" / "mutants.toml"
 
 _TEXTS = ("id", "title", "file", "function", "expression", "replacement")
 _KEYS = {*_TEXTS, "origin", "params", "cases", "masked", "missed"}
+_OF_A_BUG = {"bug", "cases", "masked", "missed"}
 _ORIGIN = {"subject", "hash", "cve", "fixed"}
 
 
@@ -96,6 +102,8 @@ def select(mutants: Sequence[Mutant], only: str) -> list[Mutant]:
 
 
 def _mutant(table: dict[str, Any], number: int, path: Path) -> Mutant:
+    if "bug" in table:
+        return _of_a_bug(table, path)
     name = table.get("id", f"number {number}")
     unknown = sorted(set(table) - _KEYS) + sorted(set(table.get("origin", {})) - _ORIGIN)
     missing = [key for key in _TEXTS if not isinstance(table.get(key), str)]
@@ -108,6 +116,29 @@ def _mutant(table: dict[str, Any], number: int, path: Path) -> Mutant:
         edit=Edit(*(table[key] for key in ("file", "function", "expression", "replacement"))),
         origin=table.get("origin", {}),
         params={key: str(value) for key, value in table.get("params", {}).items()},
+        cases=tuple(table.get("cases", ())),
+        masked=table.get("masked", ""),
+        missed=table.get("missed", ""),
+    )
+
+
+def _of_a_bug(table: dict[str, Any], path: Path) -> Mutant:
+    name = table["bug"]
+    unknown = sorted(set(table) - _OF_A_BUG)
+    if unknown:
+        raise HarnessError(f"{path}: bug {name}: unknown key {unknown[0]}")
+    found = [each for each in corpus.load() if each.id == name and each.edit]
+    if not found:
+        raise HarnessError(f"{path}: there is no reproducer {name} with an edit")
+    (each,) = found
+    assert each.edit is not None
+    origin = {key: getattr(each.bug, key) for key in _ORIGIN}
+    return Mutant(
+        id=each.id,
+        title=each.title,
+        edit=each.edit,
+        origin={key: value for key, value in origin.items() if value},
+        params=each.params,
         cases=tuple(table.get("cases", ())),
         masked=table.get("masked", ""),
         missed=table.get("missed", ""),

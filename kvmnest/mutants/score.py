@@ -15,6 +15,7 @@ from kvmnest.errors import HarnessError
 from kvmnest.kernel.build import BuildError, build_modules
 from kvmnest.kernel.edits import EditError
 from kvmnest.lab import cache
+from kvmnest.lab.emulators import BOCHS, Choice
 from kvmnest.mutants import record
 from kvmnest.mutants.catalogue import Mutant
 from kvmnest.mutants.record import Record, Score
@@ -67,7 +68,7 @@ class Scorer:
     Args:
         kernel: SPEC of the lab's kernel; ``release`` is what it stands for.
         results: the record to fill.
-        bochs: the emulator to use, None for the system's.
+        emulator: what boots the kernels.
         first_only: run only the cases that a mutant names, not the rest of the suite.
         on_line: gets lines for the user.
     """
@@ -75,7 +76,7 @@ class Scorer:
     kernel: str | None
     release: str
     results: Record
-    bochs: str | None = None
+    emulator: Choice = BOCHS
     first_only: bool = False
     on_line: Callable[[str], None] = lambda line: None
     stop: threading.Event = field(default_factory=threading.Event)
@@ -214,7 +215,7 @@ class Scorer:
             kernel=self.kernel,
             kvm_modules=folder,
             kvm_params=params,
-            bochs=self.bochs,
+            emulator=self.emulator,
             patience=_PATIENCE,
         )
         try:

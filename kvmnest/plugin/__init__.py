@@ -19,8 +19,8 @@ from kvmnest.plugin.outcomes import judge
 if TYPE_CHECKING:
     from kvmnest.plugin.stream import EventStream
 
-# Helpers of the suite explain their failed assertions too.
-pytest.register_assert_rewrite(policy.SUITE)
+# Helpers of the suite explain their failed assertions too, and so do reproducers.
+pytest.register_assert_rewrite(policy.SUITE, policy.REPRODUCERS)
 
 __all__ = ["kvm", "l1", "l1_pool", "vm"]
 
@@ -59,7 +59,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--require-kvm", action="store_true", help="an error, not a skip, without /dev/kvm"
     )
     group.addoption(
-        "--kvmnest-target", default="kvm", metavar="NAME", help="kvm or lab, for known deviations"
+        "--kvmnest-target",
+        default="kvm",
+        metavar="NAME",
+        help="kvm, lab or qemu, for known deviations",
     )
     group.addoption(
         "--kvmnest-events", metavar="PATH", help="write events as JSON lines to PATH or fd:N"

@@ -14,13 +14,15 @@ from kvmnest.plugin import policy
 KIND = "kvmnest_kind"
 #: Attribute of a report: one line that says what happened.
 SUMMARY = "kvmnest_summary"
+#: Attribute of a report: name of the exception if it was no failed assertion.
+RAISED = "kvmnest_raised"
 
 _EMPTY_REASONS = ("", "unconditional skip", "Skipped")
 
 
 def judge(item: pytest.Item, call: pytest.CallInfo[None], report: Any) -> pytest.TestReport:
     """Set kind, summary and explanation of a report; a skip without a reason becomes a failure."""
-    if report.skipped and not hasattr(report, "wasxfail") and policy.in_suite(item):
+    if report.skipped and not hasattr(report, "wasxfail") and policy.ships(item):
         reason = skip_reason(report)
         if reason in _EMPTY_REASONS:
             report.outcome = "failed"
@@ -32,6 +34,7 @@ def judge(item: pytest.Item, call: pytest.CallInfo[None], report: Any) -> pytest
 
         setattr(report, KIND, verdict.kind(call.excinfo.value, call.when))
         setattr(report, SUMMARY, verdict.summary(call.excinfo.value))
+        setattr(report, RAISED, verdict.raised(call.excinfo.value))
         # kvmnest run names its own command.
         direct = not item.config.getoption("--kvmnest-events")
         rerun = f"pytest {shlex.quote(item.nodeid)}" if direct else ""
@@ -41,7 +44,7 @@ def judge(item: pytest.Item, call: pytest.CallInfo[None], report: Any) -> pytest
 
 
 def _ours(item: pytest.Item) -> bool:
-    return policy.in_suite(item) or policy.uses_kvmnest(item)
+    return policy.ships(item) or policy.uses_kvmnest(item)
 
 
 def skip_reason(report: pytest.TestReport) -> str:

@@ -61,8 +61,8 @@ class PlanWriter:
 
 def _entry(item: pytest.Item) -> dict[str, Any]:
     name = policy.case_id(item.nodeid, item)
-    if not (policy.in_suite(item) and isinstance(item, pytest.Function)):
-        raise Unsupported(f"{name} is not a function of the suite")
+    if not (policy.ships(item) and isinstance(item, pytest.Function)):
+        raise Unsupported(f"{name} is not a function of kvmnest")
     function = getattr(item.function, "__func__", item.function)
     if not isinstance(function, types.FunctionType):
         raise Unsupported(f"{name} is not a plain function")

@@ -14,6 +14,8 @@ from kvmnest.plugin.asserts import asserts
 from kvmnest.plugin.fixtures import machine, open_kvm
 
 SUITE = "kvmnest.suite"
+#: The reproducers of ``kvmnest repro``: rules of the suite hold for them too.
+REPRODUCERS = "kvmnest.repro.bugs"
 SUITE_DIR = str(Path(kvmnest.__file__).parent / "suite")
 PATCHES = 24
 
@@ -34,9 +36,15 @@ def in_suite(item: pytest.Item) -> bool:
     return module is not None and module.__name__.startswith(SUITE + ".")
 
 
+def ships(item: pytest.Item) -> bool:
+    """Whether the item is a case of the suite or one of kvmnest's reproducers."""
+    module = getattr(item, "module", None)
+    return in_suite(item) or (module is not None and module.__name__.startswith(REPRODUCERS + "."))
+
+
 def case_id(nodeid: str, item: pytest.Item | None = None) -> str:
-    """Id of a case: "test_vmxon.py::test_name[param]" in the suite, elsewhere pytest's node id."""
-    if item is not None and in_suite(item):
+    """Id of a case: "test_vmxon.py::test_name[param]" if it ships with kvmnest, else pytest's."""
+    if item is not None and ships(item):
         file, _, rest = nodeid.partition("::")
         return f"{file.rpartition('/')[2]}::{rest}"
     return nodeid
@@ -55,15 +63,16 @@ def sdm(item: pytest.Item) -> str | None:
 
 
 def problems(items: list[pytest.Item]) -> list[str]:
-    """Violations of the marking rules among cases of the suite, one line each."""
+    """Violations of the marking rules among cases that ship with kvmnest, one line each."""
     found: dict[str, None] = {}
     for item in items:
-        if not in_suite(item):
+        if not ships(item):
             continue
         name = case_id(item.nodeid, item).partition("[")[0]
         number, title = series(item), sdm(item)
         if number is None:
-            found[f"{name}: no series(n) marker"] = None
+            if in_suite(item):  # a reproducer names its commit instead
+                found[f"{name}: no series(n) marker"] = None
         elif type(number) is not int or not 1 <= number <= PATCHES:
             found[f"{name}: series({number!r}) is not a number from 1 to {PATCHES}"] = None
         if not isinstance(title, str) or not title.strip():
@@ -72,12 +81,12 @@ def problems(items: list[pytest.Item]) -> list[str]:
 
 
 def note_assertions(items: list[pytest.Item]) -> None:
-    """Find out which cases of the suite contain an assertion."""
+    """Find out which cases that ship with kvmnest contain an assertion."""
     known: dict[object, bool] = {}
     for item in items:
         function = getattr(item, "function", None)
         function = getattr(function, "__func__", function)
-        if not in_suite(item) or not isinstance(function, types.FunctionType):
+        if not ships(item) or not isinstance(function, types.FunctionType):
             continue
         if function not in known:
             known[function] = asserts(function)
@@ -98,8 +107,8 @@ def needed_params(item: pytest.Item) -> dict[str, object]:
 
 
 def needs_vmx(item: pytest.Item) -> bool:
-    """Whether the case needs VMX: all of the suite but those about the parameter nested."""
-    return in_suite(item) and "nested" not in needed_params(item)
+    """Whether it needs VMX: all that ship with kvmnest but those about the parameter nested."""
+    return ships(item) and "nested" not in needed_params(item)
 
 
 def require(item: pytest.Item) -> None:
@@ -115,6 +124,6 @@ def require(item: pytest.Item) -> None:
 
 
 def uses_kvmnest(item: pytest.Item) -> bool:
-    """Whether a test outside the suite uses one of the plugin's fixtures."""
+    """Whether a test uses one of the plugin's fixtures."""
     names = getattr(item, "fixturenames", ())
     return not {"kvm", "vm", "l1"}.isdisjoint(names)

@@ -12,7 +12,7 @@ import kvmnest
 from kvmnest import host
 from kvmnest.cases.events import EventWriter
 from kvmnest.plugin import policy
-from kvmnest.plugin.outcomes import KIND, SUMMARY, skip_reason
+from kvmnest.plugin.outcomes import KIND, RAISED, SUMMARY, skip_reason
 
 _LONGEST_DETAIL = 20_000
 
@@ -92,6 +92,7 @@ class EventStream:
             text += f"\n{content}" if name == "kvmnest" else f"\n--- {name} ---\n{content}"
         if first:
             case["summary"] = getattr(report, SUMMARY, "") or text.partition("\n")[0]
+            case["raised"] = getattr(report, RAISED, "")
             case["detail"] = text[:_LONGEST_DETAIL]
         else:
             case["detail"] += f"\n--- then, in {report.when} ---\n{text}"

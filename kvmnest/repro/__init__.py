@@ -1,1 +1,9 @@
-"""Real bugs of nested VMX, each with the case that tells whether a kernel has it."""
+"""Real bugs of nested VMX, each with a small script that tells whether a kernel has it.
+
+``bugs`` holds the scripts, ``corpus`` reads them (and a user's own), ``check`` runs them and
+judges, ``verify`` shows them both ways, ``shown`` is the record of that.
+"""
+
+from kvmnest.repro.bug import Bug
+
+__all__ = ["Bug"]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kvmnest.errors import HarnessError
 from kvmnest.known import same_parameter
-from kvmnest.repro.corpus import Bug
+from kvmnest.repro.corpus import Reproducer
+from kvmnest.repro.shown import Shown
 from kvmnest.results.model import Case, Run
 from kvmnest.results.progress import Progress
 from kvmnest.results.reporter import CRASHED, Reporter
@@ -18,6 +18,10 @@ from kvmnest.results.runner import Plan, pytest_arguments, run_cases, split_sele
 from kvmnest.results.targets import Target
 
 VULNERABLE, FIXED, NOT_APPLICABLE = "VULNERABLE", "FIXED", "NOT APPLICABLE"
+#: The harness, the script or the machine is in trouble, so nothing is known of the bug.
+NO_VERDICT = "NO VERDICT"
+
+EXIT_CODES = {VULNERABLE: 1, FIXED: 0, NOT_APPLICABLE: 4, NO_VERDICT: 3}
 
 #: Gives a target for kernel parameters.
 MakeTarget = Callable[[Mapping[str, str]], Target]
@@ -25,38 +29,55 @@ MakeTarget = Callable[[Mapping[str, str]], Target]
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a kernel showed: ``verdict`` is one of the three, ``evidence`` one or more lines."""
+    """What a kernel showed: ``evidence`` is one line."""
 
-    bug: Bug
+    reproducer: Reproducer
     verdict: str
     kernel: str
     evidence: str
 
-    @property
-    def exit_code(self) -> int:
-        """1 VULNERABLE, 0 FIXED, 4 NOT APPLICABLE."""
-        return {VULNERABLE: 1, FIXED: 0, NOT_APPLICABLE: 4}[self.verdict]
+
+@dataclass(frozen=True)
+class Ended:
+    """How the case of a reproducer ended; ``raised`` names the exception if it was no assertion."""
+
+    case: Case
+    raised: str = ""
+
+
+def exit_code(verdicts: Sequence[Verdict]) -> int:
+    """1 if anything is VULNERABLE, else 3 if anything has no verdict, else 0 if any is FIXED, 4."""
+    seen = {verdict.verdict for verdict in verdicts}
+    return next(
+        (EXIT_CODES[each] for each in (VULNERABLE, NO_VERDICT, FIXED) if each in seen),
+        EXIT_CODES[NOT_APPLICABLE],
+    )
 
 
 def check(
-    bugs: Sequence[Bug], make_target: MakeTarget, corpus: Sequence[Bug] = ()
-) -> list[Verdict]:
-    """Run the reproducers of bugs, those with the same parameters together.
+    reproducers: Sequence[Reproducer],
+    make_target: MakeTarget,
+    shown: Mapping[str, Shown] | None = None,
+) -> Iterator[Verdict]:
+    """Run reproducers, those with the same parameters together, and yield a verdict for each.
 
-    ``corpus`` holds all bugs, of which some share a case and differ in what they show. Raises
-    UsageError, HarnessError or what the target raises if they cannot be run at all.
+    ``shown`` is the record of what they show, to compare with. Raises UsageError, HarnessError
+    or what the target raises if they cannot be run at all.
     """
-    groups: dict[tuple[tuple[str, str], ...], list[Bug]] = {}
-    for bug in bugs:
-        groups.setdefault(tuple(sorted(bug.params.items())), []).append(bug)
-    found: dict[str, Verdict] = {}
-    for params, group in groups.items():
-        target = make_target(dict(params))
-        run = _run(target, list(dict.fromkeys(bug.case for bug in group)))
-        cases = {case.id: case for case in run.cases}
-        for bug in group:
-            found[bug.id] = judge(bug, cases.get(bug.case), run, corpus)
-    return [found[bug.id] for bug in bugs]
+    groups: dict[object, list[Reproducer]] = {}
+    for reproducer in reproducers:
+        # A user's script runs by itself: what is broken in it is not the others' trouble.
+        alone = "" if reproducer.shipped else reproducer.case
+        groups.setdefault((alone, *sorted(reproducer.params.items())), []).append(reproducer)
+    for group in groups.values():
+        run, ended = _run(make_target(group[0].params), [each.case for each in group])
+        for each in group:
+            own = [
+                case
+                for case in ended
+                if not each.shipped or case.case.id.startswith(f"{each.path.name}::")
+            ]
+            yield judge(each, own, run, (shown or {}).get(each.id) if each.shipped else None)
 
 
 _NUMBER = re.compile(r"0x[0-9a-f]{5,}|\b\d{4,}\b|\[ *\d+\.\d+\]")
@@ -67,77 +88,91 @@ def symptom(text: str) -> str:
     return _NUMBER.sub("#", text.partition("\n")[0]).strip()
 
 
-def judge(bug: Bug, case: Case | None, run: Run, corpus: Sequence[Bug] = ()) -> Verdict:
-    """A case that fails, or in which the kernel dies, shows the bug; one that passes, the fix.
+def judge(
+    reproducer: Reproducer, ended: Sequence[Ended], run: Run, shown: Shown | None = None
+) -> Verdict:
+    """What the cases of one reproducer say.
 
-    A failure that looks like that of another bug with the same case is not this bug's; one that
-    looks like none is taken for it, and said to be different from the recorded one.
-
-    Raises HarnessError if the case did not run, or broke for a reason that is not the kernel's.
+    An assertion that fails shows the bug, and so does the VM's or the kernel's death if it is the
+    one that the script names. One that passes shows the fix. A failure that does not look like
+    the recorded one is said to be different.
     """
-    if case is None:
-        problem = run.problems[0] if run.problems else "it did not run"
-        raise HarnessError(f"{bug.id}: {problem}")
-    text = case.summary or case.detail.partition("\n")[0]
-    crashed = case.summary.startswith(CRASHED)
-    if case.outcome == "error" and not crashed:
-        raise HarnessError(f"{bug.id}: {text}")
-    wrong = _other_parameters(bug, run)
+
+    def verdict(kind: str, evidence: str) -> Verdict:
+        return Verdict(reproducer, kind, run.kernel, evidence)
+
+    if not ended:
+        return verdict(NO_VERDICT, run.problems[0] if run.problems else "it did not run")
+    wrong = _other_parameters(reproducer, run)
     if wrong:
-        return Verdict(bug, NOT_APPLICABLE, run.kernel, wrong)
-    if case.outcome in ("failed", "error"):
-        seen = symptom(text)
-        alike = [other.id for other in corpus if _shows(other, bug.case, seen)]
-        if bug.id not in alike and alike:
-            same = f"fails as with {', '.join(alike)}: {text}"
-            return Verdict(bug, NOT_APPLICABLE, run.kernel, same)
-        if corpus and bug.id not in alike:
-            text += f" (recorded for this bug: {bug.vulnerable})"
-        elif len(alike) > 1:
-            others = ", ".join(name for name in alike if name != bug.id)
-            text += f" (as with {others})"
-        return Verdict(bug, VULNERABLE, run.kernel, text)
+        return verdict(NOT_APPLICABLE, wrong)
+    order = ("failed", "error", "passed", "skipped", "known")
+    last = min(ended, key=lambda each: order.index(each.case.outcome))
+    case, death = last.case, reproducer.bug.death
+    text = _one_line(case)
     if case.outcome == "passed":
-        return Verdict(bug, FIXED, run.kernel, f"{case.id} passes")
-    return Verdict(bug, NOT_APPLICABLE, run.kernel, text)
+        return verdict(FIXED, f"{reproducer.bug.correct} ({case.id} passes)")
+    if case.outcome in ("skipped", "known"):
+        return verdict(NOT_APPLICABLE, text)
+    expected = bool(death) and text.startswith(death)
+    if not expected and (last.raised or case.outcome == "error"):
+        crashed = last.raised == "VmLost" or text.startswith(CRASHED)
+        why = " (not the way in which this bug kills)" if crashed else ""
+        return verdict(NO_VERDICT, f"{text}{why}")
+    if shown and symptom(shown.put_back.evidence) != symptom(text):
+        text += f" (recorded for this bug: {shown.put_back.evidence})"
+    return verdict(VULNERABLE, text)
 
 
-def _shows(bug: Bug, case: str, seen: str) -> bool:
-    return bug.case == case and symptom(bug.vulnerable) == seen
+def _one_line(case: Case) -> str:
+    text = case.summary or case.detail.strip().partition("\n")[0]
+    # What the registers of a lost VM were is in the case's detail.
+    return text.partition("; rip=")[0]
 
 
-def _other_parameters(bug: Bug, run: Run) -> str:
+def _other_parameters(reproducer: Reproducer, run: Run) -> str:
     """Why a machine whose modules were loaded otherwise cannot show the bug, "" if it can."""
     have = run.facts.get("kvm_params", {})
     wrong = [
         f"{name}={value} (it is {have[name]})"
-        for name, value in bug.params.items()
+        for name, value in reproducer.params.items()
         if name in have and not same_parameter(have[name], value)
     ]
     return f"needs kvm_intel with {', '.join(wrong)}" if wrong else ""
 
 
 class _Quiet(Reporter):
+    """Keeps the cases, and for each what was raised in it."""
+
     def __init__(self, target: Target) -> None:
         progress = Progress(io.StringIO(), quiet=True)
         super().__init__(Run(target.name), progress, own_clock=target.guest_clock)
+        self.raised: dict[str, str] = {}
+
+    def event(self, event: dict[str, Any]) -> None:
+        """Take one event."""
+        if event.get("e") == "result":
+            self.raised[event["id"]] = event.get("raised", "")
+        super().event(event)
 
 
-def _run(target: Target, cases: list[str]) -> Run:
-    modules, _ = split_selection(cases)
+def _run(target: Target, cases: list[str]) -> tuple[Run, list[Ended]]:
+    modules, paths = split_selection(cases)
     reporter = _Quiet(target)
-    run_cases(target, pytest_arguments(Plan(), target.name, modules, []), reporter)
-    return reporter.run
+    arguments = pytest_arguments(Plan(), target.name, modules, target.place(paths))
+    run_cases(target, arguments, reporter)
+    run = reporter.run
+    return run, [Ended(case, reporter.raised.get(case.id, "")) for case in run.cases]
 
 
 def document(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
     """As a JSON document."""
     return [
         {
-            "id": verdict.bug.id,
+            "id": verdict.reproducer.id,
             "verdict": verdict.verdict,
             "kernel": verdict.kernel,
-            "case": verdict.bug.case,
+            "script": str(verdict.reproducer.path),
             "evidence": verdict.evidence,
         }
         for verdict in verdicts

@@ -1,87 +1,192 @@
-"""The corpus: bugs of the catalogue of mutants that real kernels had, and their reproducers.
+"""The corpus of reproducers, and a user's own: read from their scripts.
 
-A bug is described once, in ``kvmnest/data/mutants.toml``: the commit that fixed it, and the edit
-that brings it back. Its reproducer is the case of the suite that was seen to fail with that edit
-and to pass without; ``kvmnest/data/mutants-detected.json`` (written by ``kvmnest mutants --json``)
-is the record of that.
+A reproducer is a Python file with a docstring whose first line is the title, one ``BUG = Bug(...)``
+and one pytest function. The file's name gives the id: ``vmx_cpl.py`` is vmx-cpl.
 """
 
 from __future__ import annotations
 
+import ast
+import functools
+import hashlib
 import json
-from dataclasses import dataclass
+import pkgutil
+import sys
+import traceback
+import types
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 
 from kvmnest.errors import HarnessError, UsageError
-from kvmnest.mutants import catalogue
-from kvmnest.mutants.record import DETECTED
+from kvmnest.kernel.edits import Edit
+from kvmnest.repro.bug import Bug
 
-RECORD = Path(__file__).parent.parent / "data" / "mutants-detected.json"
+PACKAGE = "kvmnest.repro.bugs"
+_EDIT = ("file", "function", "expression", "replacement")
 
 
 @dataclass(frozen=True)
-class Bug:
-    """A bug that kernels had.
+class Reproducer:
+    """A script and what it says.
 
-    ``subject``, ``hash`` and ``fixed`` name the upstream commit and the first version with it;
-    ``case`` is the reproducer, ``vulnerable`` what it showed on a kernel with the bug; ``params``
-    are the parameters of kvm_intel (or kvm.NAME) that the bug needs.
+    ``case`` is what ``split_selection`` takes: the module of a script that ships with kvmnest,
+    else the path. ``needs`` names the capabilities without which it is skipped. ``script`` is a
+    hash of what it does: of all but the docstring and what ``BUG`` says for people.
     """
 
     id: str
     title: str
-    subject: str
-    hash: str
-    cve: str
-    fixed: str
+    path: Path
     case: str
-    vulnerable: str
-    params: dict[str, str]
+    bug: Bug
+    needs: tuple[str, ...]
+    script: str
+
+    @property
+    def shipped(self) -> bool:
+        """Whether it belongs to kvmnest, not to the user."""
+        return self.case.startswith(f"{PACKAGE}.")
+
+    @property
+    def params(self) -> dict[str, str]:
+        """Module parameters that the bug needs."""
+        return dict(self.bug.params)
+
+    @property
+    def edit(self) -> Edit | None:
+        """The edit that brings the bug back, None if the script has none."""
+        return Edit(**self.bug.edit) if self.bug.edit else None
 
 
-@dataclass(frozen=True)
-class Corpus:
-    """All bugs with a reproducer; ``kernel`` is the one on which they were shown both ways."""
-
-    kernel: str
-    bugs: tuple[Bug, ...]
-
-    def select(self, names: list[str]) -> list[Bug]:
-        """Bugs by id or by CVE number; "all" for all. Raises UsageError for an unknown name."""
-        if names == ["all"]:
-            return list(self.bugs)
-        found = []
-        for name in names:
-            hits = [bug for bug in self.bugs if name in (bug.id, bug.cve)]
-            if not hits:
-                raise UsageError(f"no reproducer {name} (kvmnest repro list shows them)")
-            found += [bug for bug in hits if bug not in found]
-        return found
+@functools.cache
+def load() -> tuple[Reproducer, ...]:
+    """All reproducers of kvmnest, by id. Raises HarnessError if one is not as it should be."""
+    package = import_module(PACKAGE)
+    found = []
+    for info in pkgutil.iter_modules(package.__path__):
+        name = f"{PACKAGE}.{info.name}"
+        try:
+            module = import_module(name)
+            path = Path(str(module.__file__))
+            found.append(_reproducer(module, path, path.read_text(encoding="utf-8"), name))
+        except (UsageError, SyntaxError, ImportError) as error:
+            raise HarnessError(f"reproducer {name}: {error}") from error
+    return tuple(sorted(found, key=lambda each: each.id))
 
 
-def load(record: Path = RECORD) -> Corpus:
-    """Read the corpus. Raises HarnessError with one line if its files are damaged."""
+def select(names: Sequence[str]) -> list[Reproducer]:
+    """Reproducers by id, CVE number or file; "all" for all of kvmnest's.
+
+    Raises UsageError for an unknown name and for a file that is no reproducer.
+    """
+    found: dict[str, Reproducer] = {}
+    for name in names:
+        for reproducer in _named(name):
+            found.setdefault(reproducer.case, reproducer)
+    return list(found.values())
+
+
+def _named(name: str) -> list[Reproducer]:
+    if is_file(name):
+        return [read(Path(name))]
+    if name == "all":
+        return list(load())
+    hits = [each for each in load() if name in (each.id, each.bug.cve)]
+    if not hits:
+        raise UsageError(
+            f"no reproducer {name} (kvmnest repro list shows them; a file of yours ends in .py)"
+        )
+    return hits
+
+
+def is_file(name: str) -> bool:
+    """Whether a name on the command line means a file."""
+    return name.endswith(".py") or "/" in name
+
+
+def read(path: Path) -> Reproducer:
+    """Read a user's reproducer, which executes its module.
+
+    Raises UsageError if it cannot be read, does not run, or is no reproducer.
+    """
     try:
-        document = json.loads(record.read_text(encoding="utf-8"))
-        scores = {entry["id"]: entry for entry in document["mutants"]}
-        kernel = document["kernel"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise HarnessError(f"{record} is no detection table: {error}") from error
-    bugs = []
-    for mutant in catalogue.load():
-        score = scores.get(mutant.id)
-        if mutant.origin.get("subject") and score and score["verdict"] == DETECTED:
-            bugs.append(
-                Bug(
-                    id=mutant.id,
-                    title=mutant.title,
-                    subject=mutant.origin["subject"],
-                    hash=mutant.origin.get("hash", ""),
-                    cve=mutant.origin.get("cve", ""),
-                    fixed=mutant.origin.get("fixed", ""),
-                    case=score["case"],
-                    vulnerable=score["text"],
-                    params=mutant.params,
-                )
-            )
-    return Corpus(kernel, tuple(bugs))
+        source = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise UsageError(f"{path} is no Python file: {error}") from error
+    own = path.resolve()
+    for each in load():
+        if own == each.path:
+            return each
+    module = types.ModuleType(own.stem)
+    module.__file__ = str(own)
+    # As pytest does: a script may import its neighbours.
+    sys.path.insert(0, str(own.parent))
+    try:
+        exec(compile(source, str(path), "exec"), module.__dict__)
+    except KeyboardInterrupt:
+        raise
+    except SyntaxError as error:
+        raise UsageError(f"{path}:{error.lineno}: {error.msg}") from error
+    except BaseException as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        line = next((f.lineno for f in reversed(frames) if f.filename == str(path)), 1)
+        raise UsageError(f"{path}:{line}: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.remove(str(own.parent))
+    return replace(_reproducer(module, path, source, str(path)), path=own)
+
+
+def _reproducer(module: types.ModuleType, path: Path, source: str, case: str) -> Reproducer:
+    bug = getattr(module, "BUG", None)
+    if not isinstance(bug, Bug):
+        raise UsageError(f"{path} is no reproducer: it has no BUG = Bug(...)")
+    title = (module.__doc__ or "").strip().partition("\n")[0].rstrip(".")
+    if not title:
+        raise UsageError(f"{path} has no docstring, whose first line is the bug's title")
+    tests = [
+        value
+        for name, value in vars(module).items()
+        if name.startswith("test_") and isinstance(value, types.FunctionType)
+    ]
+    if len(tests) != 1:
+        count = "no" if not tests else len(tests)
+        raise UsageError(f"{path} has {count} functions named test_...: a reproducer has one")
+    if bug.edit and (set(bug.edit) != set(_EDIT) or not all(map(_is_text, bug.edit.values()))):
+        raise UsageError(f"{path}: edit needs the texts {', '.join(_EDIT)}, and nothing else")
+    if not all(map(_is_text, [*bug.params, *bug.params.values()])):
+        raise UsageError(f'{path}: params are texts, as {{"ept": "0"}}')
+    return Reproducer(
+        id=path.stem.replace("_", "-"),
+        title=title,
+        path=path,
+        case=case,
+        bug=bug,
+        needs=tuple(
+            f"{type(flag).__name__}.{flag.name}"
+            for mark in getattr(tests[0], "pytestmark", ())
+            if mark.name == "needs"
+            for flag in mark.args
+        ),
+        script=_digest(source, bug),
+    )
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _digest(source: str, bug: Bug) -> str:
+    """Hash of what a script does, the same for every version of Python."""
+    lines = source.splitlines()
+    for number, node in enumerate(ast.parse(source).body):
+        docstring = number == 0 and isinstance(node, ast.Expr)
+        named = isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "BUG"
+        if (docstring or named) and node.end_lineno:
+            lines[node.lineno - 1 : node.end_lineno] = [""] * (node.end_lineno - node.lineno + 1)
+    does = [sorted(bug.params.items()), sorted(bug.edit.items()), bug.death]
+    text = json.dumps([[line for line in lines if line], does])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

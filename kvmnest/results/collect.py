@@ -16,7 +16,7 @@ from typing import Any
 
 import kvmnest
 from kvmnest.lab import cache
-from kvmnest.lab.rootfs import SITE
+from kvmnest.lab.rootfs import REWRITTEN, SITE
 from kvmnest.results.targets import Ended, LocalTarget
 
 _PYC_HEADER = 16
@@ -90,7 +90,7 @@ def _check(path: str) -> str:
 
 
 def rewritten(*, light: bool) -> dict[str, bytes]:
-    """Modules of the suite as pytest compiled them in ``collect``: guest path -> content.
+    """The suite and the reproducers as pytest compiled them in ``collect``: guest path -> content.
 
     For the light runner they stand where Python looks for compiled modules, else where pytest
     does.
@@ -98,7 +98,7 @@ def rewritten(*, light: bool) -> dict[str, bytes]:
     base = Path(kvmnest.__file__).parent
     mirrored = cache.root() / "pycache" / base.relative_to("/")
     files = {}
-    for source in sorted([*(base / "suite").rglob("*.py"), *(base / "plugin").rglob("*.py")]):
+    for source in sorted(path for part in REWRITTEN for path in (base / part).rglob("*.py")):
         plain = Path(importlib.util.cache_from_source(source.name)).name
         inside = Path(f"/{SITE}/kvmnest") / source.relative_to(base)
         found = (mirrored / source.parent.relative_to(base)).glob(

@@ -19,5 +19,7 @@ def why_not_kvm() -> str:
 def require_kvm() -> None:
     """Raise HarnessError unless guests of this machine's /dev/kvm get VMX."""
     reason = why_not_kvm()
+    if reason.startswith("/dev/kvm"):  # it cannot be used at all
+        raise HarnessError(reason)
     if reason:
         raise HarnessError(f"/dev/kvm offers no VMX to guests: {reason}")

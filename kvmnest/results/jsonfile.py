@@ -49,12 +49,14 @@ class JsonFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        # Neither a device (/dev/null, for root) nor a link may be replaced by a file.
+        if path.exists() and not path.is_file():
+            what = "it is a directory" if path.is_dir() else "it is no regular file"
+            raise HarnessError(f"cannot write results to {path}: {what}")
+        self.path = path.resolve() if path.is_symlink() else path
         self.problem = ""
         self._cases: list[str] = []
-        self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        if path.is_dir():
-            raise HarnessError(f"cannot write results to {path}: it is a directory")
+        self._temporary = self.path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
     def write(self, run: Run) -> None:
         """Replace the file by one with all that is known now."""

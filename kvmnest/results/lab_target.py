@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from kvmnest.errors import HarnessError, UsageError
+from kvmnest.lab.emulators import BOCHS, Choice
 from kvmnest.lab.errors import LabHang, LabLost, LabModuleError, LabPanic, LabRunError
 from kvmnest.lab.guest import EVENTS_PATH
 from kvmnest.lab.machine import Lab
@@ -25,10 +26,9 @@ _WORTH_A_LAB = 50
 class LabTarget:
     """Boots the lab for each process; ``on_line`` gets lines for the user.
 
-    Raises what Lab raises (no such kernel, no bochs, full disk...).
+    Raises what Lab raises (no such kernel, no emulator, full disk...).
     """
 
-    name = "lab"
     guest_clock = True
 
     def __init__(
@@ -38,11 +38,12 @@ class LabTarget:
         kvm_modules: Path | None = None,
         kvm_params: Mapping[str, str] | None = None,
         cpus: int = 1,
-        bochs: str | None = None,
+        emulator: Choice = BOCHS,
         patience: float = 120.0,
         on_line: Callable[[str], None] = lambda line: None,
     ) -> None:
-        self._make_lab = partial(Lab, kernel, kvm_params, kvm_modules, cpus, bochs)
+        self._make_lab = partial(Lab, kernel, kvm_params, kvm_modules, cpus, emulator)
+        self.name = emulator.boot
         self._lab = self._make_lab()
         self._patience = patience
         self._on_line = on_line
@@ -118,7 +119,7 @@ class LabTarget:
         def take_kernel(data: bytes) -> None:
             on_event({"e": "kernel", "text": data.decode(errors="replace")})
 
-        self._on_line(f"booting {self._lab.kernel.release} in the lab")
+        self._on_line(f"booting {self._lab.kernel.release} {self._lab.emulator.where}")
         try:
             status = self._lab.run(
                 argv,

@@ -64,7 +64,7 @@ class Run:
     """A run so far.
 
     Attributes:
-        target: "kvm" or "lab".
+        target: "kvm", "lab" or "qemu".
         facts: kernel, cpu, kvm_params, versions as the machine under test reported them.
         options: what the run was asked for, for people and for ``rerun``.
         cases: cases that ended, in that order.

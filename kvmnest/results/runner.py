@@ -37,6 +37,7 @@ _UNUSED_PLUGINS = (
 )
 
 _SUITE = "kvmnest.suite"
+_REPRODUCERS = "kvmnest.repro.bugs."
 _SUITE_FILE = re.compile(r"(test_\w+)(?:\.py)?((?:::.*)?)", re.DOTALL)
 
 
@@ -57,15 +58,19 @@ class Plan:
 
 
 def split_selection(selected: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return (arguments that name the suite's modules, paths of other files).
+    """Return (arguments that name modules of kvmnest, paths of other files).
 
-    Raises UsageError for what is neither a file nor a module of the suite.
+    The modules are those of the suite and, by their dotted names, the reproducers. Raises
+    UsageError for what is neither a file nor one of them.
     """
     if not selected:
         return [_SUITE], []
     suite_dir = Path(__file__).parent.parent / "suite"
     modules, paths = [], []
     for name in selected:
+        if name.startswith(_REPRODUCERS):
+            modules.append(name)
+            continue
         path = Path(name.partition("::")[0])
         found = _SUITE_FILE.fullmatch(name)
         if found and (suite_dir / f"{found[1]}.py").is_file() and not path.exists():
@@ -97,7 +102,9 @@ def pytest_arguments(plan: Plan, target: str, modules: list[str], paths: list[st
         arguments.append(f"--kvmnest-shuffle={plan.shuffle}")
     if plan.keyword:
         arguments += ["-k", plan.keyword]
-    return [*arguments, "--pyargs", *modules, *paths]
+    # With --pyargs pytest looks for a module of a path's name, and then leaves the file's
+    # assertions as they are.
+    return [*arguments, *(["--pyargs"] if modules else []), *modules, *paths]
 
 
 def run_cases(target: Target, arguments: Sequence[str], reporter: Reporter) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import kvmnest.vmx
 from kvmnest.kvm import Kvm
-from kvmnest.l1 import L1, L2Mode, Mode, Shadow, Vmcs, code
+from kvmnest.l1 import L1, Vmcs, VmLost, code
+from kvmnest.shell.errors import describe
+from kvmnest.shell.regain import regain
+from kvmnest.shell.vocabulary import vocabulary
 from kvmnest.vmx import Cpu, EntryCtl, ExitReason, Field, Rflags, Vector, explain, outcome
 from kvmnest.vmx.fields import Kind
 from kvmnest.vmx.rules import EntryContext, check
@@ -24,6 +26,7 @@ vmcs[Field.GUEST_RIP], vmcs[Field.GUEST_RFLAGS] = 2, vmcs.diff()        the curr
 dump("GUEST_C*")   VMCS fields decoded      rules()  what the SDM's rules say of this VMCS
 step()             one instruction of L2    dis()    code at L2's RIP, or dis(address)
 new()              a new L1, in place of this one
+Ctrl-C stops a statement, or an L2 that loops; Tab completes; Ctrl-D ends
 l1.set_l2(code.CPUID + code.HLT), Exit(ExitReason.CPUID), explain.explain_exit(...)"""
 
 
@@ -50,38 +53,54 @@ class _Current:
 
 
 class Namespace:
-    """The prompt's names, as a dict in ``names``. Raises KvmUnavailable without /dev/kvm."""
+    """The prompt's names, as a dict in ``names``. Raises KvmUnavailable without /dev/kvm.
 
-    def __init__(self, write: Callable[[str], object]) -> None:
-        self._write = write
+    ``prepare`` is called with each new L1 before its first command.
+    """
+
+    def __init__(
+        self, write: Callable[[str], object], prepare: Callable[[L1], object] | None = None
+    ) -> None:
+        self._write, self._prepare = write, prepare
         self._kvm = Kvm()
-        self.l1 = L1(self._kvm, budget=BUDGET)
-        public = {n: v for n, v in vars(kvmnest.vmx).items() if n[0].isupper()}
-        outcomes = {n: v for n, v in vars(outcome).items() if n[0].isupper() and n != "Any"}
+        self.l1 = self._new()
         self.names: dict[str, Any] = {
-            **public,
-            **outcomes,
-            **{"L1": L1, "L2Mode": L2Mode, "Mode": Mode, "Shadow": Shadow, "code": code},
-            **{"explain": explain, "kvm": self._kvm, "l1": self.l1, "vmcs": _Current(self)},
+            **vocabulary(),
+            **{"kvm": self._kvm, "l1": self.l1, "vmcs": _Current(self)},
             **{"dump": self.dump, "rules": self.rules, "step": self.step, "dis": self.dis},
             **{"new": self.new},
         }
 
     def run(self, source: str) -> None:
         """Execute one complete statement and show its value or its error."""
-        import traceback
-
         try:
             exec(compile(source, "<kvmnest>", "single"), self.names)
         except SystemExit:
             raise
         except BaseException as error:
-            at = error.__traceback__
-            at = at.tb_next if at else None
-            text = "".join(traceback.format_exception(type(error), error, at))
-            self._write(text)
+            # At once, not at the end: nothing of the budget may run while L1 is regained.
+            self.l1.stop_budget()
+            self._write(describe(error, self.names))
+            if isinstance(error, (KeyboardInterrupt, VmLost)):
+                # Only a vCPU that could run on can be led back.
+                lost = isinstance(error, VmLost) and error.kind != "hang"
+                self._go_on(None if lost else regain(self.l1))
         finally:
             self.l1.stop_budget()
+
+    def _go_on(self, said: str | None) -> None:
+        """Show what became of L1; None: make a new one."""
+        if said is None:
+            self.new()
+            said = "this L1 cannot go on: l1 is a new one, without VMCS"
+        if said:
+            self._write(said + "\n")
+
+    def _new(self) -> L1:
+        l1 = L1(self._kvm, budget=BUDGET)
+        if self._prepare is not None:
+            self._prepare(l1)
+        return l1
 
     def close(self) -> None:
         """Destroy the VM."""
@@ -91,7 +110,7 @@ class Namespace:
     def new(self) -> L1:
         """Replace L1 by a new one."""
         self.l1.close()
-        self.l1 = L1(self._kvm, budget=BUDGET)
+        self.l1 = self._new()
         self.names["l1"] = self.l1
         return self.l1
 

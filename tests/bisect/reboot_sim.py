@@ -94,7 +94,7 @@ class Sim:
         if self.full:
             raise HarnessError("apt-get failed: E: You don't have enough free space")
         if self.outcomes.get(release) == "gone":
-            return f"linux-image-{release} is not in Debian's archive any more"
+            return f"this system's apt has no linux-image-{release} any more"
         self.menu.add(release)
         self.event()
         return ""

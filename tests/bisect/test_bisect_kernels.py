@@ -12,7 +12,7 @@ from kvmnest.cli.main import main
 from kvmnest.errors import HarnessError
 from kvmnest.lab import debian, kernels
 from kvmnest.lab.decompress import decompress
-from kvmnest.lab.errors import LabSetupError
+from kvmnest.lab.errors import KernelSpecError, LabSetupError
 
 CASE = "test_vmxon.py"
 NAMES = [f"6.1.0-{number}-amd64" for number in range(40, 48)]
@@ -149,9 +149,8 @@ def test_a_step_without_an_answer_stops_git_bisect_run(told, capsys, history, er
 def package(tmp_path_factory):
     """The package of the lab's own kernel, unpacked."""
     release = kernels.resolve().release
-    apt, _ = kernels._choose(release)
     folder = tmp_path_factory.mktemp("package")
-    debian.fetch(apt, release, folder)
+    debian.fetch(kernels.apt_of(release), release, folder)
     return folder
 
 
@@ -163,6 +162,21 @@ def refused(capsys, spec):
     assert error.count("\n") == 1, error
     assert f"{spec} cannot be tested, expected good: no start: " in error
     return error
+
+
+def test_kernels_that_this_system_can_boot(monkeypatch, tmp_path):
+    """Of those that there are: not cloud, installed or in the lists of the system's own apt."""
+    every = ["6.1.0-1-amd64", "6.1.0-2-amd64", "6.1.0-2-cloud-amd64", "6.1.0-3-amd64"]
+    found = [kernels.Available(name, False, False, "6.1.9-1") for name in every]
+    monkeypatch.setattr(kernels, "available", lambda: found)
+    monkeypatch.setattr(debian.Apt, "releases", [every[0], every[2]])
+    monkeypatch.setattr(kernels, "installed_releases", lambda: [every[3]])
+    chosen = plan.choose_kernels(None, "6.1.0-1", "6.1.0-3", here=True)
+    assert chosen == [every[0], every[3]]
+    with pytest.raises(KernelSpecError, match="for this system's apt"):
+        plan.choose_kernels(None, "6.1.0-2", "6.1.0-3", here=True)
+    assert kernels.package_version("6.1.0-3") == "6.1.9-1"
+    assert kernels.package_version("/some/folder") == ""
 
 
 def test_a_kernel_without_nested_support(package, capsys, tmp_path, monkeypatch):

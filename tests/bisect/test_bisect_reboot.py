@@ -172,7 +172,7 @@ def test_runs_that_must_agree(tmp_path, monkeypatch):
 def test_a_kernel_that_left_the_archive(tmp_path, monkeypatch):
     _, code, result, said = bisect(tmp_path, monkeypatch, outcomes(k3="gone"))
     assert (code, result[-1]) == (0, f"first bad: {NAMES[5]}")
-    assert any("no start: linux-image-6.1.0-43-amd64 is not in Debian's" in s for s in said)
+    assert any("no start: this system's apt has no linux-image-6.1.0-43-amd64" in s for s in said)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from kvmnest.fuzz.journal import CRASHED, Journal
 from kvmnest.fuzz.judge import AGREE, DISAGREE, KNOWN, Judge, load
 from kvmnest.fuzz.model import FuzzCase
 from kvmnest.fuzz.run import Finding, Fuzzer
-from kvmnest.fuzz.shrink import shrink
+from kvmnest.fuzz.shrink import NotAgain, Shrinker
 from kvmnest.l1.baseline import L2Mode
 from kvmnest.vmx import Field
 from kvmnest.vmx.outcome import EntryFailure, VMfailValid
@@ -126,11 +126,11 @@ def test_a_missed_check_is_found_shrunk_and_written(tmp_path: Path) -> None:
     found = [f for f in report.findings.values() if Field.GUEST_RFLAGS in f.case.changes]
     assert found
     assert all(f.seen[0] != "VMfailValid" for f in found)
-    changes = {Field.GUEST_FS_LIMIT: 0xFFFFF, Field.GUEST_RFLAGS: 0x28, Field.CR3_TARGET_COUNT: 1}
+    changes = {Field.GUEST_FS_LIMIT: 0xFFFFF, Field.GUEST_RFLAGS: 0x28, Field.EXCEPTION_BITMAP: 0}
     case = FuzzCase(L2Mode.PAE, changes, {"virtual_apic": bytes(4)})
     many = Finding(1, case, ["Exit", 52], JUDGE.verdict(case, ["Exit", 52]))
     assert many.verdict.kind == DISAGREE
-    small = shrink(machine, JUDGE, many)
+    small = Shrinker(machine, JUDGE, many).run()
     assert set(small.case.changes) == {Field.GUEST_RFLAGS}
     assert small.case.bare
     assert small.case.mode is L2Mode.LONG
@@ -138,6 +138,13 @@ def test_a_missed_check_is_found_shrunk_and_written(tmp_path: Path) -> None:
     compile(source, "test", "exec")
     assert "RFLAGS" in source
     assert "assert outcome == EntryFailure(ExitReason.INVALID_GUEST_STATE, 0)" in source
+
+
+def test_a_finding_that_does_not_show_again() -> None:
+    case = FuzzCase(L2Mode.LONG, {Field.CR3_TARGET_COUNT: 1})
+    seen = ["VMfailValid", 7]
+    with pytest.raises(NotAgain):
+        Shrinker(Broken(), JUDGE, Finding(1, case, seen, JUDGE.verdict(case, seen))).run()
 
 
 def test_test_of_a_refusal_without_rule() -> None:

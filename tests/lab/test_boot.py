@@ -1,6 +1,5 @@
 """Real boots of Debian's kernel in Bochs. Each takes some ten seconds, so each shows much."""
 
-import contextlib
 import marshal
 import os
 import shutil
@@ -12,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from lab_processes import children_of, emulator_of, gone, listening
 
 from kvmnest.errors import UsageError
 from kvmnest.lab import bochs, cache, kernels, modules
@@ -43,36 +43,8 @@ sys.exit(7)
 """
 
 
-def children_of(pid: int) -> list[int]:
-    found = []
-    for status in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            fields = status.read_text().rpartition(")")[2].split()
-            if int(fields[1]) == pid:
-                found.append(int(status.parent.name))
-    return found
-
-
-def bochs_of(pid: int, wait: float = 30.0) -> int:
-    limit = time.monotonic() + wait
-    while time.monotonic() < limit:
-        for child in children_of(pid):
-            with contextlib.suppress(OSError):
-                name = Path(f"/proc/{child}/comm").read_text().strip()
-                folder = Path(os.readlink(f"/proc/{child}/cwd")).name
-                if name == "bochs-bin" and folder.startswith("kvmnest-lab-"):
-                    return child
-        time.sleep(0.05)
-    raise AssertionError("no bochs process appeared")
-
-
-def listening_inodes() -> set[str]:
-    found = set()
-    for table in ("tcp", "tcp6", "udp", "udp6", "unix"):
-        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
-            fields = line.split()
-            found.add(fields[6] if table == "unix" else fields[9])
-    return found
+def bochs_of(pid: int) -> int:
+    return emulator_of(pid, "bochs-bin")
 
 
 @pytest.mark.parametrize("snapshots", [False, True], ids=["cold", "snapshot"])
@@ -85,10 +57,7 @@ def test_a_command_in_the_guest_reaches_kvm_and_all_its_streams_come_out(snapsho
 
     def look(line: bytes) -> None:
         events.append(line)
-        for fd in Path(f"/proc/{bochs_of(os.getpid())}/fd").iterdir():
-            target = os.readlink(fd)
-            if target.startswith("socket:") and target[8:-1] in listening_inodes():
-                sockets.append(target)
+        sockets.extend(listening(bochs_of(os.getpid())))
 
     code = lab.run(
         ["python3", "-c", COMMAND],
@@ -175,10 +144,7 @@ def test_a_killed_run_leaves_no_emulator(tmp_path):
     emulator = bochs_of(process.pid)
     process.kill()
     process.wait()
-    limit = time.monotonic() + 10
-    while Path(f"/proc/{emulator}/exe").exists() and time.monotonic() < limit:
-        time.sleep(0.05)
-    assert not Path(f"/proc/{emulator}/exe").exists()
+    assert gone(emulator)
     # The next run removes what the killed one left.
     assert [p.name[:12] for p in tmp_path.iterdir()] == ["kvmnest-lab-"]
     code = "from kvmnest.lab import bochs\nwith bochs.Bochs(bochs.locate()): pass"

@@ -84,9 +84,7 @@ def test_a_kernel_without_kvm_intel(tmp_path: Path, capsys: pytest.CaptureFixtur
     kernel = kernels.resolve()
     from kvmnest.lab import debian
 
-    apt, release = kernels._choose(kernel.release) or (None, "")
-    assert apt is not None
-    debian.fetch(apt, release, tmp_path / "package")
+    debian.fetch(kernels.apt_of(kernel.release), kernel.release, tmp_path / "package")
     for path in (tmp_path / "package").rglob("kvm-intel.ko*"):
         path.unlink()
     error = said(capsys, tmp_path / "package")

@@ -337,6 +337,9 @@ def test_mailbox_pages_are_found_by_their_mark(tmp_path):
     assert child.stdout.readline() == "ready\n"
     mark = bytes(b ^ 1 for b in b"some mark here!!")
     addresses = snapshot.take(child.pid, tmp_path, mark, 3)
+    assert snapshot.find_mailbox(child.pid, mark, 3) == addresses
+    with pytest.raises(snapshot.SnapshotError, match="3 of 4 mailbox pages"):
+        snapshot.find_mailbox(child.pid, mark, 4)
     assert (tmp_path / "memory").stat().st_size > 3 * 4096
     with pytest.raises(snapshot.SnapshotError, match="do not fit"):
         snapshot.fill_mailbox(child.pid, addresses, bytes(2 * 4096 + 1))

@@ -204,7 +204,8 @@ def _plan(folder):
 
 def _results(events):
     kept = ("id", "series", "sdm", "outcome", "summary")
-    return [{k: e.get(k) for k in kept} for e in events if e["e"] == "result"]
+    found = [e for e in events if e["e"] == "result"]
+    return [{k: e.get(k) for k in kept} | {"raised": e.get("raised") or ""} for e in found]
 
 
 def test_same_results(sample):

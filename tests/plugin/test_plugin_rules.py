@@ -18,6 +18,36 @@ def test_every_case_needs_series_and_sdm(tmp_path):
     assert "test_sample.py::test_wrong: no sdm(title) marker" in done.stdout
 
 
+def test_a_reproducer_needs_sdm_only(tmp_path):
+    (tmp_path / "test_sample.py").write_text(
+        'import pytest\n__name__ = "kvmnest.repro.bugs.sample"\n'
+        "def test_bare(): assert True\n"
+        "@pytest.mark.sdm('A section')\ndef test_right(): assert True\n"
+    )
+    done = run_pytest(tmp_path)
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert "test_sample.py::test_bare: no sdm(title) marker" in done.stdout
+    assert "no series" not in done.stdout
+    assert "test_right" not in done.stdout
+
+
+def test_what_an_error_was_is_told_from_a_failed_assertion(module):
+    """A reproducer that raises something proves nothing; one that asserts does."""
+    folder = module(
+        "def test_asserts(vm): assert 1 == 2\ndef test_fails(vm): pytest.fail('x')\n"
+        "def test_raises(vm): raise OSError('x')\ndef test_passes(vm): pass\n",
+        suite=False,
+    )
+    (folder / "conftest.py").write_text("import pytest\n@pytest.fixture\ndef vm(): return None\n")
+    raised = {name: event.get("raised") for name, event in results(run_events(folder)).items()}
+    assert raised == {
+        "test_asserts": "",
+        "test_fails": "",
+        "test_raises": "OSError",
+        "test_passes": None,
+    }
+
+
 def test_broken_rules_are_an_event(tmp_path):
     (tmp_path / "test_sample.py").write_text(
         '__name__ = "kvmnest.suite.test_sample"\ndef test_bare(): assert True\n'

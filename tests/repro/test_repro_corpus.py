@@ -1,126 +1,167 @@
-"""kvmnest repro: its corpus, its verdicts, and both ways in the lab."""
+"""kvmnest repro: the scripts that ship with it, their record, and scripts of a user."""
 
+import ast
 import json
-from dataclasses import replace
+import re
+from pathlib import Path
 
 import pytest
 
-from kvmnest.cli.main import main
-from kvmnest.errors import HarnessError
-from kvmnest.kernel.build import build_modules
-from kvmnest.lab import kernels
+from kvmnest.errors import HarnessError, UsageError
 from kvmnest.mutants import catalogue
-from kvmnest.repro import corpus
-from kvmnest.repro.check import FIXED, NOT_APPLICABLE, VULNERABLE, judge, symptom
-from kvmnest.repro.corpus import Bug
-from kvmnest.results.model import Case, Run
+from kvmnest.mutants.record import DETECTED
+from kvmnest.repro import corpus, shown
+
+ROOT = Path(catalogue.MUTANTS_FILE).parent
+SCRIPT = '''\
+"""A bug."""
+
+import pytest
+
+from kvmnest.l1 import L1
+from kvmnest.repro import Bug
+
+BUG = Bug(subject="x", vulnerable="a", correct="b")
 
 
-def test_the_corpus_is_large_and_points_at_real_cases():
+@pytest.mark.sdm("VMXON")
+def test_it(l1: L1) -> None:
+    """Rule."""
+    assert l1.vmxon()
+'''
+
+
+def test_the_corpus_is_large():
     found = corpus.load()
-    assert len(found.bugs) >= 25
-    from kvmnest.mutants.score import collect_ids
-
-    assert {bug.case for bug in found.bugs} <= set(collect_ids())
-    cves = {bug.cve for bug in found.bugs}
+    assert len(found) >= 40
+    cves = {each.bug.cve for each in found}
     assert {"CVE-2018-12904", "CVE-2016-9588", "CVE-2014-3645", "CVE-2014-3646"} <= cves
 
 
+def test_every_real_bug_that_the_suite_notices_has_a_script():
+    """A mutant with an upstream commit either is a script or is one that nothing can show here."""
+    scores = json.loads((ROOT / "mutants-detected.json").read_text())["mutants"]
+    detected = {score["id"] for score in scores if score["verdict"] == DETECTED}
+    real = {mutant.id for mutant in catalogue.load() if mutant.origin.get("subject")}
+    scripts = {each.id for each in corpus.load()}
+    assert scripts <= real
+    assert real & detected <= scripts
+
+
+def test_the_catalogue_of_mutants_repeats_nothing():
+    text = catalogue.MUTANTS_FILE.read_text()
+    for each in corpus.load():
+        assert f'bug = "{each.id}"' in text, each.id
+        assert f'id = "{each.id}"' not in text
+        assert each.bug.subject not in text
+
+
+@pytest.mark.parametrize("each", corpus.load(), ids=lambda each: each.id)
+def test_a_script_is_short_and_stands_alone(each):
+    """A reader needs this file and the documented API, nothing of the suite."""
+    tree = ast.parse(each.path.read_text())
+    imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)} | {
+        alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import)
+        for alias in node.names
+    }
+    assert imported <= {
+        *("pathlib", "pytest", "kvmnest.kvm", "kvmnest.l1", "kvmnest.repro"),
+        *("kvmnest.vmx", "kvmnest.vmx.outcome"),
+    }
+    (test,) = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    assert ast.get_docstring(test)
+    assert test.end_lineno - test.lineno <= 30
+    bug = each.bug
+    assert bug.subject
+    assert bug.vulnerable != bug.correct
+    assert not bug.hash or re.fullmatch(r"[0-9a-f]{12}", bug.hash)
+    assert not bug.cve or re.fullmatch(r"CVE-\d{4}-\d{4,}", bug.cve)
+    assert each.edit.file.startswith("arch/x86/kvm/")
+
+
+def test_every_script_was_shown_both_ways():
+    record = shown.load()
+    for each in corpus.load():
+        seen = record.get(each.id)
+        assert seen is not None, f"kvmnest repro verify --record {shown.RECORD} {each.id}"
+        assert seen.both_ways, f"{each.id}: {seen}"
+        assert seen.script == each.script, f"{each.id} was changed after it was shown"
+    assert set(record) == {each.id for each in corpus.load()}
+
+
 @pytest.mark.parametrize(
-    ("outcome", "verdict", "code"),
+    ("old", "new", "changes"),
     [
-        ("failed", VULNERABLE, 1),
-        ("crashed", VULNERABLE, 1),
-        ("passed", FIXED, 0),
-        ("skipped", NOT_APPLICABLE, 4),
+        ("A bug.", "The bug.", False),
+        ('vulnerable="a"', 'vulnerable="c", cve="CVE-2026-0001"', False),
+        ("assert l1.vmxon()", "assert not l1.vmxon()", True),
+        ('correct="b"', 'correct="b", params={"ept": "0"}', True),
+        ('correct="b"', 'correct="b", death="VmLost: "', True),
     ],
 )
-def test_verdicts(outcome, verdict, code):
-    bug = corpus.load().bugs[0]
-    case = Case(bug.case, 3, "x", outcome, 0.1, detail="why\nmore")
-    if outcome == "crashed":
-        case.outcome, case.summary = "error", "crashed: the guest kernel panicked"
-    found = judge(bug, case, Run("lab"))
-    assert (found.verdict, found.exit_code) == (verdict, code)
+def test_a_record_gets_stale_by_what_a_script_does(tmp_path, old, new, changes):
+    path = tmp_path / "my_bug.py"
+    path.write_text(SCRIPT)
+    before = corpus.read(path).script
+    assert old in SCRIPT
+    path.write_text(SCRIPT.replace(old, new))
+    assert (corpus.read(path).script != before) is changes
 
 
-@pytest.mark.parametrize("outcome", ["error", None])
-def test_trouble_of_the_harness_is_no_verdict(outcome):
-    bug = corpus.load().bugs[0]
-    case = Case(bug.case, 3, "x", outcome, 0.1, detail="cannot open x") if outcome else None
-    with pytest.raises(HarnessError, match=r"cannot open x|did not run"):
-        judge(bug, case, Run("lab"))
+def test_a_script_of_the_user(tmp_path):
+    path = tmp_path / "my_bug.py"
+    path.write_text(SCRIPT)
+    (found,) = corpus.select([str(path)])
+    assert (found.id, found.title, found.shipped, found.edit) == ("my-bug", "A bug", False, None)
+    # One of kvmnest's by its path is that one.
+    (same,) = corpus.select([str(corpus.load()[0].path)])
+    assert same is corpus.load()[0]
 
 
-def failing(bug: Bug, text: str) -> Case:
-    return Case(bug.case, 3, "x", "failed", 0.1, summary=text)
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        (None, "cannot read"),
+        (b"\xff\xfe", "is no Python file"),
+        (b"def f(:\n", ":1: invalid syntax"),
+        (b"a = 1\nb = nothing\n", ":2: NameError: name 'nothing' is not defined"),
+        (b"raise SystemExit(3)\n", ":1: SystemExit: 3"),
+        (b'"""A."""\n', "it has no BUG = Bug"),
+        (SCRIPT.encode().replace(b'"""A bug."""', b""), "no docstring"),
+        (SCRIPT.encode().replace(b"def test_it", b"def it"), "no functions named test_"),
+        (SCRIPT.encode() + b"def test_more():\n    pass\n", "2 functions named test_"),
+        (SCRIPT.encode().replace(b'"b"', b'"b", edit={"file": "a"}'), "edit needs the texts"),
+        (SCRIPT.encode().replace(b'"b"', b'"b", params={"ept": 0}'), "params are texts"),
+        (SCRIPT.encode().replace(b'subject="x", ', b""), "missing 1 required keyword-only"),
+    ],
+)
+def test_what_is_no_reproducer(tmp_path, source, said):
+    path = tmp_path / "my_bug.py"
+    if source is not None:
+        path.write_bytes(source)
+    with pytest.raises(UsageError, match=re.escape(said)) as caught:
+        corpus.select([str(path)])
+    assert "\n" not in str(caught.value)
 
 
-def test_failures_are_told_apart_by_what_they_show():
-    """Two bugs share a case: what the one shows is no evidence of the other."""
-    found = corpus.load()
-    missing, vector = found.select(["vmx-cpl", "vmx-cpl-vector"])
-    assert missing.case == vector.case
-    for bug, other in ((missing, vector), (vector, missing)):
-        case = failing(bug, bug.vulnerable)
-        assert judge(bug, case, Run("lab"), found.bugs).verdict == VULNERABLE
-        wrong = judge(other, case, Run("lab"), found.bugs)
-        assert (wrong.verdict, bug.id in wrong.evidence) == (NOT_APPLICABLE, True)
-    new = judge(missing, failing(missing, "assert 1 == 2"), Run("lab"), found.bugs)
-    assert new.verdict == VULNERABLE
-    assert "recorded for this bug" in new.evidence
-
-
-def test_addresses_make_no_difference():
-    assert symptom("got rip=0x12345 at [ 12.5] 12345") == symptom(
-        "got rip=0xabcdef at [  2.25] 9999"
-    )
-    assert symptom("error_code=0x0") != symptom("error_code=0x1")
-
-
-def test_parameters_of_the_machine():
-    """A bug that shows without EPT only cannot be seen on a machine that runs with it."""
-    bug = replace(corpus.load().bugs[0], params={"ept": "0"})
-    case = Case(bug.case, 3, "x", "passed", 0.1)
-    with_ept = Run("kvm", facts={"kvm_params": {"ept": "Y"}})
-    verdict = judge(bug, case, with_ept)
-    assert (verdict.verdict, "ept=0" in verdict.evidence) == (NOT_APPLICABLE, True)
-    assert judge(bug, case, Run("kvm", facts={"kvm_params": {"ept": "N"}})).verdict == FIXED
-
-
-def test_a_damaged_record(tmp_path):
+@pytest.mark.parametrize(
+    "content", ["{}", "[]", '{"schema": 2, "shown": {}}', '{"schema": 1, "shown": {"a": {}}}', "{"]
+)
+def test_a_damaged_record(tmp_path, content):
     path = tmp_path / "x.json"
-    path.write_text("{}")
-    with pytest.raises(HarnessError, match="no detection table"):
-        corpus.load(path)
+    path.write_text(content)
+    with pytest.raises(HarnessError, match="no record of kvmnest repro verify"):
+        shown.load(path)
 
 
-def test_an_unknown_bug(capsys):
-    assert main(["repro", "CVE-1999-0001"]) == 2
-    assert "kvmnest repro list" in capsys.readouterr().err
-
-
-def test_list(capsys):
-    assert main(["repro", "list", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert all(bug["subject"] and bug["case"] for bug in found)
-
-
-def test_both_ways_in_the_lab(capsys):
-    """CVE-2018-12904 on the stock kernel, and on one with the bug put back."""
-    mutant = next(m for m in catalogue.load() if m.id == "vmx-cpl")
-    arguments = ["repro", "CVE-2018-12904", "--target", "lab"]
-    assert main(arguments) == 0
-    assert capsys.readouterr().out.startswith("FIXED")
-    folder = build_modules([mutant.edit], kernels.resolve().release)
-    assert main([*arguments, "--kvm-modules", str(folder)]) == 1
-    assert capsys.readouterr().out.startswith("VULNERABLE")
-
-
-def test_kernels(capsys):
-    release = kernels.resolve().release
-    assert main(["kernels", "--json"]) == 0
-    found = {entry["release"]: entry["cached"] for entry in json.loads(capsys.readouterr().out)}
-    assert found[release] is True
-    assert main(["kernels", "forget", "9.9.9"]) == 2
-    assert main(["kernels", "steal", "6.1"]) == 2
+def test_a_record_is_kept(tmp_path):
+    path = tmp_path / "x.json"
+    assert shown.start(path) == {}
+    with pytest.raises(UsageError, match="there is no folder"):
+        shown.start(tmp_path / "none" / "x.json")
+    both = shown.Shown("6.1", "0", shown.Seen("FIXED", "a"), shown.Seen("VULNERABLE", "b"))
+    shown.save(path, {"vmx-cpl": both})
+    assert shown.start(path) == {"vmx-cpl": both}
+    assert both.both_ways

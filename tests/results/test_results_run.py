@@ -303,3 +303,19 @@ def test_results_that_cannot_be_read(tmp_path, text, complaint):
         path.write_text(text)
     with pytest.raises(KvmnestError, match=complaint):
         jsonfile.load(path)
+
+
+def test_only_regular_files_are_replaced(tmp_path):
+    """Root could replace /dev/null; a link stays one, and its file gets the results."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for where in (pipe, tmp_path):
+        with pytest.raises(HarnessError, match="cannot write results to"):
+            jsonfile.JsonFile(where)
+    assert pipe.is_fifo()
+    link, path = tmp_path / "link", tmp_path / "out.json"
+    path.write_text("")
+    link.symlink_to(path)
+    jsonfile.JsonFile(link).start(Run("kvm"))
+    assert link.is_symlink()
+    assert json.loads(path.read_text())["cases"] == []

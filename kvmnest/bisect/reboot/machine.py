@@ -70,7 +70,7 @@ class Machine:
         except CommandFailed as error:
             gone = ("Unable to locate package", "has no installation candidate")
             if any(text in error.output for text in gone):
-                return f"{package} is not in Debian's archive any more"
+                return f"this system's apt has no {package} any more"
             raise
         return ""
 

@@ -1,0 +1,256 @@
+"""What the lab needs of an emulator: one that is installed, and one that runs."""
+
+import contextlib
+import ctypes
+import fcntl
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from kvmnest.lab import cache
+from kvmnest.lab.errors import LabSetupError
+
+_PR_SET_PDEATHSIG = 1
+_PREFIX = "kvmnest-lab-"
+
+
+class Installed(Protocol):
+    """An emulator of this machine that can boot kernels.
+
+    ``where`` is what is said of a kernel that it boots ("in the lab"), ``kernel_parameters`` go
+    to the kernel's command line.
+    """
+
+    @property
+    def where(self) -> str:
+        """In words."""
+        ...
+
+    @property
+    def kernel_parameters(self) -> str:
+        """Separated by spaces."""
+        ...
+
+    def process(self) -> "Running":
+        """A process of it, not yet started. Raises LabSetupError."""
+        ...
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which emulator is to boot a kernel; can be sent to another machine.
+
+    ``boot`` is "lab" (Bochs, which emulates VT-x) or "qemu" (KVM of this machine, which must offer
+    VMX to its guests), ``program`` its file, if it is not to be looked up in PATH.
+    ``accelerator`` is QEMU's: "tcg" needs no KVM, but its CPU has no VMX.
+    """
+
+    boot: str = "lab"
+    program: str | None = None
+    accelerator: str = "kvm"
+
+    def locate(self) -> Installed:
+        """Find it on this machine.
+
+        Raises LabSetupError if it is not there, or cannot do its work here.
+        """
+        from kvmnest.lab import bochs, qemu
+
+        if self.boot == "qemu":
+            return qemu.locate(self.program, self.accelerator)
+        return bochs.locate(self.program)
+
+
+BOCHS = Choice()
+
+
+def version_text(program: str, *options: str) -> str:
+    """What ``program`` prints for ``options``. Raises LabSetupError if it does not run."""
+    try:
+        done = subprocess.run(
+            [program, *options],
+            capture_output=True,
+            timeout=20,
+            check=False,
+            stdin=subprocess.DEVNULL,
+        )
+    except (OSError, subprocess.TimeoutExpired) as e:
+        raise LabSetupError(f"{program} does not run: {e}") from e
+    return (done.stdout + done.stderr).decode(errors="replace")
+
+
+def _sweep() -> None:
+    """Remove folders whose owner was killed: the lock inside is free again."""
+    for folder in Path(tempfile.gettempdir()).glob(_PREFIX + "*"):
+        with contextlib.suppress(OSError):
+            if folder.stat().st_uid != os.getuid():
+                continue
+            fd = os.open(folder / "lock", os.O_RDWR | os.O_CLOEXEC)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(fd)
+
+
+def _child_setup(personality: int) -> Callable[[], None]:
+    """For the child before exec: the kernel kills it when this process dies."""
+    libc = ctypes.CDLL(None)
+    parent = os.getpid()
+
+    def setup() -> None:
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if personality:
+            libc.personality(personality)
+        if os.getppid() != parent:
+            os._exit(1)
+
+    return setup
+
+
+class Running(ABC):
+    """One emulator in a private folder: write ``memory.img`` and ``boot.rom`` there, start it.
+
+    ``output`` is the file descriptor that the guest's bytes to port 0xE9 come from. As a context
+    manager it leaves neither process nor folder behind.
+    """
+
+    def __init__(self, program: str) -> None:
+        """Make the folder. Raises LabSetupError if that is impossible."""
+        self.output = -1
+        self._program = program
+        self._process: subprocess.Popen[bytes] | None = None
+        try:
+            _sweep()
+            # It gets the name that _sweep looks for when its lock is held, not before.
+            made = Path(tempfile.mkdtemp(prefix=f".{_PREFIX}"))
+            self._lock = os.open(made / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
+            self.folder = made.rename(made.with_name(made.name.removeprefix(".")))
+        except OSError as e:
+            raise LabSetupError(cache.describe(e, "making the lab's folder")) from e
+
+    def __enter__(self) -> "Running":
+        """Return self."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop the emulator and remove its folder."""
+        self.stop()
+        shutil.rmtree(self.folder, ignore_errors=True)
+        os.close(self._lock)
+
+    @abstractmethod
+    def start(self, memory: int, cpus: int) -> None:
+        """Start emulating ``memory`` MiB and ``cpus`` CPUs.
+
+        The guest's console goes to ``console.log``. Raises LabSetupError if it cannot be started.
+        """
+
+    @abstractmethod
+    def verdict(self) -> str:
+        """Why the emulator ended, in its own words (one line), or its status."""
+
+    def stuck(self) -> str:
+        """Why the guest cannot go on though the emulator still runs (one line); "" if it can."""
+        return ""
+
+    def _launch(
+        self,
+        argv: Sequence[str],
+        stdin: int,
+        stdout: int,
+        env: Mapping[str, str],
+        personality: int = 0,
+    ) -> None:
+        """Start the program in the folder, its stderr in ``stderr.log``."""
+        try:
+            with open(self.folder / "stderr.log", "wb") as errors:
+                self._process = subprocess.Popen(
+                    [self._program, *argv],
+                    cwd=self.folder,
+                    stdin=stdin,
+                    stdout=stdout,
+                    stderr=errors,
+                    env={"PATH": os.defpath, "HOME": "/", "LANG": "C", **env},
+                    start_new_session=True,
+                    preexec_fn=_child_setup(personality),
+                )
+        except OSError as e:
+            raise LabSetupError(f"cannot start {self._program}: {e.strerror}") from e
+
+    @property
+    def pid(self) -> int:
+        """Process id, 0 before the start."""
+        return self._process.pid if self._process is not None else 0
+
+    def ended(self) -> bool:
+        """Whether the process is gone."""
+        return self._process is None or self._process.poll() is not None
+
+    def console(self) -> str:
+        """The guest kernel's log so far."""
+        return self._text("console.log").replace("\r", "")
+
+    def console_size(self) -> int:
+        """Bytes of kernel log so far: a cheap sign of life."""
+        try:
+            return (self.folder / "console.log").stat().st_size
+        except OSError:
+            return 0
+
+    def clock(self) -> float:
+        """Seconds by which the guest's silence is measured, from any beginning."""
+        return time.monotonic()
+
+    def cpu_seconds(self) -> float:
+        """CPU time the emulator has used."""
+        try:
+            fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            return 0.0
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def drop_images(self) -> None:
+        """Delete the memory image and the ROM, which are read once, at the start."""
+        for name in ("memory.img", "boot.rom"):
+            (self.folder / name).unlink(missing_ok=True)
+
+    def _status(self) -> str:
+        status = self._process.poll() if self._process is not None else None
+        if status is not None and status < 0:
+            return f"killed by {signal.Signals(-status).name}"
+        return f"exit status {status}"
+
+    def _text(self, name: str) -> str:
+        try:
+            return (self.folder / name).read_bytes().decode(errors="replace")
+        except OSError:
+            return ""
+
+    def stop(self) -> None:
+        """Kill the emulator's process group, if it still runs."""
+        process = self._process
+        if process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            self._process = None
+        if self.output >= 0:
+            os.close(self.output)
+            self.output = -1
+
+    def wait_end(self, seconds: float) -> bool:
+        """Wait until the process is gone; False if it still runs after ``seconds``."""
+        limit = time.monotonic() + seconds
+        while not self.ended() and time.monotonic() < limit:
+            time.sleep(0.02)
+        return self.ended()

@@ -1,0 +1,139 @@
+"""Start Bochs where an earlier boot of the same machine was saved, or save it on the way."""
+
+import marshal
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvmnest.lab import bochs, cache, image, snapshot
+from kvmnest.lab.bochs import Bochs
+from kvmnest.lab.errors import LabLost, LabSetupError
+from kvmnest.lab.guest import MAILBOX_PAGES
+from kvmnest.lab.rootfs import Tree
+from kvmnest.lab.session import Sink
+from kvmnest.lab.snapshot import SnapshotError
+
+_KEPT = 3  # of each kind; some 160 MB each
+_FORMAT = 3
+# What the cases use and pytest does not rewrite.
+_PRELOAD = ("kvmnest.errors", "kvmnest.vmx", "kvmnest.kvm", "kvmnest.l1")
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A point at which the guest waits: where it is saved, and what it gets then."""
+
+    kind: str
+    key: str
+    mail: bytes
+
+
+class _Saver:
+    """Called when the guest waits: saves it, if nobody has, and gives it the next mail."""
+
+    def __init__(self, process: Bochs, steps: Sequence[_Step]) -> None:
+        self._process = process
+        self._steps = list(steps)
+
+    def __call__(self, mark: bytes) -> None:
+        pid, step = self._process.pid, self._steps.pop(0)
+        mailbox: list[int] = []
+
+        def build(folder: Path) -> None:
+            mailbox.extend(snapshot.take(pid, folder, mark, MAILBOX_PAGES))
+
+        try:
+            cache.entry(step.kind, step.key, build, keep=_KEPT)
+        except LabSetupError as e:  # a full disk: this run can do without
+            raise SnapshotError(str(e)) from e
+        if not mailbox:  # another run of the same lab was faster
+            mailbox.extend(snapshot.find_mailbox(pid, mark, MAILBOX_PAGES))
+        snapshot.fill_mailbox(pid, mailbox, step.mail)
+
+
+class SavedBoots:
+    """Boots of one machine: ``memory`` MiB, ``cpus`` CPUs, and what ``made_of`` stands for.
+
+    ``write_image`` writes the picture of memory that a boot from cold needs, ``tree`` is what is
+    loaded after the boot.
+    """
+
+    def __init__(
+        self,
+        emulator: bochs.Emulator,
+        memory: int,
+        cpus: int,
+        made_of: Sequence[str | bytes],
+        write_image: Callable[[Bochs], None],
+        tree: Tree,
+    ) -> None:
+        self._memory, self._cpus = memory, cpus
+        self._write_image = write_image
+        self._tree = tree
+        machine = os.uname()
+        self._key = cache.digest([
+            _FORMAT, emulator.stamp(), bochs.configuration(emulator, memory, cpus), bochs.MSRS,
+            *made_of, machine.release, machine.version, _host_cpu(),
+        ])  # fmt: skip
+
+    def start(self, process: Bochs, job: dict[str, Any]) -> tuple[Sink, bool]:
+        """Start it in the best way there is.
+
+        Returns what to call when the guest waits, and whether an earlier boot is continued.
+        Raises SnapshotError if a waiting guest cannot be given this job, LabLost, LabSetupError,
+        OSError.
+        """
+        steps = self._steps(job)
+        if any(len(step.mail) > snapshot.capacity(MAILBOX_PAGES) for step in steps):
+            raise SnapshotError("the job is larger than the guest's mailbox")
+        for number in reversed(range(len(steps))):
+            saved = cache.existing(steps[number].kind, steps[number].key)
+            if saved is None:
+                continue
+            try:
+                self._resume(process, saved, steps[number].mail)
+            except SnapshotError:
+                process.stop()
+                cache.drop(saved)
+                continue
+            return _Saver(process, steps[number + 1 :]), True
+        self._write_image(process)
+        process.start(self._memory, self._cpus, saved=True)
+        if not process.wait_prompt():
+            raise LabLost(f"the emulator did not start: {process.verdict()}")
+        process.go_on()
+        return _Saver(process, steps), False
+
+    def _resume(self, process: Bochs, saved: Path, mail: bytes) -> None:
+        """Start an emulator that only has the right shape, and put the saved one into it."""
+        (process.folder / "memory.img").write_bytes(bytes(image.BLOCK))
+        process.start(self._memory, self._cpus, saved=True)
+        if not process.wait_prompt():
+            raise SnapshotError("the emulator shows no prompt")
+        snapshot.resume(process.pid, saved, mail)
+        process.reset_terminal()
+
+    def _steps(self, job: dict[str, Any]) -> list[_Step]:
+        """The points at which the guest waits: after the boot, and with kvmnest loaded.
+
+        The second changes with each edit of kvmnest, but is made from the first in no time.
+        """
+        loaded = cache.digest([self._key, self._tree.key, *_PRELOAD])
+        load = {
+            "files": self._tree.files,
+            "mtimes": self._tree.mtimes,
+            "preload": _PRELOAD,
+        }
+        return [
+            _Step("booted", self._key, marshal.dumps(load)),
+            _Step("loaded", loaded, marshal.dumps(job)),
+        ]
+
+
+def _host_cpu() -> str:
+    """Model and features of this machine's CPU, which a saved process has adapted to."""
+    with open("/proc/cpuinfo") as f:
+        return "".join(line for line in f.read().partition("\n\n")[0].splitlines(True)
+                       if line.startswith(("model name", "flags", "microcode")))  # fmt: skip

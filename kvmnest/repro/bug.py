@@ -1,0 +1,38 @@
+"""What a reproducer says about its bug. Scripts import this in the lab's guest: keep it small."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bug:
+    """A bug that kernels had; its title is the first line of the script's docstring.
+
+    Attributes:
+        subject: subject of the upstream commit that fixed it.
+        hash: that commit, as far as it is known for sure.
+        cve: "CVE-YEAR-NUMBER".
+        since: version, or commit, that brought the bug; "" unless it is known for sure.
+        fixed: first version without it.
+        vulnerable: what is seen on a kernel with the bug.
+        correct: what is seen on one without.
+        death: how the error begins by which the VM dies of this bug ("VmLost: triple fault",
+            "KvmError: KVM_RUN", "crashed: " for the kernel itself); any other death proves nothing.
+        params: module parameters that the bug needs, as ``{"ept": "0"}``; ``kvm.NAME`` for those
+            of kvm.
+        edit: brings the bug back into today's KVM: ``file``, ``function``, ``expression``, which
+            must occur once in the function, and ``replacement`` (see ``kvmnest.kernel.edits``).
+    """
+
+    subject: str
+    hash: str = ""
+    cve: str = ""
+    since: str = ""
+    fixed: str = ""
+    vulnerable: str
+    correct: str
+    death: str = ""
+    params: Mapping[str, str] = field(default_factory=dict)
+    edit: Mapping[str, str] = field(default_factory=dict)

@@ -1,0 +1,34 @@
+"""MSR areas may be longer than the advertised limit."""
+
+import pytest
+
+from kvmnest.l1 import L1
+from kvmnest.repro import Bug
+from kvmnest.vmx import ExitReason, Field, Msr
+from kvmnest.vmx.outcome import EntryFailure
+
+BUG = Bug(
+    subject="kvm: nvmx: limit atomic switch MSRs",
+    fixed="v5.4-rc1",
+    vulnerable="KVM works through a longer MSR-load area and L2 runs",
+    correct="VM entry fails at the first entry beyond the limit",
+    edit={
+        "file": "arch/x86/kvm/vmx/nested.c",
+        "function": "nested_vmx_load_msr",
+        "expression": "if (unlikely(i >= max_msr_list_size)) goto fail;",
+        "replacement": "if (0 && i >= max_msr_list_size) goto fail;",
+    },
+)
+
+
+@pytest.mark.sdm("Loading MSRs")
+def test_one_entry_too_many(l1: L1) -> None:
+    """Beyond the maximum in IA32_VMX_MISC the SDM promises nothing; Linux fails the entry."""
+    count = l1.caps.misc.msr_list_max + 1
+    area = l1.alloc((16 * count + 4095) // 4096)
+    for number in range(count):
+        l1.write_int(area + 16 * number, Msr.KERNEL_GS_BASE)
+    vmcs = l1.launchable()
+    vmcs[Field.VM_ENTRY_MSR_LOAD_ADDR] = area
+    vmcs[Field.VM_ENTRY_MSR_LOAD_COUNT] = count
+    assert l1.vmlaunch() == EntryFailure(ExitReason.MSR_LOAD_FAIL, qualification=count)

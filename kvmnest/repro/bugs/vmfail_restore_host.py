@@ -1,0 +1,39 @@
+"""L1's state is not restored when the hardware refuses the entry."""
+
+import pytest
+
+from kvmnest.l1 import L1
+from kvmnest.repro import Bug
+from kvmnest.vmx import Field, ProcCtl
+from kvmnest.vmx.outcome import VMfailValid
+
+BUG = Bug(
+    subject="KVM: nVMX: restore host state in nested_vmx_vmexit for VMFail",
+    hash="bd18bffca353",
+    since="4f350c6dbcb9 (v4.14)",
+    fixed="v4.19 or v4.20",
+    vulnerable="L1 goes on with L2's page tables and is lost",
+    correct="VMLAUNCH fails and L1 goes on",
+    death="VmLost: ",
+    edit={
+        "file": "arch/x86/kvm/vmx/nested.c",
+        "function": "nested_vmx_vmexit",
+        "expression": "nested_vmx_restore_host_state(vcpu);",
+        "replacement": "if (0) nested_vmx_restore_host_state(vcpu);",
+    },
+)
+
+
+@pytest.mark.sdm("VM-Execution Control Fields")
+@pytest.mark.needs(ProcCtl.USE_TPR_SHADOW)
+def test_l1_after_a_late_failure(l1: L1) -> None:
+    """KVM leaves the TPR threshold to the processor and has to undo what it loaded before."""
+    cr3 = l1.read_cr(3)
+    vmcs = l1.launchable()
+    vmcs.set_bits(Field.CPU_BASED_VM_EXEC_CONTROL, ProcCtl.USE_TPR_SHADOW)
+    vmcs[Field.VIRTUAL_APIC_PAGE_ADDR] = page = l1.alloc()
+    l1.write_int(page + 0x80, 0xF0, 4)  # a TPR that no threshold is above
+    vmcs[Field.TPR_THRESHOLD] = 0x10  # bits 31:4 must be 0
+    # Which error number it is, is another bug: deferred-vmfail.
+    assert isinstance(l1.vmlaunch(), VMfailValid)
+    assert l1.read_cr(3) == cr3

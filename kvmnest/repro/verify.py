@@ -1,0 +1,70 @@
+"""Show reproducers both ways in the lab: on a kernel as it is, and with the bug put back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvmnest.kernel.build import BuildError, build_modules
+from kvmnest.kernel.edits import EditError
+from kvmnest.lab.emulators import Choice
+from kvmnest.repro.check import NO_VERDICT, Verdict, check
+from kvmnest.repro.corpus import Reproducer
+from kvmnest.repro.shown import Seen, Shown
+from kvmnest.results.lab_target import LabTarget
+
+
+@dataclass(frozen=True)
+class Lab:
+    """Which lab to show them in: ``kernel`` is a SPEC, ``release`` what it stands for."""
+
+    kernel: str | None
+    release: str
+    emulator: Choice
+    params: Mapping[str, str] | None = None
+
+    def target(self, params: Mapping[str, str], kvm_modules: Path | None) -> LabTarget:
+        """The target with these parameters and modules."""
+        return LabTarget(
+            kernel=self.kernel,
+            kvm_modules=kvm_modules,
+            kvm_params={**params, **(self.params or {})},
+            emulator=self.emulator,
+        )
+
+
+def verify(
+    reproducers: Sequence[Reproducer], lab: Lab, on_line: Callable[[str], None]
+) -> Iterator[tuple[Reproducer, Shown]]:
+    """Yield what each shows on the stock kernel and on one whose kvm has its bug.
+
+    ``on_line`` gets lines for the user. An edit that does not fit this kernel's source is no
+    error: what is shown then is NO VERDICT. Raises what ``check`` raises and LabSetupError if
+    modules cannot be built at all.
+    """
+    on_line(f"{len(reproducers)} on {lab.release} as it is")
+    stock = {
+        verdict.reproducer.case: _seen(verdict)
+        for verdict in check(reproducers, lambda params: lab.target(params, None))
+    }
+    for reproducer in reproducers:
+        on_line(f"{reproducer.id} on {lab.release} with the bug put back")
+        seen = stock[reproducer.case]
+        yield reproducer, Shown(lab.release, reproducer.script, seen, _put_back(reproducer, lab))
+
+
+def _put_back(reproducer: Reproducer, lab: Lab) -> Seen:
+    edit = reproducer.edit
+    if edit is None:
+        return Seen(NO_VERDICT, "the script has no edit that brings the bug back")
+    try:
+        modules = build_modules([edit], lab.release)
+    except (EditError, BuildError) as error:
+        return Seen(NO_VERDICT, f"the edit does not fit {lab.release}: {error}")
+    (verdict,) = check([reproducer], lambda params: lab.target(params, modules))
+    return _seen(verdict)
+
+
+def _seen(verdict: Verdict) -> Seen:
+    return Seen(verdict.verdict, verdict.evidence)

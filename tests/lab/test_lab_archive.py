@@ -1,0 +1,109 @@
+"""Which kernels can be had: Debian's archive through apt, installed ones, the cache."""
+
+import os
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from kvmnest.lab import debian, kernels, tools
+from kvmnest.lab.errors import KernelSpecError, LabSetupError
+
+
+def test_archive_and_cache() -> None:
+    """The lab's own kernel is listed with what the archive says of it; suites are Debian's."""
+    release = kernels.resolve().release
+    found = {entry.release: entry for entry in kernels.available()}
+    entry = found[release]
+    assert entry.cached
+    assert entry.version.startswith(release.partition("-")[0].rpartition(".")[0])
+    assert entry.size > 10_000_000
+    suites = {suite for entry in found.values() for suite in entry.suites}
+    assert any(suite.endswith("-security") for suite in suites), suites
+    # The system's own sources have none: these are the archive's as the lab asks it.
+    assert any(suite.endswith("-backports") for suite in suites), suites
+
+
+def test_between_spans_suites() -> None:
+    """The ladder from stable to backports is in order, of one flavour, without gaps."""
+    found = kernels.between("6.1", "6.12")
+    keys = [debian.version_key(name) for name in found]
+    assert keys == sorted(keys)
+    assert all(name.endswith("-cloud-amd64") for name in found)
+    assert kernels.between("6.12", "6.1") == []
+    with pytest.raises(KernelSpecError, match="kvmnest kernels lists them"):
+        kernels.between("6.1", "9.9")
+
+
+@pytest.fixture
+def lists(tmp_path: Path) -> Path:
+    folder = tmp_path / "apt"
+    debian.archive(folder)
+    return folder
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What apt was asked; it answers that there is no connection."""
+    questions: list[str] = []
+
+    def run(argv: list[str], doing: str) -> object:
+        questions.append(doing)
+        raise LabSetupError("apt-get update failed: no connection")
+
+    monkeypatch.setattr(tools, "run", run)
+    return questions
+
+
+def make_old(path: Path, seconds: float) -> None:
+    then = time.time() - seconds
+    os.utime(path, (then, then))
+
+
+def test_lists_are_renewed_once_a_day(lists: Path, asked: list[str]) -> None:
+    debian.archive(lists)
+    assert asked == []
+    make_old(lists / "updated", 2 * 86_400)
+    stamp = debian.archive_stamp(lists)
+    debian.archive(lists)  # it cannot be renewed: the lists of before serve
+    debian.archive(lists)  # and the mirror is not asked again at once
+    assert len(asked) == 1
+    assert debian.archive_stamp(lists) == stamp
+    make_old(lists / "failed", 120)
+    debian.archive(lists)
+    assert len(asked) == 2
+
+
+def test_no_lists_and_no_connection(tmp_path: Path, asked: list[str]) -> None:
+    """The failure is told again without another attempt, which may take minutes."""
+    for _ in range(2):
+        with pytest.raises(LabSetupError, match="no connection"):
+            debian.archive(tmp_path / "apt")
+    assert len(asked) == 1
+
+
+def test_installed_kernels(tmp_path: Path) -> None:
+    """A kernel with its modules in the usual places; one without modules does not count."""
+    release = kernels.resolve().release
+    package = tmp_path / "package"
+    debian.fetch(kernels.apt_of(release), release, package)
+    shutil.copyfile(package / f"boot/vmlinuz-{release}", package / "boot/vmlinuz-7.0.0-alone")
+    assert kernels.installed_releases(package) == [release]
+    kernel = kernels._from_installed(release, package)
+    assert kernel.release == release
+    assert set(kernel.modules) >= {"kvm", "kvm_intel"}
+    assert kernel.image().data == kernels.resolve().image().data
+
+
+def test_an_installed_kernel_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "boot").mkdir()
+    (tmp_path / "lib/modules/6.1.0-x").mkdir(parents=True)
+    (tmp_path / "boot/vmlinuz-6.1.0-x").write_bytes(b"x")
+
+    class Denied(type(tmp_path)):  # type: ignore[misc]  # root may read everything
+        def read_bytes(self) -> bytes:
+            raise PermissionError(13, "Permission denied", str(self))
+
+    with pytest.raises(KernelSpecError, match=r"vmlinuz-6\.1\.0-x cannot be read: .*run as root"):
+        kernels._from_installed("6.1.0-x", Denied(tmp_path))
