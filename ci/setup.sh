@@ -110,6 +110,7 @@ setup() {
     [ "$extras" != dev ] || packages+=(qemu-system-x86 shellcheck)
     apt_packages "${packages[@]}"
     [ "$extras" != dev ] || optional_packages vagrant vagrant-libvirt
+    [ "$extras" != dev ] || optional_packages grub2-common
 
     python=.venv/bin/python
     key=$({

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from kvmnest.bisect import journal as journal_file
-from kvmnest.bisect.journal import Header, Journal
+from kvmnest.bisect.journal import Header, Journal, Step
 from kvmnest.bisect.probe import BAD, GOOD, SKIP, Answer
 from kvmnest.bisect.search import NotBisectable
 from kvmnest.errors import HarnessError, UsageError
@@ -23,25 +24,33 @@ class Repository:
         """Raises UsageError if ``folder`` is no work tree of git."""
         self.folder = folder
         try:
-            inside = self._git("rev-parse", "--is-inside-work-tree", check=False)
-        except (OSError, HarnessError) as error:
+            inside = self._git("rev-parse", "--is-inside-work-tree")
+        except OSError as error:
             raise UsageError(f"git cannot be run in {folder}: {error}") from error
+        except HarnessError as error:
+            raise UsageError(f"{folder} is no git work tree ({error})") from error
         if inside.strip() != "true":
             raise UsageError(f"{folder} is no git work tree")
 
     def _git(self, *arguments: str, check: bool = True) -> str:
-        done = subprocess.run(
-            ["git", *arguments],
-            cwd=self.folder,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            check=False,
-        )
+        # A checkout that Ctrl-C cuts in the middle leaves a tree that git then refuses to leave.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+        try:
+            done = subprocess.run(
+                ["git", *arguments],
+                cwd=self.folder,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                check=False,
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         if check and done.returncode:
             lines = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
-            raise HarnessError(f"git {arguments[0]} failed: {lines[-1]}")
+            told = [line for line in lines if line.startswith(("fatal:", "error:"))] or lines[-1:]
+            raise HarnessError(f"git {arguments[0]} failed: {told[0]}")
         return done.stdout
 
     @property
@@ -59,6 +68,10 @@ class Repository:
     def describe(self, revision: str = "HEAD") -> str:
         """Short hash and subject."""
         return self._git("log", "-1", "--format=%h %s", revision).strip()
+
+    def subject(self, revision: str = "HEAD") -> str:
+        """Subject of a commit."""
+        return self._git("log", "-1", "--format=%s", revision).strip()
 
     def require_clean(self) -> None:
         """Raise UsageError if tracked files are changed: they would be part of every build."""
@@ -117,13 +130,33 @@ class Repository:
         """Check a branch, or a detached HEAD, out again."""
         self._git("checkout", "--quiet", place)
 
+    def files_changed(self, revision: str) -> list[str]:
+        """Which files a commit changed and by how much, as ``git show --stat`` has it."""
+        return self._git("show", "--stat=90,60,12", "--format=", revision).split("\n")[:-1]
+
     def parents(self, revision: str) -> list[str]:
         """Hashes of the parents of a commit."""
         return self._git("log", "-1", "--format=%P", revision).split()
 
+    def repair(self) -> None:
+        """Undo what a loss of power left of a git that was writing: its lock, half a checkout.
+
+        For a tree that was clean when the bisection began, in which nobody else works.
+        """
+        lock = self.folder / self._git("rev-parse", "--git-path", "index.lock").strip()
+        if lock.exists() and lock.stat().st_mtime < _boot_time():
+            lock.unlink()
+            self._git("reset", "--hard", "--quiet")
+
     def reset(self, place: str) -> None:
         """End the bisection, if there is one, and check ``place`` out."""
         self._git("bisect", "reset", place)
+
+
+def _boot_time() -> int:
+    """When this system was started, in seconds since the epoch."""
+    lines = Path("/proc/stat").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("btime "))
 
 
 @dataclass(frozen=True)
@@ -139,7 +172,7 @@ def bisect(
     good: str,
     bad: str,
     ask: Callable[[], Answer],
-    on_answer: Callable[[str, Answer], None],
+    on_step: Callable[[Step], None],
     *,
     question: str = "",
     state: Path | None = None,
@@ -149,7 +182,8 @@ def bisect(
 
     ``ask`` builds and tests what is checked out; each answer is in the journal (``state``, or in
     the git directory) before git is told. After Ctrl-C, or when the machine went down, ``go_on``
-    continues and asks nothing twice. Raises UsageError, NotBisectable, HarnessError.
+    continues and asks nothing twice. Whatever ends the check of good and bad puts HEAD back; later
+    HEAD stays on the commit that git chose. Raises UsageError, NotBisectable, HarnessError.
     """
     path = state or repository.journal
     if go_on:
@@ -158,12 +192,7 @@ def bisect(
             raise UsageError(f"nothing to continue in {repository.folder}")
         journal = loaded
     else:
-        if repository.bisecting:
-            raise UsageError(
-                f"{repository.folder} is being bisected: --continue, or git bisect reset"
-            )
-        repository.require_clean()
-        repository.require_order(good, bad)
+        check_start(repository, good, bad)
         journal = journal_file.start(
             path,
             Header(question, repository.commit(good), repository.commit(bad), repository.place),
@@ -171,30 +200,43 @@ def bisect(
     header = journal.header
 
     def answer() -> Answer:
-        commit, subject = repository.commit("HEAD"), repository.describe()
+        commit = repository.commit("HEAD")
         if commit not in journal.answers:
-            journal.add(commit, subject, ask())
-        on_answer(subject, journal.answers[commit])
-        return journal.answers[commit]
+            journal.add(commit, repository.subject(), ask())
+        step = next(step for step in journal.steps if step.name == commit)
+        on_step(step)
+        return step.answer
 
     if not repository.bisecting:
-        ends = []
-        for revision in (header.good, header.bad):
-            repository.checkout(revision)
-            ends.append(answer())
         try:
+            ends = []
+            for revision in (header.good, header.bad):
+                repository.checkout(revision)
+                ends.append(answer())
             _check_ends(repository, header, ends)
-        except NotBisectable:
+        except BaseException:
             repository.checkout_place(header.came_from)
             raise
         repository.start(header.good, header.bad)
     while True:
-        first = repository.mark(answer().verdict)
+        try:
+            first = repository.mark(answer().verdict)
+        except NotBisectable:
+            repository.reset(header.came_from)
+            raise
         if first:
             tested = {c for c, a in journal.answers.items() if a.verdict == GOOD}
             parents = [p for p in repository.parents(first) if p in tested]
             repository.reset(header.came_from)
             return FoundCommit(first, parents[-1] if parents else ""), journal
+
+
+def check_start(repository: Repository, good: str, bad: str) -> None:
+    """Raise UsageError where a bisection cannot begin."""
+    if repository.bisecting:
+        raise UsageError(f"{repository.folder} is being bisected: --continue, or git bisect reset")
+    repository.require_clean()
+    repository.require_order(good, bad)
 
 
 def _check_ends(repository: Repository, header: Header, ends: list[Answer]) -> None:
@@ -208,5 +250,5 @@ def _check_ends(repository: Repository, header: Header, ends: list[Answer]) -> N
         if end.verdict != wanted:
             shown = "cannot be tested" if end.verdict == SKIP else f"is {end.verdict}"
             raise NotBisectable(
-                f"{repository.describe(revision)} {shown}, expected {wanted}: {end.evidence}"
+                f"{repository.describe(revision)} {shown}, expected {wanted}: {end.text}"
             )

@@ -1,6 +1,7 @@
-"""The steps of a bisection over git, on disk as JSON lines: each is there before the next begins.
+"""The steps of a bisection on disk as JSON lines: each is there before the next begins.
 
-git knows which commits are good and bad, but not why, nor what the ends were found to be.
+A search over kernels goes on from it alone. git knows which commits are good and bad, but not
+why, nor what the ends were found to be.
 """
 
 from __future__ import annotations
@@ -8,52 +9,81 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kvmnest.bisect.probe import Answer
+from kvmnest.bisect import disk
+from kvmnest.bisect.probe import BAD, GOOD, SKIP, Answer
 from kvmnest.errors import HarnessError
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True)
 class Header:
-    """What is searched: the question as text, hashes of the ends, where HEAD was before."""
+    """What is searched: the question as text, the ends, where HEAD was before (git only)."""
 
     question: str
     good: str
     bad: str
-    came_from: str
+    came_from: str = ""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One answer: of which kernel or commit (hash and subject), and when (UTC)."""
+
+    name: str
+    subject: str
+    at: str
+    answer: Answer
+
+    @property
+    def line(self) -> str:
+        """For people."""
+        shown = f"{self.name[:12]} {self.subject}" if self.subject else self.name
+        return f"{self.answer.verdict:4}  {shown}: {self.answer.text}"
 
 
 @dataclass
 class Journal:
-    """Answers by commit hash, in order of the steps; ``path`` has one line for each."""
+    """The steps in their order; ``path`` has one line for each."""
 
     path: Path
     header: Header
-    answers: dict[str, Answer] = field(default_factory=dict)
+    steps: list[Step] = field(default_factory=list)
 
-    def add(self, commit: str, subject: str, answer: Answer) -> None:
+    @property
+    def answers(self) -> dict[str, Answer]:
+        """Answers by the name of a kernel, or the hash of a commit."""
+        return {step.name: step.answer for step in self.steps}
+
+    def add(self, name: str, subject: str, answer: Answer) -> None:
         """Append a step; it is on the disk when this returns. Raises HarnessError."""
-        self.answers[commit] = answer
-        _append(self.path, {"commit": commit, "subject": subject, "at": _now(), **asdict(answer)})
+        step = Step(name, subject, _now(), answer)
+        disk.append(self.path, asdict(step))
+        self.steps.append(step)
+
+    @property
+    def summary(self) -> str:
+        """How many steps of which kind, in one line."""
+        counts = Counter(step.answer.verdict for step in self.steps)
+        words = [f"{counts[verdict]} {verdict}" for verdict in (GOOD, BAD, SKIP) if counts[verdict]]
+        kinds = Counter(step.answer.kind for step in self.steps if step.answer.kind)
+        told = ", ".join(f"{kind} {number}" for kind, number in sorted(kinds.items()))
+        return f"{len(self.steps)} tested: {', '.join(words)}" + (f" ({told})" if told else "")
 
 
 def start(path: Path, header: Header) -> Journal:
     """Begin a journal, replacing an old one. Raises HarnessError if it cannot be written."""
-    try:
-        path.unlink(missing_ok=True)
-    except OSError as error:
-        raise HarnessError(f"cannot write {path}: {error.strerror}") from error
-    _append(path, {"schema": SCHEMA, "at": _now(), **asdict(header)})
+    disk.replace(path, json.dumps({"schema": SCHEMA, "at": _now(), **asdict(header)}) + "\n")
     return Journal(path, header)
 
 
-def load(path: Path, question: str) -> Journal | None:
-    """Read the journal of an interrupted bisection; None if there is none.
+def load(path: Path, question: str | None = None) -> Journal | None:
+    """Read a journal, of this ``question`` if one is given; None if there is none.
 
     A last line without its end was being written when the power failed: it is cut off. Raises
     HarnessError if the file is something else, or belongs to another search.
@@ -65,29 +95,19 @@ def load(path: Path, question: str) -> Journal | None:
             os.truncate(path, len(whole))
         first, *rest = (json.loads(line) for line in whole.splitlines())
         header = Header(*(first[name] for name in ("question", "good", "bad", "came_from")))
-        answers = {}
-        for step in rest:
-            fields = {name: step[name] for name in ("verdict", "evidence", "kernel", "kind")}
-            answers[step["commit"]] = Answer(**fields)
+        steps = [_step(line) for line in rest]
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise HarnessError(f"{path} is no journal of kvmnest bisect: {error}") from error
-    if header.question != question:
+    if question is not None and header.question != question:
         raise HarnessError(f"{path} belongs to another search ({header.question})")
-    return Journal(path, header, answers)
+    return Journal(path, header, steps)
+
+
+def _step(line: dict[str, Any]) -> Step:
+    return Step(line["name"], line["subject"], line["at"], Answer(**line["answer"]))
 
 
 def _now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-
-
-def _append(path: Path, line: dict[str, Any]) -> None:
-    try:
-        fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        with open(fd, "wb") as file:
-            file.write(json.dumps(line).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise HarnessError(f"cannot write {path}: {error.strerror}") from error

@@ -7,14 +7,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from kvmnest import host
 from kvmnest.errors import KvmnestError, UsageError
+from kvmnest.known import same_parameter
 from kvmnest.lab.emulators import BOCHS, Choice
 from kvmnest.lab.errors import LabSetupError
+from kvmnest.results.environment import why_not_kvm
 from kvmnest.results.lab_target import LabTarget
 from kvmnest.results.model import Run
 from kvmnest.results.progress import Progress
 from kvmnest.results.reporter import Reporter
 from kvmnest.results.runner import Plan, pytest_arguments, run_cases, split_selection
+from kvmnest.results.targets import LocalTarget, Target
 
 GOOD, BAD, SKIP = "good", "bad", "skip"
 #: What ``git bisect run`` makes of an exit code.
@@ -33,6 +37,11 @@ class Answer:
     evidence: str
     kernel: str = ""
     kind: str = ""
+
+    @property
+    def text(self) -> str:
+        """The evidence, after its kind."""
+        return f"{self.kind}: {self.evidence}" if self.kind else self.evidence
 
 
 @dataclass(frozen=True)
@@ -55,9 +64,7 @@ class Question:
         is skipped. Raises UsageError if there is no such case, LabSetupError if the machine itself
         cannot test any kernel (a missing tool, a full disk).
         """
-        modules, paths = split_selection([self.case])
-        if paths:
-            raise UsageError(f"{self.case} is no case of the suite")
+        modules = self.modules()
         answers = []
         for _ in range(self.repeat):
             try:
@@ -73,7 +80,7 @@ class Question:
                 return answer
         verdicts = [answer.verdict for answer in answers]
         if len(set(verdicts)) > 1:
-            return Answer(SKIP, f"flaky: {', '.join(verdicts)}", answers[0].kernel, "flaky")
+            return Answer(SKIP, ", ".join(verdicts), answers[0].kernel, "flaky")
         return answers[0]
 
     def _once(self, modules: list[str], kernel: str | None, kvm_modules: Path | None) -> Answer:
@@ -83,10 +90,45 @@ class Question:
             kvm_params=self.params,
             emulator=self.emulator,
         )
+        return self._run(target, modules)
+
+    def ask_here(self) -> Answer:
+        """Run the case once on this machine's /dev/kvm, in a process of its own.
+
+        Where KVM offers no VMX, or has not the parameters asked for, the kernel is skipped.
+        """
+        modules = self.modules()
+        reason = why_not_kvm() or _other_parameters(self.params)
+        if reason:
+            return Answer(SKIP, reason, host.kernel(), "no start")
+        return self._run(LocalTarget(), modules)
+
+    def modules(self) -> list[str]:
+        """What pytest calls the case. Raises UsageError if it is none of the suite's."""
+        modules, paths = split_selection([self.case])
+        if paths:
+            raise UsageError(f"{self.case} is no case of the suite")
+        return modules
+
+    def _run(self, target: Target, modules: list[str]) -> Answer:
         progress = Progress(io.StringIO(), quiet=True)
-        reporter = Reporter(Run(target.name), progress, own_clock=True)
+        reporter = Reporter(Run(target.name), progress, own_clock=target.guest_clock)
         run_cases(target, pytest_arguments(Plan(), target.name, modules, []), reporter)
         return judge(reporter.run)
+
+
+def _other_parameters(wanted: Mapping[str, str]) -> str:
+    """Which parameter of the loaded modules is not as wanted, in one line; "" if none."""
+    for name, value in wanted.items():
+        module, _, parameter = name.replace("-", "_").rpartition(".")
+        path = host.PARAMETERS.parents[1] / (module or "kvm_intel") / "parameters" / parameter
+        try:
+            found = path.read_text(encoding="ascii", errors="replace").strip()
+        except OSError:
+            return f"{module or 'kvm_intel'} has no parameter {parameter}"
+        if not same_parameter(found, value):
+            return f"{module or 'kvm_intel'} has {parameter}={found}, not {value}"
+    return ""
 
 
 def _is_environment(error: KvmnestError) -> bool:
@@ -95,14 +137,23 @@ def _is_environment(error: KvmnestError) -> bool:
     return type(error) is LabSetupError and not str(error).startswith("apt cannot download")
 
 
+#: What the lab and this machine say of a process or a kernel that does not come back.
+_HANGS = ("said nothing for", "no sign of life for")
+_STUCK = "stuck in the kernel"
+
+
 def judge(run: Run) -> Answer:
     """The answer of one run: bad if any of its cases failed, skip if none of them could run."""
+    stuck = next((problem for problem in run.problems if _STUCK in problem), "")
+    if stuck and run.running:
+        return Answer(BAD, f"{run.running}: {stuck}", run.kernel, "hang")
     for case in run.cases:
         if case.outcome in ("failed", "error", "known"):
             text = case.summary or case.detail.partition("\n")[0]
             kind = ""
             if case.outcome == "error":
-                kind = "hang" if "said nothing for" in f"{text} {case.detail}" else "crash"
+                hung = any(sign in f"{text} {case.detail}" for sign in _HANGS)
+                kind = "hang" if hung else "crash"
             return Answer(BAD, f"{case.id}: {text}", run.kernel, kind)
     if any(case.outcome == "passed" for case in run.cases):
         passed = sum(case.outcome == "passed" for case in run.cases)

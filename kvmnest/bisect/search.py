@@ -2,59 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 
+from kvmnest.bisect.journal import Journal, Step
 from kvmnest.bisect.probe import BAD, GOOD, SKIP, Answer
-from kvmnest.errors import HarnessError, KvmnestError
-from kvmnest.mutants.record import write_json
-
-SCHEMA = 1
+from kvmnest.errors import KvmnestError
 
 
 class NotBisectable(KvmnestError):
     """The ends do not differ as stated, so there is nothing to search."""
 
     exit_code = 2
-
-
-@dataclass
-class Log:
-    """Answers so far, by kernel; written to ``path`` after each."""
-
-    path: Path | None
-    question: str
-    answers: dict[str, Answer] = field(default_factory=dict)
-
-    def add(self, name: str, answer: Answer) -> None:
-        """Note an answer."""
-        self.answers[name] = answer
-        if self.path:
-            write_json(
-                self.path,
-                {
-                    "schema": SCHEMA,
-                    "question": self.question,
-                    "answers": {name: asdict(answer) for name, answer in self.answers.items()},
-                },
-            )
-
-
-def load_log(path: Path, question: str) -> Log:
-    """Read the answers of an interrupted search. Raises HarnessError if they are of another."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        answers = {name: Answer(**answer) for name, answer in found["answers"].items()}
-        asked = found["question"]
-    except FileNotFoundError:
-        return Log(path, question)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise HarnessError(f"{path} is no state of kvmnest bisect: {error}") from error
-    if asked != question:
-        raise HarnessError(f"{path} belongs to another search ({asked}): name another --state")
-    return Log(path, question, answers)
 
 
 @dataclass(frozen=True)
@@ -72,19 +31,21 @@ class Found:
 def search(
     names: Sequence[str],
     ask: Callable[[str], Answer],
-    log: Log,
-    on_answer: Callable[[str, Answer], None],
+    journal: Journal,
+    on_step: Callable[[Step], None],
 ) -> Found:
     """Find the first bad of ``names``, which start with a good one and end with a bad one.
 
-    Raises NotBisectable if they do not.
+    What the journal has the answer to is not asked again. Raises NotBisectable if the ends are
+    not good and bad.
     """
 
     def answer(name: str) -> str:
-        if name not in log.answers:
-            log.add(name, ask(name))
-        on_answer(name, log.answers[name])
-        return log.answers[name].verdict
+        if name not in journal.answers:
+            journal.add(name, "", ask(name))
+        step = next(step for step in journal.steps if step.name == name)
+        on_step(step)
+        return step.answer.verdict
 
     first, last = answer(names[0]), answer(names[-1])
     if (first, last) == (BAD, GOOD):
@@ -95,8 +56,7 @@ def search(
     for name, verdict, wanted in ((names[0], first, GOOD), (names[-1], last, BAD)):
         if verdict != wanted:
             shown = "cannot be tested" if verdict == SKIP else f"is {verdict}"
-            evidence = log.answers[name].evidence
-            raise NotBisectable(f"{name} {shown}, expected {wanted}: {evidence}")
+            raise NotBisectable(f"{name} {shown}, expected {wanted}: {journal.answers[name].text}")
     low, high = 0, len(names) - 1
     skipped: set[int] = set()
     while True:

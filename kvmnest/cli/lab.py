@@ -59,11 +59,12 @@ def add_emulator_options(
     parser: argparse.ArgumentParser, boots: Sequence[str] = ("lab", "qemu")
 ) -> None:
     """Options that say where a kernel is booted."""
+    restart = "; reboot restarts this machine into each kernel" if "reboot" in boots else ""
     parser.add_argument(
         "--boot",
         choices=boots,
         help="where: lab is Bochs, which emulates VT-x (default); qemu is QEMU with this machine's"
-        " KVM, which must offer VMX to its guests",
+        f" KVM, which must offer VMX to its guests{restart}",
     )
     parser.add_argument("--bochs", metavar="PATH", help="the Bochs to use")
     parser.add_argument("--qemu", metavar="PATH", help="the qemu-system-x86_64 to use")

@@ -14,7 +14,7 @@ from kvmnest.lab import tools
 from kvmnest.lab.errors import KernelSpecError, LabSetupError
 
 _NAME = re.compile(r"linux-image-(\d+\.\d+\.\d+\S*?-(?:cloud-|rt-)?amd64)$")
-_SECURE = (
+SECURE = (
     "-oAPT::Get::AllowUnauthenticated=false",
     "-oAcquire::AllowInsecureRepositories=false",
     "-oAcquire::AllowWeakRepositories=false",
@@ -66,7 +66,7 @@ class Apt:
 
     def __init__(self, options: Iterable[str] = ()) -> None:
         """Use apt with extra ``options``."""
-        self.options = (*_SECURE, *options)
+        self.options = (*SECURE, *options)
 
     @cached_property
     def releases(self) -> list[str]:

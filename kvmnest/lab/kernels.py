@@ -328,19 +328,24 @@ def forget(release: str) -> str:
     return name
 
 
-def between(first: str, last: str) -> list[str]:
+def between(first: str, last: str, *, here: bool = False) -> list[str]:
     """Debian's releases from one to another, both included, of the flavour of ``first``.
 
-    Raises KernelSpecError if apt knows one of them not. Empty if ``last`` is older.
+    ``here``: only those that are installed or that the system's own apt can install, without the
+    cloud flavour, which has no drivers for hardware. Raises KernelSpecError if one of the two is
+    not known, LabSetupError if apt cannot be asked. Empty if ``last`` is older.
     """
     known = {entry.release for entry in available()}
+    if here:
+        known &= {*debian.Apt().releases, *installed_releases()}
+        known = {release for release in known if "-cloud-" not in release}
     ends = []
     for spec in (first, last):
         name = debian.match(spec, known)
         if name is None:
-            raise KernelSpecError(
-                f"no kernel {spec} in Debian's archive (kvmnest kernels lists them)"
-            )
+            hint = "apt-get update may help" if here else "kvmnest kernels lists them"
+            where = "for this system's apt" if here else "in Debian's archive"
+            raise KernelSpecError(f"no kernel {spec} {where} ({hint})")
         ends.append(name)
     cloud = "-cloud-" in ends[0]
     low, high = (debian.version_key(name) for name in ends)
@@ -352,3 +357,9 @@ def between(first: str, last: str) -> list[str]:
         and low <= debian.version_key(name) <= high
     ]
     return sorted(found, key=debian.version_key)
+
+
+def package_version(spec: str) -> str:
+    """Version of Debian's package of a kernel ("6.1.176-1"); "" if the archive has it not."""
+    versions = {entry.release: entry.version for entry in available() if entry.version}
+    return versions.get(debian.match(spec, versions) or "", "")

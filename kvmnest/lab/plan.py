@@ -40,7 +40,7 @@ def plan(
         if module not in kernels.MODULES:
             raise UsageError(f"{name}: the lab sets parameters of kvm and kvm_intel only")
         if module in known and parameter not in known[module]:
-            raise UsageError(f"{module} of {where} has no parameter {parameter}")
+            raise KernelSpecError(f"{module} of {where} has no parameter {parameter}")
         lines.setdefault(module, []).append(f"{parameter}={value}")
     return order, {module: " ".join(line) for module, line in lines.items()}
 

@@ -1,42 +1,48 @@
 """The search over a list: its ends, what cannot be tested, its state on disk."""
 
-import json
-
 import pytest
 
+from kvmnest.bisect.journal import Header, load, start
 from kvmnest.bisect.probe import BAD, GOOD, SKIP, Answer, judge
-from kvmnest.bisect.search import Log, NotBisectable, load_log, search
+from kvmnest.bisect.search import NotBisectable, search
 from kvmnest.cli.main import main
-from kvmnest.errors import HarnessError
 from kvmnest.results.model import Case, Run
 
 NAMES = [f"k{number}" for number in range(16)]
 
 
-def run(verdicts, log=None):
+HEADER = Header("q", NAMES[0], NAMES[-1])
+
+
+@pytest.fixture
+def journal(tmp_path):
+    return start(tmp_path / "steps", HEADER)
+
+
+def run(verdicts, journal):
     asked = []
 
     def ask(name):
         asked.append(name)
         return Answer(verdicts[name], "seen", name)
 
-    found = search(NAMES, ask, log or Log(None, "q"), lambda name, answer: None)
+    found = search(NAMES, ask, journal, lambda step: None)
     return found, asked
 
 
 @pytest.mark.parametrize("first_bad", range(1, 16))
-def test_each_place_is_found(first_bad):
+def test_each_place_is_found(first_bad, journal):
     verdicts = {name: BAD if i >= first_bad else GOOD for i, name in enumerate(NAMES)}
-    found, asked = run(verdicts)
+    found, asked = run(verdicts, journal)
     assert (found.last_good, found.first_bad) == (f"k{first_bad - 1}", f"k{first_bad}")
     assert len(asked) <= 6
     assert found.skipped == ()
 
 
-def test_kernels_that_cannot_be_tested_are_named():
+def test_kernels_that_cannot_be_tested_are_named(journal):
     verdicts = {name: BAD if i >= 8 else GOOD for i, name in enumerate(NAMES)}
     verdicts |= {"k7": SKIP, "k8": SKIP}
-    found, _ = run(verdicts)
+    found, _ = run(verdicts, journal)
     assert (found.last_good, found.first_bad, found.skipped) == ("k6", "k9", ("k7", "k8"))
 
 
@@ -49,40 +55,22 @@ def test_kernels_that_cannot_be_tested_are_named():
         (SKIP, BAD, "k0 cannot be tested"),
     ],
 )
-def test_ends_that_are_not_as_stated(first, last, said):
+def test_ends_that_are_not_as_stated(first, last, said, journal):
     verdicts = dict.fromkeys(NAMES, GOOD) | {"k0": first, "k15": last}
     with pytest.raises(NotBisectable, match=said) as caught:
-        run(verdicts)
+        run(verdicts, journal)
     assert caught.value.exit_code == 2
 
 
-def test_a_search_goes_on_from_its_state(tmp_path):
-    path = tmp_path / "state.json"
+def test_a_search_goes_on_from_its_journal(journal):
     verdicts = {name: BAD if i >= 5 else GOOD for i, name in enumerate(NAMES)}
-    _, first = run(verdicts, Log(path, "q"))
-    content = json.loads(path.read_text())
+    _, first = run(verdicts, journal)
     # As if the machine had gone down before the last two answers.
-    content["answers"] = dict(list(content["answers"].items())[:-2])
-    path.write_text(json.dumps(content))
-    found, second = run(verdicts, load_log(path, "q"))
+    lines = journal.path.read_text().splitlines(keepends=True)
+    journal.path.write_text("".join(lines[:-2]))
+    found, second = run(verdicts, load(journal.path, "q"))
     assert found.first_bad == "k5"
     assert second == first[-2:]
-
-
-@pytest.mark.parametrize("content", ["{", "[]", '{"answers": 3, "question": "q"}'])
-def test_a_state_that_is_damaged(tmp_path, content):
-    path = tmp_path / "state.json"
-    path.write_text(content)
-    with pytest.raises(HarnessError, match="no state"):
-        load_log(path, "q")
-
-
-def test_the_state_of_another_search(tmp_path):
-    path = tmp_path / "state.json"
-    log = Log(path, "one")
-    log.add("k0", Answer(GOOD, "x"))
-    with pytest.raises(HarnessError, match="another search"):
-        load_log(path, "two")
 
 
 @pytest.mark.parametrize(

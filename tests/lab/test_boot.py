@@ -214,7 +214,7 @@ def test_a_corrupt_package_is_named(tmp_path):
 
 
 def test_wrong_settings_are_refused():
-    with pytest.raises(UsageError, match="has no parameter nestedd"):
+    with pytest.raises(KernelSpecError, match="has no parameter nestedd"):
         Lab(kvm_params={"nestedd": "1"})
     with pytest.raises(UsageError, match="1 to 8 CPUs"):
         Lab(cpus=0)
