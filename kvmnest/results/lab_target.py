@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -48,6 +50,8 @@ class LabTarget:
         self._patience = patience
         self._on_line = on_line
         self._files: dict[str, bytes] = {}
+        #: Folder of the guest -> what the user called it, with a slash at the end or "".
+        self._folders: dict[str, str] = {}
         self._collected: Collected | None = None
 
     def place(self, paths: Sequence[str]) -> list[str]:
@@ -64,6 +68,8 @@ class LabTarget:
             for file in found:
                 self._files[f"{folder}/{file.relative_to(base)}"] = file.read_bytes()
             inside = "" if host.is_dir() else f"/{host.name}"
+            called = path if host.is_dir() else str(Path(path).parent)
+            self._folders[f"{folder}/"] = "" if called == "." else f"{called.rstrip('/')}/"
             placed.append(f"{folder}{inside}{separator}{rest}")
         return placed
 
@@ -110,14 +116,16 @@ class LabTarget:
 
         def take_line(line: bytes) -> None:
             if line:
-                on_event(_parse(line))
+                on_event(_parse(self._as_called(line)))
 
         def take_output(data: bytes) -> None:
             nonlocal tail
             tail = (tail + data)[-_TAIL:]
 
         def take_kernel(data: bytes) -> None:
-            on_event({"e": "kernel", "text": data.decode(errors="replace")})
+            text = _since(data.decode(errors="replace"), self._lab.info.get("received", 0.0))
+            if text:
+                on_event({"e": "kernel", "text": text})
 
         self._on_line(f"booting {self._lab.kernel.release} {self._lab.emulator.where}")
         try:
@@ -144,11 +152,30 @@ class LabTarget:
             return Ended(None, f"killed by signal {-status} in the guest\n{log[-4096:]}", output)
         return Ended(status, output=output)
 
+    def _as_called(self, line: bytes) -> bytes:
+        """An event with the user's names of the files that ``place`` took along."""
+        for folder, called in self._folders.items():
+            name = json.dumps(called)[1:-1].encode()
+            # pytest shows paths from where it stands.
+            for shown in (folder, folder.removeprefix(f"{os.path.dirname(_USER_FILES)}/")):
+                line = line.replace(shown.encode(), name)
+        return line
+
     @property
     def times(self) -> str:
         """Times of the last boot in one line."""
         times = self._lab.times
         return f"booted in {times.boot:.1f} s, first event after {times.first_event:.1f} s"
+
+
+def _since(log: str, start: float) -> str:
+    """The lines of a kernel log from a time on: what the boot says is about no case."""
+    kept = []
+    for line in log.splitlines(keepends=True):
+        stamp = re.match(r"\[ *(\d+\.\d+)\]", line)
+        if stamp is None or float(stamp[1]) >= start:
+            kept.append(line)
+    return "".join(kept)
 
 
 def _beside(file: Path) -> list[Path]:

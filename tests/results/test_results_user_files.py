@@ -1,0 +1,45 @@
+"""Files of the user in the lab: they keep their names, and the boot is no part of a case."""
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+
+from kvmnest.cli.main import main
+from kvmnest.results.lab_target import _since
+
+CASES = """\
+def test_right(l1):
+    from kvmnest.vmx.outcome import Succeed
+    assert l1.vmxon() == Succeed()
+
+def test_wrong(l1):
+    from kvmnest.vmx.outcome import VMfailInvalid
+    assert l1.vmxon() == VMfailInvalid()
+"""
+
+
+@pytest.mark.parametrize("folder", ["sub", "."])
+def test_names_are_the_users(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / folder).mkdir(exist_ok=True)
+    file = Path(folder) / "test_mine.py"
+    file.write_text(CASES)
+    assert main(["run", "--target", "lab", "-q", "--json", "out.json", str(file)]) == 1
+    found = json.loads(Path("out.json").read_text())
+    assert [(case["id"], case["outcome"]) for case in found["cases"]] == [
+        (f"{file}::test_right", "passed"),
+        (f"{file}::test_wrong", "failed"),
+    ]
+    wrong = found["cases"][1]
+    assert f"{file}:7: in test_wrong" in wrong["detail"]
+    assert shlex.split(wrong["rerun"])[-1] == f"{file}::test_wrong"
+    # Bochs has no ACPI, and every boot says so, before the first case.
+    assert [case for case in found["cases"] if "ACPI" in case.get("kernel_log", "")] == []
+
+
+def test_kernel_messages_from_a_time_on() -> None:
+    log = "[    0.800351] ACPI: none\n[    1.500000] WARNING: CPU: 0\ncontinued\n[   12.000000] x\n"
+    assert _since(log, 1.25) == log.partition("\n")[2]
+    assert _since(log, 0.0) == log
