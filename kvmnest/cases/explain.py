@@ -10,6 +10,8 @@ from kvmnest import host
 
 _LAST_COMMANDS = 12
 _MOST_FIELDS = 60
+#: VM-instruction errors of an entry with invalid control or host-state fields.
+_REFUSALS = (7, 8)
 
 
 def is_outcome(value: object) -> bool:
@@ -74,7 +76,7 @@ def context(values: Iterable[object], rerun: str) -> str:
     lines: list[str] = []
     for value in values:
         if type(value).__name__ == "L1" and type(value).__module__.startswith("kvmnest.l1"):
-            lines += _vmcs(value) + _commands(value)
+            lines += _vmcs(value) + _objections(value) + _commands(value)
     lines.append(f"kernel {host.kernel()}, {host.cpu_model()}")
     lines.append(host.params_text(host.kvm_intel_params()))
     if rerun:
@@ -95,6 +97,28 @@ def _vmcs(l1: Any) -> list[str]:
     if len(changes) > _MOST_FIELDS:
         lines.append(f"  and {len(changes) - _MOST_FIELDS} more")
     return lines
+
+
+def _objections(l1: Any) -> list[str]:
+    """Which rules of VM entry object to the VMCS, if L1 has tried to enter it."""
+    from kvmnest.vmx.outcome import EntryFailure, VMfailValid
+
+    ends = [end for text, end in l1.log if text.startswith(("vmlaunch", "vmresume"))]
+    if not ends:
+        return []
+    try:
+        from kvmnest.l1.objections import objections
+
+        found = objections(l1)
+    except Exception as error:  # a failure report must not fail
+        return [f"rules of VM entry: not available ({error})"]
+    refused = isinstance(ends[-1], EntryFailure) or (
+        isinstance(ends[-1], VMfailValid) and ends[-1].error in _REFUSALS
+    )
+    if not found:
+        return ["no rule of VM entry objects to this VMCS"] if refused else []
+    though = "" if refused else ", though the last entry was not refused"
+    return [f"rules of VM entry that object{though}:", *(f"  {each}" for each in found)]
 
 
 def _commands(l1: Any) -> list[str]:

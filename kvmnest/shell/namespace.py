@@ -7,12 +7,11 @@ from typing import Any
 
 from kvmnest.kvm import Kvm
 from kvmnest.l1 import L1, Vmcs, VmLost, code
+from kvmnest.l1.objections import objections
 from kvmnest.shell.errors import describe
 from kvmnest.shell.regain import regain
 from kvmnest.shell.vocabulary import vocabulary
-from kvmnest.vmx import Cpu, EntryCtl, ExitReason, Field, Rflags, Vector, explain, outcome
-from kvmnest.vmx.fields import Kind
-from kvmnest.vmx.rules import EntryContext, check
+from kvmnest.vmx import EntryCtl, ExitReason, Field, Rflags, Vector, explain, outcome
 
 #: Seconds after which an L2 that does not come back is given up.
 BUDGET = 5.0
@@ -130,24 +129,8 @@ class Namespace:
 
     def rules(self) -> None:
         """Show which rules of VM entry the current VMCS breaks."""
-        vmcs = self.l1.vmcs
-        wanted = [f for f in Field if f.kind is not Kind.EXIT_INFO and self.l1.caps.field_exists(f)]
-        vmcs.flush()
-        values = {}
-        for field in wanted:
-            ((_, value, rflags),) = self.l1.vmread_list(self.l1.cpu, (field,))
-            if not rflags & (Rflags.CF | Rflags.ZF):
-                values[field] = value
-        leaves = {
-            (leaf, 0): self.l1.cpuid(leaf).value for leaf in (1, 7, 0xA, 0x80000001, 0x80000008)
-        }
-        caps = type(self.l1.caps)(self.l1.caps.msrs, Cpu.from_cpuid(leaves))
-        size = self.l1.payload["RAM_SIZE"]
-
-        def memory(address: int, length: int) -> bytes | None:
-            return self.l1.read(address, length) if address + length <= size else None
-
-        broken = check(values, caps, memory, EntryContext(current_vmcs=self.l1.current))
+        self.l1.vmcs.flush()
+        broken = objections(self.l1)
         for violation in broken:
             self._write(f"{violation.stage.name}: {violation}\n")
         if not broken:

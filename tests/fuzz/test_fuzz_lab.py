@@ -66,4 +66,6 @@ def test_a_finding_that_needs_earlier_entries(
     test = tmp_path / "test_link.py"
     test.write_text(testfile.write(small, judge, 1, "lab"))
     assert main(["run", "--target", "lab", str(test)]) == 1
-    assert "isinstance(outcome, Exit)" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "isinstance(outcome, Exit)" in said
+    assert "no rule of VM entry objects" in said

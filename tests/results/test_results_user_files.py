@@ -17,6 +17,13 @@ def test_right(l1):
 def test_wrong(l1):
     from kvmnest.vmx.outcome import VMfailInvalid
     assert l1.vmxon() == VMfailInvalid()
+
+def test_refused(l1):
+    from kvmnest.vmx import Field
+    from kvmnest.vmx.outcome import Exit
+    vmcs = l1.launchable()
+    vmcs[Field.GUEST_RFLAGS] = 0
+    assert isinstance(l1.vmlaunch(), Exit)
 """
 
 
@@ -31,8 +38,12 @@ def test_names_are_the_users(folder: str, tmp_path: Path, monkeypatch: pytest.Mo
     assert [(case["id"], case["outcome"]) for case in found["cases"]] == [
         (f"{file}::test_right", "passed"),
         (f"{file}::test_wrong", "failed"),
+        (f"{file}::test_refused", "failed"),
     ]
-    wrong = found["cases"][1]
+    wrong, refused = found["cases"][1:]
+    # A failed VM entry names the rule that objects; an instruction that is no entry has none.
+    assert "bit 1 of RFLAGS must be 1 [GUEST_RFLAGS]" in refused["detail"]
+    assert "rules of VM entry" not in wrong["detail"]
     assert f"{file}:7: in test_wrong" in wrong["detail"]
     assert shlex.split(wrong["rerun"])[-1] == f"{file}::test_wrong"
     # Bochs has no ACPI, and every boot says so, before the first case.
