@@ -3,6 +3,7 @@
 import subprocess
 
 import pytest
+from reboot_scratch import make_root
 
 COMMITS = 16
 
@@ -31,3 +32,9 @@ def history(tmp_path):
         call(folder, "add", "-A")
         call(folder, "commit", "-q", "-m", f"change {number}")
     return folder
+
+
+@pytest.fixture
+def root(tmp_path):
+    """The root of a system that can be bisected by restarts."""
+    return make_root(tmp_path)

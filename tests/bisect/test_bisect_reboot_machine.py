@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from reboot_scratch import MENU, OTHER, Scratch
 from reboot_sim import HOME
 
 from kvmnest import host
@@ -13,92 +14,11 @@ from kvmnest.bisect.probe import GOOD, Answer, Question
 from kvmnest.bisect.reboot import fitness, grub, session, unit
 from kvmnest.bisect.reboot.commands import CommandFailed, Commands
 from kvmnest.bisect.reboot.machine import Machine
-from kvmnest.cli.main import main
 from kvmnest.errors import HarnessError, UsageError
-
-OTHER = "6.12.0-rc1-kvmnest-0123456789ab"
-# As grub-mkconfig of GRUB 2.06 lays it out, with what a parser could trip over.
-MENU = """
-if [ -s $prefix/grubenv ]; then
-  load_env
-fi
-if [ "${next_entry}" ] ; then
-   set default="${next_entry}"
-   set next_entry=
-   save_env next_entry
-   set boot_once=true
-else
-   set default="${saved_entry}"
-fi
-function savedefault {
-  if [ -z "${boot_once}" ]; then
-    saved_entry="${chosen}"
-  fi
-}
-menuentry 'It'\\''s Linux' --class os $menuentry_id_option 'gnulinux-simple-U' {
-	linux	/vmlinuz-NEW root=UUID=U ro quiet
-	initrd	/initrd.img-NEW
-}
-submenu 'Advanced options' $menuentry_id_option 'gnulinux-advanced-U' {
-	menuentry 'Linux NEW (recovery mode)' $menuentry_id_option 'gnulinux-NEW-recovery-U' {
-		linux	/boot/vmlinuz-NEW root=UUID=U ro single
-	}
-	menuentry 'Linux NEW' --class os $menuentry_id_option 'gnulinux-NEW-advanced-U' {
-		if [ x$grub_platform = xxen ]; then insmod xzio; insmod lzopio; fi
-		linux	/boot/vmlinuz-NEW root=UUID=U ro quiet
-	}
-	menuentry 'Linux HOME' --class os $menuentry_id_option 'gnulinux-HOME-advanced-U' {
-		linux	/boot/vmlinuz-HOME root=UUID=U ro quiet
-	}
-}
-menuentry 'Memory test' { linux16 /boot/memtest86+.bin
-}
-""".replace("NEW", OTHER).replace("HOME", HOME)
-
-_MAKE_MENU = """
-mount --bind "$1/boot" /boot
-mount --bind "$1/etc/default/grub.d" /etc/default/grub.d
-exec grub-mkconfig -o /boot/grub/grub.cfg
-"""
-
-
-class Scratch(Commands):
-    """GRUB's own tools run, on the scratch root; what would change this system is only noted."""
-
-    def __init__(self, root):
-        self.root = root
-        self.ran = []
-        self.fails = {}
-
-    def run(self, *words):
-        self.ran.append(" ".join(words))
-        failing = next((text for name, text in self.fails.items() if name in words), None)
-        if failing is not None:
-            raise CommandFailed(f"{words[0]} failed: {failing}", failing)
-        if words[0] == "update-grub":
-            # In a mount namespace of its own /boot is the scratch one, for this command alone.
-            return super().run("unshare", "-m", "sh", "-ec", _MAKE_MENU, "sh", str(self.root))
-        return super().run(*words) if words[0].startswith("grub-") else ""
-
 
 needs_grub = pytest.mark.skipif(
     shutil.which("grub-reboot") is None or os.geteuid() != 0, reason="needs grub2-common and root"
 )
-
-
-@pytest.fixture
-def root(tmp_path):
-    for folder in ("boot/grub", "etc/default/grub.d", "etc/systemd/system", "lib/modules"):
-        (tmp_path / folder).mkdir(parents=True)
-    for folder in ("run/systemd/system", "proc/sys/kernel/random", "sys/module/kvm_intel"):
-        (tmp_path / folder).mkdir(parents=True)
-    (tmp_path / "boot/grub/grub.cfg").write_text(MENU)
-    (tmp_path / "proc/cpuinfo").write_text("flags\t\t: fpu vmx est\n")
-    (tmp_path / "proc/sys/kernel/random/boot_id").write_text("1-2-3\n")
-    (tmp_path / "sys/module/kvm_intel/refcnt").write_text("0\n")
-    if shutil.which("grub-editenv"):
-        subprocess.run(["grub-editenv", tmp_path / "boot/grub/grubenv", "create"], check=True)
-    return tmp_path
 
 
 @pytest.fixture
@@ -287,11 +207,6 @@ def test_the_unit(machine, root, monkeypatch, tmp_path):
         unit.text(["a\nb"], folder)
 
 
-def test_what_the_unit_runs_is_a_command_line_of_ours(tmp_path, capsys):
-    assert main(session.unit_arguments(tmp_path)) == (2 if os.geteuid() == 0 else 3)
-    assert f"nothing to continue in {tmp_path}" in capsys.readouterr().err
-
-
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd")
 def test_a_unit_that_is_wrong_is_noticed(tmp_path):
     path = tmp_path / unit.NAME
@@ -438,95 +353,3 @@ def test_parameters_that_the_modules_have_not(tmp_path, monkeypatch):
     assert _other_parameters({"ept": "1", "kvm.tdp_mmu": "0", "kvm-intel.ept": "Y"}) == ""
     assert _other_parameters({"ept": "0"}) == "kvm_intel has ept=Y, not 0"
     assert _other_parameters({"kvm.x": "0"}) == "kvm has no parameter x"
-
-
-# --- the command line ---
-
-WORDS = ["bisect", "--boot", "reboot", "--good", "a", "--bad", "b", "--kernels", "a,b"]
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["--case", "test_vmxon.py", "--kernel", "6.1"], "--kernel is for the lab"),
-        (["--case", "test_vmxon.py", "--repro", "x"], "say one of"),
-        (["--case", "test_vmxon.py", "--continue"], "--case is settled already"),
-        (["--case", "nothing"], "no such case"),
-        (["--case", "test_vmxon.py", "--git", "/nowhere", "--build", "x"], "git cannot be run"),
-    ],
-)
-def test_usage(words, said, capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "geteuid", lambda: 0)
-    assert main([*WORDS, "--state", str(tmp_path / "state"), *words]) == 2
-    error = capsys.readouterr().err
-    assert said in error
-    assert error.count("\n") == 1
-
-
-def test_options_of_a_restart_without_it(capsys):
-    words = ["bisect", "--good", "a", "--bad", "b", "--kernels", "a,b", "--case", "test_vmxon.py"]
-    assert main([*words, "--stay"]) == 2
-    assert "--stay needs --boot reboot" in capsys.readouterr().err
-
-
-def test_who_is_not_root(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    for words in (WORDS, ["bisect", "stop"]):
-        assert main([*words, "--case", "test_vmxon.py", "--state", str(tmp_path)]) == 3
-    assert capsys.readouterr().err.count("root is needed") == 2
-
-
-def test_a_dry_run_changes_nothing(capsys, tmp_path):
-    state = tmp_path / "state"
-    words = [*WORDS[:-1], "6.1.0-40-amd64,b", "--good", "6.1.0-40-amd64"]
-    assert main([*words, "--case", "test_vmxon.py", "--state", str(state), "--dry-run"]) == 0
-    out = capsys.readouterr().out
-    for line in (
-        "systemctl enable kvmnest-bisect.service",
-        "update-grub",
-        "systemctl --no-block reboot",
-        f"kvmnest bisect --continue --boot reboot --state {state}",
-    ):
-        assert line in out.splitlines()
-    assert "grub-reboot --boot-directory=/boot " in out
-    assert " install -y --no-install-recommends linux-image-6.1.0-40-amd64" in out
-    assert not state.exists()
-    assert not Path("/etc/systemd/system", unit.NAME).exists()
-
-
-def test_a_dry_run_over_commits(history, capsys, git_call):
-    head = git_call(history, "rev-parse", "HEAD~15")
-    words = ["bisect", "--boot", "reboot", "--git", str(history), "--good", "HEAD~15"]
-    assert main([*words, "--bad", "HEAD", "--build", "make -j8", "--case", "test_vmxon.py",
-                 "--dry-run"]) == 0  # fmt: skip
-    lines = capsys.readouterr().out.splitlines()
-    at = lines.index(f"export LOCALVERSION=-kvmnest-{head[:12]}")
-    assert lines[at + 1 : at + 4] == [
-        "make -j8", "make -s kernelrelease", "make INSTALL_MOD_STRIP=1 modules_install install",
-    ]  # fmt: skip
-    assert git_call(history, "symbolic-ref", "--short", "HEAD") == "topic"
-
-
-def test_a_bisection_from_the_command_line(monkeypatch, capsys, tmp_path):
-    """The verb itself over an acted machine: every start is a new command line."""
-    from reboot_sim import Sim
-
-    names = [f"6.1.0-{number}-amd64" for number in range(40, 44)]
-    sim = Sim(tmp_path, {name: "good" if i < 2 else "bad" for i, name in enumerate(names)})
-    monkeypatch.setattr("kvmnest.bisect.reboot.machine.Machine", lambda *arguments: sim)
-    monkeypatch.setattr("kvmnest.bisect.over.package_version", lambda name: "")
-    monkeypatch.setattr(os, "geteuid", lambda: 0)
-    words = ["bisect", "--boot", "reboot", "--case", "test_vmxon.py", "--state", str(tmp_path)]
-    ends = ["--good", names[0], "--bad", names[-1], "--kernels", ",".join(names)]
-    assert main([*words, *ends]) == 0
-    assert f"restarting into {names[0]}; it goes on by itself" in capsys.readouterr().out
-    for _ in range(10):
-        if sim.unit is None:
-            break
-        assert main(sim.unit) == 0
-    out = capsys.readouterr().out
-    assert out.splitlines()[-1] == f"first bad: {names[2]}"
-    assert main(["bisect", "log", "--state", str(tmp_path)]) == 0
-    assert f"bad   {names[2]}: bad on {names[2]}" in capsys.readouterr().out
-    assert main([*words[:3], "--continue", "--state", str(tmp_path)]) == 0
-    assert f"first bad: {names[2]}" in capsys.readouterr().out
