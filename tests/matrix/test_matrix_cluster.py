@@ -161,13 +161,14 @@ def test_workers_that_cannot(tmp_path, capsys):
 
 def test_another_kvmnest_is_not_used():
     """Results of another suite must not get into the table."""
+    from kvmnest.lab.emulators import BOCHS
     from kvmnest.matrix.cell import Cell, Job
     from kvmnest.matrix.cluster import _unfit, look, work
     from kvmnest.mutants.record import suite_state
 
-    assert _unfit(look(None), suite_state()) == ""
-    assert "is not the same as this one" in _unfit(look(None), "0123456789abcdef")
-    document = work(Job(Cell("6.1"), (QUICK,), "", None, suite="0123456789abcdef"))
+    assert _unfit(look(BOCHS), suite_state()) == ""
+    assert "is not the same as this one" in _unfit(look(BOCHS), "0123456789abcdef")
+    document = work(Job(Cell("6.1"), (QUICK,), "", BOCHS, suite="0123456789abcdef"))
     assert not document["complete"]
     assert "another kvmnest" in document["problems"][0]
 

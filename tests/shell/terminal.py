@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import pexpect
@@ -61,6 +62,18 @@ class Terminal:
         """Ctrl-C; what is shown up to the next prompt."""
         self._child.sendintr()
         return self.wait(seconds=_SECONDS)
+
+    def stop(self, statement: str, shown: str) -> bool:
+        """Start and interrupt a statement until ``shown`` is seen; False if it never is.
+
+        Ctrl-C may come before the code that the statement runs, and is then Python's alone.
+        """
+        for _ in range(5):
+            self.start(statement)
+            time.sleep(0.3)
+            if shown in self.interrupt():
+                return True
+        return False
 
     def drop_line(self, typed: str) -> str:
         """Ctrl-C on a line that is being typed; what is shown up to the next prompt.
