@@ -3,7 +3,11 @@
 import contextlib
 import os
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+
+from kvmnest.lab.machine import Lab
 
 
 def children_of(pid: int) -> list[int]:
@@ -39,6 +43,42 @@ def listening(pid: int) -> list[str]:
             inodes.add(fields[6] if table == "unix" else fields[9])
     targets = [os.readlink(fd) for fd in Path(f"/proc/{pid}/fd").iterdir()]
     return [t for t in targets if t.startswith("socket:") and t[8:-1] in inodes]
+
+
+@dataclass
+class Seen:
+    """What came out of a guest; ``sockets`` are those of its emulator on which one could call."""
+
+    code: int = -1
+    events: list[bytes] = field(default_factory=list)
+    out: bytes = b""
+    err: bytes = b""
+    sockets: list[str] = field(default_factory=list)
+
+
+def watch(lab: Lab, command: str, emulator: Callable[[int], int]) -> Seen:
+    """Run Python code with an environment and a file from the host; watch all that it says."""
+    seen = Seen()
+
+    def take_event(line: bytes) -> None:
+        seen.events.append(line)
+        seen.sockets.extend(listening(emulator(os.getpid())))
+
+    def take_output(data: bytes) -> None:
+        seen.out += data
+
+    def take_error(data: bytes) -> None:
+        seen.err += data
+
+    seen.code = lab.run(
+        ["python3", "-c", command],
+        on_event=take_event,
+        on_output=take_output,
+        on_error=take_error,
+        env={"EXTRA": "from the host"},
+        files={"/root/extra": b"a file"},
+    )
+    return seen
 
 
 def gone(pid: int, wait: float = 10.0) -> bool:

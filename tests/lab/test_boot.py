@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from lab_processes import children_of, emulator_of, gone, listening
+from lab_processes import children_of, emulator_of, gone, watch
 
 from kvmnest.errors import UsageError
 from kvmnest.lab import bochs, cache, kernels, modules
@@ -50,28 +50,12 @@ def bochs_of(pid: int) -> int:
 @pytest.mark.parametrize("snapshots", [False, True], ids=["cold", "snapshot"])
 def test_a_command_in_the_guest_reaches_kvm_and_all_its_streams_come_out(snapshots):
     lab = Lab(kvm_params={"nested": "1", "enable_shadow_vmcs": "0"}, snapshots=snapshots)
-    events: list[bytes] = []
-    out: list[bytes] = []
-    err: list[bytes] = []
-    sockets: list[str] = []
-
-    def look(line: bytes) -> None:
-        events.append(line)
-        sockets.extend(listening(bochs_of(os.getpid())))
-
-    code = lab.run(
-        ["python3", "-c", COMMAND],
-        on_event=look,
-        on_output=out.append,
-        on_error=err.append,
-        env={"EXTRA": "from the host"},
-        files={"/root/extra": b"a file"},
-    )
-    assert code == 7
-    assert events == [b"event 0", b"event 1", b"event 2", b"x" * 70000]
-    assert b"".join(out) == b"api 12 from the host a file\n"
-    assert b"".join(err) == b"to stderr\n"
-    assert sockets == []
+    seen = watch(lab, COMMAND, bochs_of)
+    assert seen.code == 7
+    assert seen.events == [b"event 0", b"event 1", b"event 2", b"x" * 70000]
+    assert seen.out == b"api 12 from the host a file\n"
+    assert seen.err == b"to stderr\n"
+    assert seen.sockets == []
     params = lab.info["params"]
     assert isinstance(params, dict)
     assert (params["kvm_intel"]["nested"], params["kvm_intel"]["enable_shadow_vmcs"]) == ("Y", "N")

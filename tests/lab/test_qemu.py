@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from lab_processes import children_of, emulator_of, gone, listening
+from lab_processes import children_of, emulator_of, gone, watch
 
 from kvmnest.cli.main import main
 from kvmnest.lab import qemu
@@ -50,28 +50,12 @@ def qemu_of(pid: int) -> int:
 
 def test_a_command_in_the_guest_runs_and_all_its_streams_come_out() -> None:
     lab = without_kvm(cpus=2)
-    events: list[bytes] = []
-    out: list[bytes] = []
-    err: list[bytes] = []
-    sockets: list[str] = []
-
-    def look(line: bytes) -> None:
-        events.append(line)
-        sockets.extend(listening(qemu_of(os.getpid())))
-
-    code = lab.run(
-        ["python3", "-c", COMMAND],
-        on_event=look,
-        on_output=out.append,
-        on_error=err.append,
-        env={"EXTRA": "from the host"},
-        files={"/root/extra": b"a file"},
-    )
-    assert code == 7
-    assert events == [b"event 0", b"event 1", b"event 2"]
-    assert b"".join(out) == bytes(range(256)) * 300
-    assert b"".join(err) == b"to stderr 2 from the host a file\n"
-    assert sockets == []
+    seen = watch(lab, COMMAND, qemu_of)
+    assert seen.code == 7
+    assert seen.events == [b"event 0", b"event 1", b"event 2"]
+    assert seen.out == bytes(range(256)) * 300
+    assert seen.err == b"to stderr 2 from the host a file\n"
+    assert seen.sockets == []
     assert lab.info["release"] == lab.kernel.release
     assert not children_of(os.getpid())
 
