@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvmnest.cli.lab import add_options, emulator, parameters
+from kvmnest.cli.lab import add_options, emulator, first_given, parameters
 from kvmnest.errors import KvmnestError, UsageError
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def run(options: argparse.Namespace) -> int:
         return _step(options)
     if options.boot == "reboot" or options.words == ["stop"]:
         return _reboot(options)
-    given = _given(options, *_REBOOT_ONLY)
+    given = first_given(options, *_REBOOT_ONLY)
     if given:
         raise UsageError(f"{given} needs --boot reboot")
     signal.signal(signal.SIGTERM, _terminated)
@@ -94,12 +94,6 @@ def run(options: argparse.Namespace) -> int:
 _REBOOT_ONLY = ("install", "release", "keep_kernels", "stay", "dry_run")
 _LAB_ONLY = ("kernel", "kvm_modules", "bochs", "qemu")
 _SEARCH = ("case", "repro", "good", "bad", "git", "kernels", "build", "kvm_param", *_REBOOT_ONLY)
-
-
-def _given(options: argparse.Namespace, *names: str) -> str:
-    """The first of these options that is given, as one writes it."""
-    found = (f"--{name.replace('_', '-')}" for name in names if getattr(options, name))
-    return next(found, "")
 
 
 def _plan(options: argparse.Namespace) -> Plan:
@@ -227,7 +221,7 @@ def _reboot(options: argparse.Namespace) -> int:
     machine = Machine(Commands(), folder / "state.json")
     with state.locked(folder):
         if options.go_on or options.words:
-            given = _given(options, *_SEARCH)
+            given = first_given(options, *_SEARCH)
             if given:
                 raise UsageError(f"{given} is settled already, in {folder}")
             found = state.load(folder)
@@ -257,7 +251,7 @@ def _reboot_plan(options: argparse.Namespace) -> Plan:
     from kvmnest.bisect.plan import choose_kernels
     from kvmnest.bisect.reboot.candidates import INSTALL, RELEASE
 
-    given = _given(options, *_LAB_ONLY)
+    given = first_given(options, *_LAB_ONLY)
     if given:
         raise UsageError(f"{given} is for the lab, not for --boot reboot")
     if not (options.good and options.bad):

@@ -84,7 +84,11 @@ def emulator(options: argparse.Namespace) -> "Choice":
 
 def lab_only(options: argparse.Namespace) -> str:
     """The first of the given options that this machine's /dev/kvm has no use for; "" if none."""
-    names = ("kernel", "kvm_modules", "kvm_param", "boot", "bochs", "qemu")
+    return first_given(options, "kernel", "kvm_modules", "kvm_param", "boot", "bochs", "qemu")
+
+
+def first_given(options: argparse.Namespace, *names: str) -> str:
+    """The first of these options that is given, as one writes it; "" if none is."""
     given = (f"--{name.replace('_', '-')}" for name in names if getattr(options, name))
     return next(given, "")
 
