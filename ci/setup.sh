@@ -116,7 +116,9 @@ setup() {
     key=$({
         "$base" -c 'import sys; print(sys.version)'
         pwd
-        cat pyproject.toml payloads/* kvmnest/kvm/cdef.py kvmnest/l1/build.py kvmnest/lab/build.py
+        cat pyproject.toml kvmnest/kvm/cdef.py kvmnest/l1/build.py kvmnest/lab/build.py
+        # Files only: building leaves a __pycache__ beside them.
+        find payloads -maxdepth 1 -type f -print0 | LC_ALL=C sort -z | xargs -0 cat
     } | sha256sum | cut -d ' ' -f 1)
     if [ -x "$python" ] && [ -f "$stamp" ]; then
         local have

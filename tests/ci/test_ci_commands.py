@@ -1,0 +1,68 @@
+"""The commands of ci/ as a user runs them: in a fresh clone, with a bare environment, twice."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+CASE = "test_vmresume_of_clear_vmcs"
+STOPPED = 7  # exit code of the stand-in for shellcheck, ci/test's first command after set-up
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files that a clone of this tree would have, and nothing that was built from them."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
+    )
+    folder = tmp_path_factory.mktemp("clone")
+    for name in filter(None, os.fsdecode(listed.stdout).split("\0")):
+        if (ROOT / name).is_file():  # not one that was deleted, but not committed
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """``env -i`` with HOME and PATH; the checks of ci/test end at its first one."""
+    programs = tmp_path_factory.mktemp("programs")
+    shellcheck = programs / "shellcheck"
+    shellcheck.write_text(f"#!/bin/sh\nexit {STOPPED}\n")
+    shellcheck.chmod(0o755)
+    return {"HOME": os.environ["HOME"], "PATH": f"{programs}:{os.environ['PATH']}"}
+
+
+@pytest.mark.parametrize("time", ["first", "second"])
+@pytest.mark.parametrize(
+    ("command", "status"),
+    [
+        pytest.param(["ci/conformance", "-k", CASE], 0, id="conformance"),
+        pytest.param(["ci/job", "reports", "-k", CASE], 0, id="job"),
+        pytest.param(["ci/test"], STOPPED, id="test"),
+    ],
+)
+def test_command_in_a_clone(
+    clone: Path, environment: dict[str, str], command: list[str], status: int, time: str
+) -> None:
+    done = subprocess.run(
+        command,
+        cwd=clone,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == status, done.stdout + done.stderr
+    assert done.stderr == ""
+    if time == "second":
+        assert "installing" not in done.stdout
+    if status == 0:
+        assert "1 passed" in done.stdout
