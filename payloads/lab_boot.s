@@ -1,11 +1,11 @@
 # The lab's BIOS: a 64 KiB ROM whose only job is to start a preloaded 64-bit Linux kernel.
 #
-# Bochs reads one file (its "optional RAM image") into the host memory that backs the guest. It
-# hands that memory out in 128 KiB blocks, each on the guest's first touch, so the file appears in
-# the guest in the order of touching. The image is one contiguous picture of guest memory from
-# LAB_INFO on; reading one dword per block in ascending order puts every block in its place.
-# A Bochs that maps its memory at once, and QEMU, whose loader puts the file there, show the same
-# picture without that.
+# The kernel is part of a picture of guest memory from LAB_INFO on. QEMU's loader has put it there
+# before the ROM starts. Bochs has nothing for that which works in all its versions, so the host
+# writes into Bochs' own memory: the ROM marks a place, says so on the debug port, and waits until
+# the host has found the mark and set the flag behind it. Bochs backs guest memory by blocks of the
+# host's, each handed out at the guest's first touch; touching them in ascending order before
+# anything else makes them one piece, in which the distance from the mark is the guest address.
 #
 # The info block (kvmnest/lab/image.py writes it) holds, by page:
 #   +0x0000 boot_params   +0x1000 command line   +0x2000 ACPI tables
@@ -13,7 +13,9 @@
 #   +0x9000 magic, number of blocks, kernel entry, address of the tail mark
 
         .set LAB_INFO, 0xfe0000
-        .set LAB_BLOCK, 0x20000
+        .set LAB_WAIT, 0x800000         # aligned to Bochs' largest block; WAIT in image.py
+        .set LAB_GO, LAB_WAIT + 16
+        .set LAB_BLOCK, 0x20000         # Bochs' smallest block
         .set ROM, 0xffff0000
         .set MAGIC, 0x4e4d564b          # "KVMN"
         .set MSR_MTRR_DEF_TYPE, 0x2ff
@@ -41,15 +43,38 @@ protected:
         movw    %ax, %ss
         movw    %ax, %fs
         movw    %ax, %gs
-        movl    $LAB_INFO, %edi
-        cmpl    $MAGIC, 0x9000(%edi)
-        jne     refuse
-        movl    0x9004(%edi), %ecx
+        movb    $0xb5, %al              # CMOS: memory above 16 MiB in units of 64 KiB
+        outb    %al, $0x70
+        inb     $0x71, %al
+        movb    %al, %ah
+        movb    $0xb4, %al
+        outb    %al, $0x70
+        inb     $0x71, %al
+        movzwl  %ax, %ebx
+        shll    $16, %ebx
+        addl    $0x1000000, %ebx
+        movl    $LAB_WAIT, %edi
 1:      movl    (%edi), %eax
         addl    $LAB_BLOCK, %edi
-        decl    %ecx
-        jnz     1b
-        # The last dwords of the image repeat the magic: a Bochs that orders blocks in another way
+        cmpl    %ebx, %edi
+        jb      1b
+        cmpl    $MAGIC, LAB_INFO + 0x9000
+        je      placed
+        movl    $ROM + mark - _start, %esi
+        movl    $LAB_WAIT, %edi
+        movl    $4, %ecx
+        rep movsl
+        movl    $ROM + waiting - _start, %esi
+        movl    $waiting_end - waiting, %ecx
+        movw    $0xe9, %dx
+        rep outsb
+2:      pause
+        cmpl    $0, LAB_GO
+        je      2b
+placed:
+        cmpl    $MAGIC, LAB_INFO + 0x9000
+        jne     refuse
+        # The last dword of the image repeats the magic: a Bochs that orders blocks in another way
         # must be named here, not by a kernel that dies of random memory.
         movl    LAB_INFO + 0x900c, %edi
         cmpl    $MAGIC, (%edi)
@@ -96,8 +121,13 @@ long_mode:
         jmp     *%rax
 
 message:
-        .ascii  "KVMNEST-BOOT: this emulator lays out preloaded memory in an unknown order\n"
+        .ascii  "KVMNEST-BOOT: this emulator lays out its memory in an unknown order\n"
 message_end:
+waiting:
+        .ascii  "KVMNEST-BOOT: waiting\n"
+waiting_end:
+        # 16 bytes, nowhere else at the start of a page.
+mark:   .ascii  "kvmnest: memory?"
 shutdown:
         .ascii  "Shutdown"
 

@@ -5,36 +5,35 @@ interface. The terminal display gets a pseudo terminal of ours, and the guest ne
 """
 
 import contextlib
+import errno
 import os
 import pty
 import select
 import shutil
 import termios
-import time
 import tty
 from dataclasses import dataclass
+from io import RawIOBase
 from pathlib import Path
-from typing import Any
 
-from kvmnest.lab.emulators import Running, version_text
-from kvmnest.lab.errors import LabSetupError
-from kvmnest.lab.image import INFO
-from kvmnest.lab.snapshot import ADDR_NO_RANDOMIZE
+from kvmnest.lab.emulators import Picture, Running, version_text
+from kvmnest.lab.errors import LabLost, LabSetupError
+from kvmnest.lab.image import INFO, WAIT, WAIT_MARK, WAITING
+from kvmnest.lab.snapshot import ADDR_NO_RANDOMIZE, SnapshotError, find_page
 
 CPU_MODEL = "corei7_skylake_x"
 IPS = 100_000_000
+_START_LIMIT = 60.0  # of its CPU seconds; it takes a fraction of one
 
 _CONFIG = """\
 cpu: model={model}, count={cpus}, ips={ips}, reset_on_triple_fault=0, msrs=msrs.def
 memory: guest={memory}, host={memory}
 romimage: file=boot.rom
-optramimage1: file=memory.img, address={info:#x}
+vgaromimage: file=vga.rom
 pci: enabled=0
 ata0: enabled=0
 ata1: enabled=0
 com1: enabled=1, mode=file, dev=console.log
-sound: driver=dummy
-speaker: enabled=0
 clock: sync=none, time0=local
 display_library: {display}
 log: bochs.log
@@ -44,6 +43,13 @@ info: action=ignore
 debug: action=ignore
 port_e9_hack: enabled=1
 """
+
+_SOUND = "sound: driver=dummy\nspeaker: enabled=0\n"  # else it opens the host's device
+_NO_SOUND = b"Bochs is not compiled with lowlevel sound support"
+# What Bochs wants of a VGA BIOS, which the ROM never calls: signature, one block, a checksum of 0.
+_VGA_ROM = bytes([0x55, 0xAA, 1, 0xCB]).ljust(511, b"\0") + bytes(
+    [-(0x55 + 0xAA + 1 + 0xCB) & 0xFF]
+)
 
 # MSRs that a PC's firmware leaves behind and Bochs does not have: address, type, reset value,
 # reserved and ignored bits (each high, low half). Without "fast strings" the kernel copies memory
@@ -72,11 +78,12 @@ KERNEL_PARAMETERS = (
 
 @dataclass(frozen=True)
 class Emulator:
-    """A Bochs binary and the two things about its build that matter here."""
+    """A Bochs binary and what matters here about its build."""
 
     path: str
     debugger: bool
     display: str
+    sound: bool
     where = "in the lab"
     kernel_parameters = KERNEL_PARAMETERS
 
@@ -107,15 +114,37 @@ def locate(path: str | None = None) -> Emulator:
     if path is None and not plugins.exists():
         raise LabSetupError("Bochs has no terminal display: apt-get install bochs-term")
     # A build with the display that shows nothing names its class, even when it is stripped.
-    display = "nogui" if b"bx_nogui_gui_c" in Path(found).read_bytes() else "term"
-    return Emulator(found, "-rc filename" in text, display)
+    binary = Path(found).read_bytes()
+    display = "nogui" if b"bx_nogui_gui_c" in binary else "term"
+    return Emulator(found, "-rc filename" in text, display, _NO_SOUND not in binary)
 
 
 def configuration(emulator: Emulator, memory: int, cpus: int) -> str:
     """The bochsrc."""
-    return _CONFIG.format(
-        model=CPU_MODEL, cpus=cpus, ips=IPS, memory=memory, info=INFO, display=emulator.display
+    text = _CONFIG.format(
+        model=CPU_MODEL, cpus=cpus, ips=IPS, memory=memory, display=emulator.display
     )
+    return text + (_SOUND if emulator.sound else "")
+
+
+class _From:
+    """A file as seen from a position on."""
+
+    def __init__(self, file: RawIOBase, start: int) -> None:
+        self._file, self._start, self._at = file, start, start
+
+    def write(self, data: bytes) -> int:
+        """Write all of it."""
+        written = os.pwrite(self._file.fileno(), data, self._at)
+        if written != len(data):
+            raise OSError(errno.EFAULT, "not all of it is there")
+        self._at += written
+        return written
+
+    def seek(self, position: int) -> int:
+        """Move to a distance from the start."""
+        self._at = self._start + position
+        return position
 
 
 class Bochs(Running):
@@ -125,7 +154,6 @@ class Bochs(Running):
         """Make the folder. Raises LabSetupError if that is impossible."""
         super().__init__(emulator.path)
         self.emulator = emulator
-        self._attributes: list[Any] = []
 
     def clock(self) -> float:
         """Its CPU time, since it is never idle: a slow guest on a busy host is no hang."""
@@ -135,17 +163,23 @@ class Bochs(Running):
         """Return self."""
         return self
 
-    def start(self, memory: int, cpus: int, *, saved: bool = False) -> None:
-        """Start emulating ``memory`` MiB and ``cpus`` CPUs.
+    def boot(self, memory: int, cpus: int, write: Picture) -> None:
+        """Start it and give it the picture of memory; see ``Running.boot``."""
+        self.start(memory, cpus)
+        self.place(write)
 
-        With ``saved`` it stops at the debugger's prompt, at addresses that are the same in each
-        process, see kvmnest.lab.snapshot. Raises LabSetupError if it cannot be started.
+    def start(self, memory: int, cpus: int, *, fixed: bool = False) -> None:
+        """Start emulating ``memory`` MiB and ``cpus`` CPUs, up to where the ROM waits.
+
+        With ``fixed`` everything lies at addresses that are the same in each process, see
+        kvmnest.lab.snapshot. Raises LabSetupError if it cannot be started, LabLost if it ends.
         """
         (self.folder / "bochsrc").write_text(configuration(self.emulator, memory, cpus))
         (self.folder / "msrs.def").write_text(MSRS)
-        (self.folder / "debugger").write_text("c\n")
+        (self.folder / "vga.rom").write_bytes(_VGA_ROM)
         argv = ["-q", "-f", "bochsrc"]
-        if self.emulator.debugger and not saved:
+        if self.emulator.debugger:
+            (self.folder / "debugger").write_text("c\n")
             argv += ["-rc", "debugger"]
         self.output, terminal = pty.openpty()
         try:
@@ -154,30 +188,36 @@ class Bochs(Running):
             attributes = termios.tcgetattr(terminal)
             attributes[1] &= ~termios.OPOST
             termios.tcsetattr(terminal, termios.TCSANOW, attributes)
-            self._attributes = attributes
-            personality = ADDR_NO_RANDOMIZE if saved else 0
+            personality = ADDR_NO_RANDOMIZE if fixed else 0
             self._launch(argv, terminal, terminal, {"TERM": "vt100"}, personality)
         finally:
             os.close(terminal)
+        self._wait_rom()
 
-    def wait_prompt(self, seconds: float = 20.0) -> bool:
-        """Wait for the debugger's first prompt; False if it does not come."""
-        limit, seen = time.monotonic() + seconds, b""
-        while b"<bochs:1>" not in seen:
-            if self.ended() or time.monotonic() > limit:
-                return False
+    def _wait_rom(self) -> None:
+        last, seen = self.clock(), b""
+        while WAITING not in seen:
             if select.select([self.output], [], [], 0.1)[0]:
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(OSError):  # EIO: the terminal's other side is closed
                     seen += os.read(self.output, 4096)
-        return True
+                    continue
+            if self.ended():
+                raise LabLost(f"the emulator ended: {self.verdict()}")
+            if self.clock() - last > _START_LIMIT:
+                raise LabLost("the emulator does not execute its ROM", self.console())
 
-    def go_on(self) -> None:
-        """Leave the prompt."""
-        os.write(self.output, b"c\n")
+    def place(self, write: Picture) -> None:
+        """Write the picture into the guest's memory, and let the ROM start its kernel.
 
-    def reset_terminal(self) -> None:
-        """Undo what the prompt did to the terminal."""
-        termios.tcsetattr(self.output, termios.TCSANOW, self._attributes)
+        Raises LabSetupError if this system does not let us, or the memory is not found.
+        """
+        try:
+            with open(f"/proc/{self.pid}/mem", "r+b", buffering=0) as memory:
+                start = find_page(self.pid, WAIT_MARK)
+                write(_From(memory, start - WAIT + INFO))
+                os.pwrite(memory.fileno(), b"\1", start + len(WAIT_MARK))
+        except (OSError, SnapshotError) as e:
+            raise LabSetupError(f"cannot write into the emulator's memory: {e}") from e
 
     def verdict(self) -> str:
         """Why Bochs ended, in its own words (one line), or its status."""

@@ -17,6 +17,10 @@ from typing import Protocol
 
 from kvmnest.lab import cache
 from kvmnest.lab.errors import LabSetupError
+from kvmnest.lab.image import Sink
+
+#: Writes the picture of guest memory, see kvmnest.lab.image.
+Picture = Callable[[Sink], None]
 
 _PR_SET_PDEATHSIG = 1
 _PREFIX = "kvmnest-lab-"
@@ -117,7 +121,7 @@ def _child_setup(personality: int) -> Callable[[], None]:
 
 
 class Running(ABC):
-    """One emulator in a private folder: write ``memory.img`` and ``boot.rom`` there, start it.
+    """One emulator in a private folder: write ``boot.rom`` there, boot it.
 
     ``output`` is the file descriptor that the guest's bytes to port 0xE9 come from. As a context
     manager it leaves neither process nor folder behind.
@@ -149,10 +153,11 @@ class Running(ABC):
         os.close(self._lock)
 
     @abstractmethod
-    def start(self, memory: int, cpus: int) -> None:
-        """Start emulating ``memory`` MiB and ``cpus`` CPUs.
+    def boot(self, memory: int, cpus: int, write: Picture) -> None:
+        """Start emulating ``memory`` MiB and ``cpus`` CPUs with the picture that ``write`` makes.
 
-        The guest's console goes to ``console.log``. Raises LabSetupError if it cannot be started.
+        The guest's console goes to ``console.log``. Raises LabSetupError if it cannot be started,
+        LabLost if it ends at once, OSError if there is no room.
         """
 
     @abstractmethod

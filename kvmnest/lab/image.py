@@ -8,18 +8,33 @@ the ACPI specification's "MADT" section.
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import Protocol
 
 from kvmnest.lab.errors import KernelSpecError
 
 INFO = 0xFE0000  # LAB_INFO in lab_boot.s
-BLOCK = 0x20000  # Bochs' unit of guest memory
+WAIT = 0x800000  # LAB_WAIT: where the ROM puts WAIT_MARK and waits for the flag after it
+WAIT_MARK = b"kvmnest: memory?"
+WAITING = b"KVMNEST-BOOT: waiting"  # what it says on the debug port then
+BLOCK = 0x20000  # Bochs' smallest unit of guest memory
 MAGIC = 0x4E4D564B
 MIB = 1 << 20
 
 _CMDLINE, _ACPI, _PML4, _MARK = 0x1000, 0x2000, 0x3000, 0x9000
 _PT_LOAD = 1
 _RAM, _RESERVED = 1, 2
+
+
+class Sink(Protocol):
+    """Where the picture is written: a file, or memory from INFO on."""
+
+    def write(self, data: bytes, /) -> int:
+        """Write all of ``data`` at the position, and move it."""
+        ...
+
+    def seek(self, position: int, /) -> int:
+        """Move to a distance from INFO."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -156,7 +171,7 @@ def memory_for(kernel_end: int, archives: int) -> int:
 
 
 def write(
-    out: BinaryIO,
+    out: Sink,
     kernel: KernelImage,
     layers: Sequence[bytes],
     cmdline: str,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kvmnest.errors import UsageError
-from kvmnest.lab import bochs, cache, image, kernels, plan, rootfs, snapshot
+from kvmnest.lab import bochs, build, cache, image, kernels, plan, rootfs, snapshot
 from kvmnest.lab.bochs import Bochs
 from kvmnest.lab.emulators import BOCHS, Choice, Running
 from kvmnest.lab.errors import LabRunError, LabSetupError
@@ -134,7 +134,7 @@ class Lab:
         with self.emulator.process() as process:
             self._running, self._mailbox = process, []
             try:
-                shutil.copyfile(_rom(), process.folder / "boot.rom")
+                shutil.copyfile(build.build(), process.folder / "boot.rom")
                 waiting = self._start(process, job)
             except OSError as e:
                 raise LabSetupError(cache.describe(e, "writing the lab's memory image")) from e
@@ -185,21 +185,20 @@ class Lab:
             "files": self._kvmnest.files | job["files"],
             "mtimes": self._kvmnest.mtimes,
         }
-        self._write_image(process, rootfs.job_layer(marshal.dumps(whole)))
-        process.start(self._memory, self.cpus)
+        job_layer = rootfs.job_layer(marshal.dumps(whole))
+        process.boot(self._memory, self.cpus, lambda out: self._write_image(out, job_layer))
         return _ignore
 
-    def _write_image(self, process: Running, *more: bytes) -> None:
+    def _write_image(self, out: image.Sink, *more: bytes) -> None:
         """Write the picture of memory, with ``more`` layers."""
         layers = [*(layer.read() for layer in self._layers), *more]
-        with open(process.folder / "memory.img", "wb") as f:
-            image.write(f, self.kernel.image(), layers, self._command_line(), self.cpus,
-                        self._memory)  # fmt: skip
+        image.write(out, self.kernel.image(), layers, self._command_line(), self.cpus,
+                    self._memory)  # fmt: skip
 
     def _saved_boots(self) -> SavedBoots | None:
         """None where an emulator cannot be saved."""
         emulator = self.emulator
-        if not (isinstance(emulator, bochs.Emulator) and emulator.debugger):
+        if not isinstance(emulator, bochs.Emulator):
             return None
         if not snapshot.supported():
             return None
@@ -207,7 +206,7 @@ class Lab:
         parts: list[str | bytes] = [
             self.kernel.key,
             self._command_line(),
-            _rom().read_bytes(),
+            build.build().read_bytes(),
             *layers,
         ]
         return SavedBoots(emulator, self._memory, self.cpus, parts, self._write_image,
@@ -236,12 +235,3 @@ class Lab:
         own = self.emulator.kernel_parameters
         start = f"rdinit=/{rootfs.PYTHON} -- /{rootfs.INIT}"
         return " ".join([KERNEL_PARAMETERS, own, *builtin, *environment, start])
-
-
-def _rom() -> Path:
-    path = Path(__file__).parent.parent / "data" / "lab_boot.bin"
-    if not path.is_file():
-        from kvmnest.lab import build
-
-        build.build()
-    return path

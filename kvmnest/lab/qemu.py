@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvmnest.lab import tools
-from kvmnest.lab.emulators import Running, version_text
+from kvmnest.lab.emulators import Picture, Running, version_text
 from kvmnest.lab.errors import LabSetupError
 from kvmnest.lab.image import INFO
 
@@ -99,8 +99,17 @@ class Qemu(Running):
         super().__init__(emulator.path)
         self._emulator = emulator
 
+    def boot(self, memory: int, cpus: int, write: Picture) -> None:
+        """Write ``memory.img`` and start; see ``Running.boot``."""
+        with open(self.folder / "memory.img", "wb") as picture:
+            write(picture)
+        self.start(memory, cpus)
+
     def start(self, memory: int, cpus: int) -> None:
-        """Start a machine of ``memory`` MiB and ``cpus`` CPUs; LabSetupError if that fails."""
+        """Start a machine of ``memory`` MiB and ``cpus`` CPUs with the ``memory.img`` there is.
+
+        Raises LabSetupError if that fails.
+        """
         self.output, inside = os.pipe()
         try:
             argv = arguments(self._emulator, memory, cpus)

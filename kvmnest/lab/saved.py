@@ -2,21 +2,22 @@
 
 import marshal
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvmnest.lab import bochs, cache, image, snapshot
+from kvmnest.lab import bochs, cache, snapshot
 from kvmnest.lab.bochs import Bochs
-from kvmnest.lab.errors import LabLost, LabSetupError
+from kvmnest.lab.emulators import Picture
+from kvmnest.lab.errors import LabSetupError
 from kvmnest.lab.guest import MAILBOX_PAGES
 from kvmnest.lab.rootfs import Tree
 from kvmnest.lab.session import Sink
 from kvmnest.lab.snapshot import SnapshotError
 
 _KEPT = 3  # of each kind; some 160 MB each
-_FORMAT = 3
+_FORMAT = 4
 # What the cases use and pytest does not rewrite.
 _PRELOAD = ("kvmnest.errors", "kvmnest.vmx", "kvmnest.kvm", "kvmnest.l1")
 
@@ -66,7 +67,7 @@ class SavedBoots:
         memory: int,
         cpus: int,
         made_of: Sequence[str | bytes],
-        write_image: Callable[[Bochs], None],
+        write_image: Picture,
         tree: Tree,
     ) -> None:
         self._memory, self._cpus = memory, cpus
@@ -99,21 +100,14 @@ class SavedBoots:
                 cache.drop(saved)
                 continue
             return _Saver(process, steps[number + 1 :]), True
-        self._write_image(process)
-        process.start(self._memory, self._cpus, saved=True)
-        if not process.wait_prompt():
-            raise LabLost(f"the emulator did not start: {process.verdict()}")
-        process.go_on()
+        process.start(self._memory, self._cpus, fixed=True)
+        process.place(self._write_image)
         return _Saver(process, steps), False
 
     def _resume(self, process: Bochs, saved: Path, mail: bytes) -> None:
         """Start an emulator that only has the right shape, and put the saved one into it."""
-        (process.folder / "memory.img").write_bytes(bytes(image.BLOCK))
-        process.start(self._memory, self._cpus, saved=True)
-        if not process.wait_prompt():
-            raise SnapshotError("the emulator shows no prompt")
+        process.start(self._memory, self._cpus, fixed=True)
         snapshot.resume(process.pid, saved, mail)
-        process.reset_terminal()
 
     def _steps(self, job: dict[str, Any]) -> list[_Step]:
         """The points at which the guest waits: after the boot, and with kvmnest loaded.

@@ -2,9 +2,9 @@
 
 Bochs' own save and restore does not survive a Linux guest, so the whole process is saved: its
 writable memory and registers. To continue, a new Bochs is started with the same configuration
-and without address randomisation, so that everything lies at the same addresses; it waits at its
-debugger prompt with all files open, and its memory is replaced. Every assumption is checked
-(mapped files, addresses, open files); if one does not hold the caller boots from cold.
+and without address randomisation, so that everything lies at the same addresses; its ROM waits
+with all files open, and its memory is replaced. Every assumption is checked (mapped files,
+addresses, open files); if one does not hold the caller boots from cold.
 """
 
 import contextlib
@@ -119,6 +119,26 @@ def supported() -> bool:
 def capacity(pages: int) -> int:
     """Bytes that a mailbox of so many pages takes."""
     return (pages - 1) * PAGE
+
+
+def find_page(pid: int, mark: bytes) -> int:
+    """Address of the first page of process ``pid`` that begins with ``mark``.
+
+    Raises SnapshotError if there is none, OSError if the process cannot be read.
+    """
+    with open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
+        for region in regions(pid):
+            if not region.saved:
+                continue
+            for start in range(region.start, region.end, _CHUNK):
+                with contextlib.suppress(OSError):  # memory of devices
+                    chunk = os.pread(memory.fileno(), min(_CHUNK, region.end - start), start)
+                    at = chunk.find(mark)
+                    while at >= 0:
+                        if (start + at) % PAGE == 0:
+                            return start + at
+                        at = chunk.find(mark, at + 1)
+    raise SnapshotError("the guest's memory was not found in the emulator")
 
 
 def find_mailbox(pid: int, mark: bytes, pages: int) -> list[int]:
@@ -243,7 +263,7 @@ def poke(pid: int, address: int, data: bytes) -> None:
 
 
 def resume(pid: int, folder: Path, job: bytes) -> None:
-    """Turn process ``pid``, a Bochs that waits at its first prompt, into the saved one.
+    """Turn process ``pid``, a Bochs whose ROM waits, into the saved one.
 
     ``job`` is put into the guest's mailbox. Raises SnapshotError if the process does not match;
     it is unusable then.
@@ -251,6 +271,7 @@ def resume(pid: int, folder: Path, job: bytes) -> None:
     try:
         state = marshal.loads((folder / "state").read_bytes())
         with Stopped(pid) as process:
+            process.leave_system_call()
             found = regions(pid)
             if _fixed(found) != state["fixed"]:
                 raise SnapshotError("the emulator lies at other addresses than when it was saved")

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from kvmnest.lab import machine, qemu, rootfs, session
+from kvmnest.lab import build, qemu, rootfs, session
 from kvmnest.lab.cpio import Cpio, names
-from kvmnest.lab.emulators import Choice
+from kvmnest.lab.emulators import Choice, Picture
 from kvmnest.lab.machine import Lab
 from kvmnest.results.lab_target import LabTarget
 from kvmnest.results.runner import Plan, pytest_arguments, split_selection
@@ -69,11 +69,13 @@ def picture(folder: Path) -> Lab:
         def __init__(self) -> None:
             self.folder = folder
 
-        def start(self, memory: int, cpus: int) -> None:
-            """The guest does that."""
+        def boot(self, memory: int, cpus: int, write: Picture) -> None:
+            """Write the picture; the guest starts QEMU."""
+            with open(self.folder / "memory.img", "wb") as image:
+                write(image)
 
     lab._start(Here(), lab._job(argv, {}, files))  # type: ignore[arg-type]
-    shutil.copy(machine._rom(), folder / "boot.rom")
+    shutil.copy(build.build(), folder / "boot.rom")
     return lab
 
 
