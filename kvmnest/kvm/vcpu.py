@@ -3,12 +3,12 @@
 import errno
 import mmap
 import os
-from _thread import RLock, get_native_id
+from _thread import RLock, get_ident, get_native_id
 from typing import TYPE_CHECKING, Any
 
 from kvmnest.kvm import ioctls
 from kvmnest.kvm.errors import KvmError
-from kvmnest.kvm.exits import DECODERS, INTR, IO_IN, MEMORY_FAULT, Exit, OtherExit
+from kvmnest.kvm.exits import DECODERS, INTR, IO, IO_IN, IO_OUT, MEMORY_FAULT, PORT, Exit, OtherExit
 from kvmnest.kvm.kick import kick_signal
 from kvmnest.kvm.native import NULL, CData, ffi, libc
 from kvmnest.kvm.state import VcpuState
@@ -35,7 +35,9 @@ class Vcpu(VcpuState):
         # The cffi objects keep the mapping alive: it goes with the last of them.
         self._run = ffi.from_buffer("struct kvm_run *", mapping)
         self._pages: Any = mapping
+        # The thread in KVM_RUN, 0 for none; and the one that was there last, by both its names.
         self._tid = 0
+        self._ident = self._native_id = 0
         # Reentrant: a Python signal handler may kick while this thread clears a kick.
         self._kick_lock = RLock()
 
@@ -53,25 +55,50 @@ class Vcpu(VcpuState):
         an MMIO read, an MSR access), do not enter the guest, return IntrExit. Raises KvmError,
         except for EINTR (IntrExit) and the errors that carry a MemoryFaultExit.
         """
-        run = self._run
         if immediate_exit:
             self.kvm_run.immediate_exit = 1
-        self._tid = get_native_id()
+        return self._enter() or self._exit()
+
+    def run_to_port(self, port: int) -> Exit | None:
+        """``run`` for a guest that hands the vCPU back by an OUT of one byte to ``port``.
+
+        None stands for that exit; any other one is decoded. Half the cost of ``run``.
+        """
+        seen = self._enter()
+        if seen is None and PORT.unpack_from(self._pages) != (IO, IO_OUT, 1, port):
+            return self._exit()
+        return seen
+
+    def _enter(self) -> Exit | None:
+        """KVM_RUN; None if ``struct kvm_run`` says why it came back.
+
+        Not by ``fcntl.ioctl``, although that is quicker: newer Pythons repeat the call after
+        EINTR, and a kick would never be seen.
+        """
+        ident = get_ident()
+        if ident != self._ident:
+            self._ident, self._native_id = ident, get_native_id()
+        self._tid = self._native_id
         while _ioctl(self._fd, _RUN, NULL):
             error = ffi.errno
             # EAGAIN: a vCPU that waited for INIT and SIPI got one. It blocks again or runs.
             if error != errno.EAGAIN:
                 self._tid = 0
-                return self._run_failed(run, error)
+                return self._run_failed(error)
         self._tid = 0
+        return None
+
+    def _exit(self) -> Exit:
+        run = self._run
         reason = run.exit_reason
         decoder = DECODERS.get(reason)
         return decoder(run, self._pages) if decoder else OtherExit(reason)
 
-    def _run_failed(self, run: CData, error: int) -> Exit:
+    def _run_failed(self, error: int) -> Exit:
         if error == errno.EINTR:
             self.clear_kick()
             return INTR
+        run = self._run
         # The only errors that come with an exit: a page of a memory slot could not be mapped.
         if error in (errno.EFAULT, _EHWPOISON) and run.exit_reason == MEMORY_FAULT:
             return DECODERS[MEMORY_FAULT](run, self._pages)

@@ -7,7 +7,8 @@ from kvmnest.kvm.exits import DebugExit, Exit, HltExit, InternalErrorExit, IoExi
 from kvmnest.kvm.native import CData, ffi
 
 
-def decode(reason: int, pages: bytes = bytes(4096), **fields: object) -> Exit:
+def decode(reason: int, behind: bytes = b"", **fields: object) -> Exit:
+    """Decode an exit; ``behind`` follows struct kvm_run in the mapping."""
     run = ffi.new("struct kvm_run *")
     run.exit_reason = reason
     for path, value in fields.items():
@@ -16,7 +17,7 @@ def decode(reason: int, pages: bytes = bytes(4096), **fields: object) -> Exit:
         for name in parents:
             target = getattr(target, name)
         setattr(target, last, value)
-    return exits.DECODERS[reason](run, pages)
+    return exits.DECODERS[reason](run, bytes(ffi.buffer(run)) + behind)
 
 
 def test_values_compare_by_type_and_fields() -> None:
@@ -67,18 +68,18 @@ def test_repr_and_match() -> None:
 
 
 def test_io_decodes_where_data_offset_points() -> None:
-    pages = bytes(100) + b"\x01\x02\x03\x04" + bytes(100)
+    behind = bytes(100) + b"\x01\x02\x03\x04" + bytes(100)
     fields: dict[str, object] = {
         "io__direction": exits.IO_OUT,
         "io__size": 2,
         "io__port": 0x80,
         "io__count": 2,
-        "io__data_offset": 100,
+        "io__data_offset": ffi.sizeof("struct kvm_run") + 100,
     }
-    assert decode(2, pages, **fields) == IoExit(exits.IO_OUT, 2, 0x80, 2, b"\1\2\3\4")
+    assert decode(2, behind, **fields) == IoExit(exits.IO_OUT, 2, 0x80, 2, b"\1\2\3\4")
     fields["io__direction"] = exits.IO_IN
-    assert decode(2, pages, **fields) == IoExit(exits.IO_IN, 2, 0x80, 2, b"")
-    assert not decode(2, pages, **fields).is_out  # type: ignore[attr-defined]
+    assert decode(2, behind, **fields) == IoExit(exits.IO_IN, 2, 0x80, 2, b"")
+    assert not decode(2, behind, **fields).is_out  # type: ignore[attr-defined]
 
 
 def test_internal_error_names_the_failed_instruction() -> None:

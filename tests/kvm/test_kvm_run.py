@@ -60,6 +60,21 @@ def test_in(guest: Guest, code: bytes, size: int) -> None:
     assert guest.vcpu.get_regs().rax == int.from_bytes(answer, "little")
 
 
+def test_a_run_to_a_port_is_silent_about_that_exit_only(guest: Guest) -> None:
+    # out %al, $0x10; out %al, $0x11; out %ax, $0x10; in $0x10, %al; out %al, $0x10
+    guest.load(b"\xe6\x10\xe6\x11\xe7\x10\xe4\x10\xe6\x10" + HLT, rax=0x4241)
+    run = guest.vcpu.run_to_port
+    assert run(0x10) is None
+    assert run(0x10) == IoExit(IO_OUT, 1, 0x11, 1, b"\x41")
+    assert run(0x10) == IoExit(IO_OUT, 2, 0x10, 1, b"\x41\x42")
+    assert run(0x10) == IoExit(IO_IN, 1, 0x10, 1, b"")
+    guest.vcpu.set_io_data(b"\x43")
+    assert run(0x10) is None
+    assert run(0x10) == HltExit()
+    guest.vcpu.kick()
+    assert run(0x10) == IntrExit()
+
+
 def test_string_out(guest: Guest) -> None:
     # rep outsw: KVM may deliver it in any number of pieces.
     guest.memory.write(0x3000, b"abcdefgh")
