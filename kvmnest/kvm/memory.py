@@ -2,9 +2,12 @@
 
 import mmap
 
-from kvmnest.kvm.native import ffi
+from kvmnest.kvm.native import CData, ffi
 
 PAGE_SIZE = 4096
+
+# Where it begins, a window of the memory as it is, what is to be there.
+_Part = tuple[int, CData, memoryview]
 
 
 class Memory:
@@ -37,6 +40,11 @@ class Memory:
         self._check(offset, len(data))
         self._map[offset : offset + len(data)] = data
 
+    @property
+    def map(self) -> mmap.mmap:
+        """The pages themselves: slices are bytes, and there is no check of any bound."""
+        return self._map
+
     def discard(self, offset: int) -> None:
         """Zero everything from ``offset`` (page-aligned) on by giving the pages back."""
         self._map.madvise(mmap.MADV_DONTNEED, offset, self.size - offset)
@@ -57,6 +65,41 @@ class Memory:
             self._map.close()
         except BufferError:
             self._map = _closed_map()
+
+
+class Image:
+    """What the beginning of a ``Memory`` is to hold again later: ``content``, whole pages.
+
+    It keeps the pages of that memory, also when the memory is closed.
+    """
+
+    #: Pages compared at once, since most groups are as they were.
+    _GROUP = 8
+
+    def __init__(self, memory: Memory, content: bytes) -> None:
+        if len(content) % PAGE_SIZE or len(content) > memory.size:
+            raise ValueError(f"{len(content):#x} bytes are not whole pages of {memory.size:#x}")
+        self._map = memory.map
+        self._base, self._content = ffi.from_buffer(memory.map), memoryview(content)
+        self._groups = self._parts(0, len(content), self._GROUP * PAGE_SIZE)
+        #: Group -> its pages, once it differed.
+        self._pages: dict[int, list[_Part]] = {}
+
+    def _parts(self, start: int, end: int, size: int) -> list[_Part]:
+        cuts = [(at, min(size, end - at)) for at in range(start, end, size)]
+        return [(at, ffi.buffer(self._base + at, n), self._content[at : at + n]) for at, n in cuts]
+
+    def restore(self) -> None:
+        """Write the pages that differ."""
+        for start, present, wanted in self._groups:
+            if present != wanted:
+                pages = self._pages.get(start)
+                if pages is None:
+                    pages = self._parts(start, start + len(wanted), PAGE_SIZE)
+                    self._pages[start] = pages
+                for at, now, then in pages:
+                    if now != then:
+                        self._map[at : at + PAGE_SIZE] = then
 
 
 def _closed_map() -> mmap.mmap:

@@ -3,6 +3,7 @@
 import pytest
 
 from kvmnest.kvm import Memory
+from kvmnest.kvm.memory import Image
 
 
 def test_read_write_view() -> None:
@@ -52,6 +53,54 @@ def test_close_with_a_slice_in_use() -> None:
     assert bytes(part) == b"keep"
     with pytest.raises(ValueError, match="closed"):
         memory.read(0, 1)
+
+
+def test_an_image_comes_back_wherever_it_was_changed() -> None:
+    """Also at the edges of pages and of the groups of pages that are compared at once."""
+    content = bytes(range(256)) * 16 * 19  # two groups of eight pages, and three pages
+    memory = Memory(0x20000)
+    image = Image(memory, content)
+    image.restore()
+    assert memory.read(0, len(content)) == content
+    behind = len(content)
+    memory.write(behind, b"stays")
+    places = (0, 0xFFF, 0x1000, 0x7FFF, 0x8000, 0xFFFF, 0x10000, behind - 1)
+    for place in places:
+        memory.write(place, bytes([content[place] ^ 0xFF]))
+        image.restore()
+        assert memory.read(0, len(content)) == content, hex(place)
+    for place in places:
+        memory.write(place, bytes([content[place] ^ 0xFF]))
+    image.restore()
+    assert memory.read(0, len(content)) == content
+    assert memory.read(behind, 5) == b"stays"
+
+
+def test_an_image_writes_nothing_that_is_as_it_should_be() -> None:
+    """A page that nobody touched stays unmapped: it costs neither memory nor a fault."""
+    memory = Memory(0x10000)
+    memory.write(0x3000, b"x")
+    Image(memory, bytes(0x8000)).restore()
+    assert memory.read(0x3000, 1) == b"\0"
+    start = memory.address // 4096 * 8
+    with open("/proc/self/pagemap", "rb") as pagemap:
+        pagemap.seek(start)
+        entries = [int.from_bytes(pagemap.read(8), "little") for _ in range(16)]
+    # Bit 56: mapped by this process alone. The zero page, which reading maps, is shared.
+    assert [number for number, entry in enumerate(entries) if entry >> 56 & 1] == [3]
+
+
+@pytest.mark.parametrize("length", [1, 0x1001, 0x3000])
+def test_an_image_is_whole_pages_of_its_memory(length: int) -> None:
+    with pytest.raises(ValueError, match="are not whole pages of 0x2000"):
+        Image(Memory(0x2000), bytes(length))
+
+
+def test_an_image_outlives_its_memory() -> None:
+    memory = Memory(0x1000)
+    image = Image(memory, bytes(0x1000))
+    memory.close()
+    image.restore()
 
 
 def test_more_memory_than_there_is() -> None:
