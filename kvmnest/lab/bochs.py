@@ -11,6 +11,7 @@ import pty
 import select
 import shutil
 import termios
+import time
 import tty
 from dataclasses import dataclass
 from io import RawIOBase
@@ -24,6 +25,7 @@ from kvmnest.lab.snapshot import ADDR_NO_RANDOMIZE, SnapshotError, find_page
 CPU_MODEL = "corei7_skylake_x"
 IPS = 100_000_000
 _START_LIMIT = 60.0  # of its CPU seconds; it takes a fraction of one
+_ASLEEP_LIMIT = 30.0  # of real seconds, if it uses no CPU
 
 _CONFIG = """\
 cpu: model={model}, count={cpus}, ips={ips}, reset_on_triple_fault=0, msrs=msrs.def
@@ -195,7 +197,7 @@ class Bochs(Running):
         self._wait_rom()
 
     def _wait_rom(self) -> None:
-        last, seen = self.clock(), b""
+        started, seen = time.monotonic(), b""
         while WAITING not in seen:
             if select.select([self.output], [], [], 0.1)[0]:
                 with contextlib.suppress(OSError):  # EIO: the terminal's other side is closed
@@ -203,8 +205,9 @@ class Bochs(Running):
                     continue
             if self.ended():
                 raise LabLost(f"the emulator ended: {self.verdict()}")
-            if self.clock() - last > _START_LIMIT:
-                raise LabLost("the emulator does not execute its ROM", self.console())
+            used, waited = self.clock(), time.monotonic() - started
+            if used > _START_LIMIT or (waited > _ASLEEP_LIMIT and used < 1):
+                raise LabLost(f"{self.emulator.path} does not execute the lab's ROM")
 
     def place(self, write: Picture) -> None:
         """Write the picture into the guest's memory, and let the ROM start its kernel.

@@ -16,7 +16,7 @@ from kvmnest.lab.rootfs import Tree
 from kvmnest.lab.session import Sink
 from kvmnest.lab.snapshot import SnapshotError
 
-_KEPT = 3  # of each kind; some 160 MB each
+_KEPT = 12  # of each kind, some 150 MB each: for a ladder of kernels, or clones that differ
 _FORMAT = 4
 # What the cases use and pytest does not rewrite.
 _PRELOAD = ("kvmnest.errors", "kvmnest.vmx", "kvmnest.kvm", "kvmnest.l1")

@@ -15,6 +15,7 @@ from lab_processes import children_of, emulator_of, gone, watch
 
 from kvmnest.errors import UsageError
 from kvmnest.lab import bochs, cache, kernels, modules
+from kvmnest.lab.emulators import Choice
 from kvmnest.lab.errors import (
     KernelSpecError,
     LabHang,
@@ -195,6 +196,26 @@ def test_a_corrupt_package_is_named(tmp_path):
     package.write_bytes(b"!<arch>\ndebian-binary   garbage")
     with pytest.raises(KernelSpecError, match="not a usable Debian package"):
         kernels.resolve(str(package))
+
+
+@pytest.mark.parametrize(
+    ("does", "text"),
+    [
+        ("echo '[ ] exiting with the following message:' >&2; echo 'no CPU' >&2; exit 1", "no CPU"),
+        ("kill -SEGV $$", "SIGSEGV"),
+        ("exit 0", "exit status 0"),
+        ("exec sleep 600", "does not execute the lab's ROM"),
+    ],
+    ids=["says why", "crashes", "ends", "sleeps"],
+)
+def test_a_bochs_that_does_not_come_to_the_rom(tmp_path, monkeypatch, does, text):
+    monkeypatch.setattr(bochs, "_ASLEEP_LIMIT", 1.0)
+    program = tmp_path / "bochs"
+    program.write_text(f'#!/bin/sh\n[ "$1" = --help ] && {{ echo Bochs; exit; }}\n{does}\n')
+    program.chmod(0o755)
+    with pytest.raises(LabLost, match=text):
+        Lab(emulator=Choice(program=str(program))).run(["true"])
+    assert not children_of(os.getpid())
 
 
 def test_wrong_settings_are_refused():
