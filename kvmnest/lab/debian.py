@@ -83,7 +83,7 @@ class Apt:
         """Index record of any package, ``name`` (its newest version) or ``name=version``."""
         done = tools.run(["apt-cache", *self.options, "--no-all-versions", "show", package],
                          f"apt-cache show {package}")  # fmt: skip
-        return next(_records(done.stdout))
+        return next(records(done.stdout))
 
     def offers(self) -> list[Offer]:
         """All kernel images, with what the index says of each, in no order."""
@@ -106,7 +106,7 @@ class Apt:
                 tuple(sorted(set(suites.get((record["Package"], record["Version"]), ())))),
                 int(record["Size"]),
             )
-            for record in _records(shown.stdout)
+            for record in records(shown.stdout)
         ]
 
     def download(self, release: str, folder: Path) -> Path:
@@ -134,7 +134,7 @@ class Apt:
         return files[0]
 
 
-def _records(output: bytes) -> Iterator[dict[str, str]]:
+def records(output: bytes) -> Iterator[dict[str, str]]:
     """Index records as apt-cache prints them: fields without their continuation lines."""
     for text in output.decode(errors="replace").strip().split("\n\n"):
         parts = (line.partition(":") for line in text.splitlines() if not line.startswith(" "))
@@ -150,7 +150,7 @@ def unpack(deb: Path, folder: Path) -> None:
         raise KernelSpecError(f"{deb} is not a usable Debian package: {lines[-1]}")
 
 
-_KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
+KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 _SOURCE = re.compile(r"'(\S+)/dists/([a-z]+)(-security|-updates|-backports)?/InRelease'")
 
 
@@ -173,7 +173,7 @@ def archive(folder: Path) -> Apt:
     day. Raises LabSetupError if that cannot be done and there are no older ones: no Debian
     mirror, no keyring, no connection.
     """
-    apt, updated, failed = Apt(_private_options(folder)), folder / "updated", folder / "failed"
+    apt, updated, failed = Apt(private_options(folder)), folder / "updated", folder / "failed"
     if _age(updated) < _DAY:
         return apt
     # Without a connection each attempt may take long.
@@ -207,7 +207,8 @@ def archive_stamp(folder: Path) -> str:
         return "none"
 
 
-def _private_options(folder: Path) -> tuple[str, ...]:
+def private_options(folder: Path) -> tuple[str, ...]:
+    """Options of an apt whose sources, lists and cache are in ``folder``."""
     return (
         f"-oDir::Etc::sourcelist={folder}/sources.list",
         "-oDir::Etc::sourceparts=/dev/null",
@@ -223,13 +224,13 @@ def _private_options(folder: Path) -> tuple[str, ...]:
     )
 
 
-def _write_sources(folder: Path) -> None:
-    """The mirrors that the system is set up for, with security and backports added.
+def mirrors() -> dict[str, tuple[str, str]]:
+    """The mirrors that the system is set up for: "main", "security" -> address, suite.
 
-    Only Debian's archive keyring is trusted.
+    Raises LabSetupError if there is none for "main", or no keyring of Debian's archive.
     """
-    if not _KEYRING.is_file():
-        raise LabSetupError(f"{_KEYRING} not found: apt-get install debian-archive-keyring")
+    if not KEYRING.is_file():
+        raise LabSetupError(f"{KEYRING} not found: apt-get install debian-archive-keyring")
     done = tools.run(["apt-get", "update", "--print-uris"], "apt-get update --print-uris")
     bases: dict[str, tuple[str, str]] = {}
     for uri, codename, kind in _SOURCE.findall(done.stdout.decode(errors="replace")):
@@ -237,13 +238,27 @@ def _write_sources(folder: Path) -> None:
             bases["security" if kind == "-security" else "main"] = (uri, codename)
     if "main" not in bases:
         raise LabSetupError("apt has no Debian mirror set up (see sources.list(5))")
+    return bases
+
+
+def _write_sources(folder: Path) -> None:
+    """The system's mirrors, with security and backports added."""
+    bases = mirrors()
     uri, codename = bases["main"]
     sources = [(uri, codename + suffix) for suffix in ("", "-updates", "-backports")]
     if "security" in bases:
         sources.append((bases["security"][0], f"{codename}-security"))
+    write_sources(folder, "deb", sources)
+
+
+def write_sources(folder: Path, kind: str, sources: Iterable[tuple[str, str]]) -> None:
+    """Set up the apt of ``folder``: ``kind`` is "deb" or "deb-src", each source address, suite.
+
+    Only Debian's archive keyring is trusted.
+    """
     for sub in ("state/lists/partial", "cache/archives/partial"):
         (folder / sub).mkdir(parents=True, exist_ok=True)
-    lines = [f"deb [signed-by={_KEYRING}] {uri} {suite} main\n" for uri, suite in sources]
+    lines = [f"{kind} [signed-by={KEYRING}] {uri} {suite} main\n" for uri, suite in sources]
     (folder / "sources.list").write_text("".join(lines))
     (folder / "status").touch()
 

@@ -17,6 +17,8 @@ _PACKAGES = {
     "apt-get": "apt",
     "apt-cache": "apt",
     "zstd": "zstd",
+    "gcc": "gcc",
+    "g++": "g++",
     "make": "make",
     "tar": "tar",
     "xz": "xz-utils",
@@ -27,9 +29,13 @@ def find(name: str) -> str:
     """Path of program ``name``. Raises LabSetupError naming the package to install."""
     found = shutil.which(name)
     if found is None:
-        package = _PACKAGES.get(name, name)
-        raise LabSetupError(f"{name} not found: apt-get install {package}")
+        raise LabSetupError(f"{name} not found: apt-get install {package(name)}")
     return found
+
+
+def package(name: str) -> str:
+    """The Debian package that brings program ``name``."""
+    return _PACKAGES.get(name, name)
 
 
 def run(argv: Sequence[str], doing: str, **options: object) -> subprocess.CompletedProcess[bytes]:
