@@ -48,11 +48,16 @@ class BuildFailed(LabSetupError):
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a build is: ``step`` in words, ``done`` of ``total`` files, ``seconds`` so far."""
+    """How far a build is.
+
+    ``step`` in words, ``done`` of its ``total`` files (0: not counted), ``step_seconds`` since it
+    began, ``seconds`` since the build began.
+    """
 
     step: str
     done: int
     total: int
+    step_seconds: float
     seconds: float
 
 
@@ -155,7 +160,7 @@ class _Build:
         else:
             self._on_line("going on with the build that was interrupted")
         self._compile(tree, _FLAGS)
-        self._run(["strip", "bochs"], tree, "strip")
+        self._run(["strip", "bochs"], tree, "stripping")
         version = tools.run([str(tree / "bochs"), "--help"], "the Bochs that was built")
         if b"Bochs" not in version.stdout + version.stderr:
             raise BuildFailed(f"the Bochs that was built does not run (log: {self._log})")
@@ -186,12 +191,12 @@ class _Build:
             self._run(
                 ["./configure", *self._options()],
                 tree,
-                "configure",
+                "configuring",
                 {"CFLAGS": flags, "CXXFLAGS": flags},
             )
             (tree / "configured").touch()
         left = self._files_left(tree)
-        self._run(["make", f"-j{self._jobs}", "bochs"], tree, "compile", total=left)
+        self._run(["make", f"-j{self._jobs}", "bochs"], tree, "compiling", total=left)
 
     @staticmethod
     def _files_left(tree: Path) -> int:
@@ -209,8 +214,14 @@ class _Build:
         total: int = 0,
     ) -> None:
         """Run a program of the build, its output in the log. Raises BuildFailed."""
-        done = 0
-        self._tell(step, done, total)
+        done, began = 0, time.monotonic()
+
+        def tell() -> None:
+            now = time.monotonic()
+            at = Progress(step, min(done, total), total, now - began, now - self._began)
+            self._on_progress(at)
+
+        tell()
         with open(self._log, "ab") as log:
             log.write(f"$ {' '.join(argv)}\n".encode())
             log.flush()
@@ -230,7 +241,7 @@ class _Build:
                     log.write(line)
                     if _compiles(line.decode(errors="replace")):
                         done += 1
-                        self._tell(step, min(done, total), total)
+                        tell()
                 status = process.wait()
             except BaseException:
                 _end(process)
@@ -246,9 +257,6 @@ class _Build:
             return "no space left on the disk"
         errors = [line for line in lines if re.search(r"\berror:|\bError \d|\*\*\*", line)]
         return errors[0].strip() if errors else f"status {status}"
-
-    def _tell(self, step: str, done: int, total: int) -> None:
-        self._on_progress(Progress(step, done, total, time.monotonic() - self._began))
 
 
 def _compiles(line: str) -> bool:
