@@ -82,7 +82,16 @@ def add_emulator_options(
         help="where: lab is Bochs, which emulates VT-x (default); qemu is QEMU with this machine's"
         f" KVM, which must offer VMX to its guests{restart}",
     )
-    parser.add_argument("--bochs", metavar="PATH", help="the Bochs to use")
+    parser.add_argument(
+        "--bochs",
+        metavar="PATH",
+        help="the Bochs to use (default: the one of kvmnest lab build, else bochs in PATH)",
+    )
+    parser.add_argument(
+        "--cpu-model",
+        metavar="NAME",
+        help="the CPU that Bochs emulates (kvmnest lab emulators lists them)",
+    )
     parser.add_argument("--qemu", metavar="PATH", help="the qemu-system-x86_64 to use")
 
 
@@ -95,12 +104,16 @@ def emulator(options: argparse.Namespace) -> "Choice":
     for needs, name in programs.items():
         if getattr(options, name) and boot != needs:
             raise UsageError(f"--{name} needs --boot {needs}")
-    return Choice(boot, getattr(options, programs[boot]))
+    if options.cpu_model and boot != "lab":
+        raise UsageError("--cpu-model needs --boot lab")
+    return Choice(boot, getattr(options, programs[boot]), cpu_model=options.cpu_model)
 
 
 def lab_only(options: argparse.Namespace) -> str:
     """The first of the given options that this machine's /dev/kvm has no use for; "" if none."""
-    return first_given(options, "kernel", "kvm_modules", "kvm_param", "boot", "bochs", "qemu")
+    return first_given(
+        options, "kernel", "kvm_modules", "kvm_param", "boot", "bochs", "cpu_model", "qemu"
+    )
 
 
 def first_given(options: argparse.Namespace, *names: str) -> str:

@@ -42,6 +42,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the detection table")
     parser.add_argument("--kernel", metavar="SPEC", help="Debian version (default: 6.1)")
     parser.add_argument("--bochs", metavar="PATH", help="the Bochs to use")
+    parser.add_argument("--cpu-model", metavar="NAME", help="the CPU that Bochs emulates")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -71,7 +72,7 @@ def run(options: argparse.Namespace) -> int:
         kernel=options.kernel,
         release=release,
         results=results,
-        emulator=Choice(program=options.bochs),
+        emulator=Choice(program=options.bochs, cpu_model=options.cpu_model),
         first_only=options.first_only,
         on_line=lambda line: print(line, flush=True),
     )

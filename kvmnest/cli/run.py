@@ -197,7 +197,7 @@ def _recorded(options: argparse.Namespace) -> dict[str, Any]:
 
 def _rerun_prefix(options: argparse.Namespace, target: str) -> str:
     words = ["kvmnest", "run", "--target", target]
-    for name in ("kernel", "kvm_modules", "boot", "bochs", "qemu"):
+    for name in ("kernel", "kvm_modules", "boot", "bochs", "cpu_model", "qemu"):
         value = getattr(options, name)
         if value is not None:
             words += [f"--{name.replace('_', '-')}", str(value)]

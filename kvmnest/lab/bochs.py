@@ -8,6 +8,7 @@ import contextlib
 import errno
 import os
 import pty
+import re
 import select
 import shutil
 import termios
@@ -17,12 +18,12 @@ from dataclasses import dataclass
 from io import RawIOBase
 from pathlib import Path
 
+from kvmnest.lab import bochs_build, cpu_models
 from kvmnest.lab.emulators import Picture, Running, version_text
 from kvmnest.lab.errors import LabLost, LabSetupError
 from kvmnest.lab.image import INFO, WAIT, WAIT_MARK, WAITING
 from kvmnest.lab.snapshot import ADDR_NO_RANDOMIZE, SnapshotError, find_page
 
-CPU_MODEL = "corei7_skylake_x"
 IPS = 100_000_000
 _START_LIMIT = 60.0  # of its CPU seconds; it takes a fraction of one
 _ASLEEP_LIMIT = 30.0  # of real seconds, if it uses no CPU
@@ -47,6 +48,7 @@ port_e9_hack: enabled=1
 """
 
 _SOUND = "sound: driver=dummy\nspeaker: enabled=0\n"  # else it opens the host's device
+_TERMINAL = Path("/usr/lib/x86_64-linux-gnu/bochs/plugins/libbx_term_gui.so")
 _NO_SOUND = b"Bochs is not compiled with lowlevel sound support"
 # What Bochs wants of a VGA BIOS, which the ROM never calls: signature, one block, a checksum of 0.
 _VGA_ROM = bytes([0x55, 0xAA, 1, 0xCB]).ljust(511, b"\0") + bytes(
@@ -73,21 +75,28 @@ _SKIPPED_INITCALLS = (
 )  # fmt: skip
 KERNEL_PARAMETERS = (
     "mitigations=off tsc=reliable tsc_early_khz=100000 lpj=400000 "
-    # XSAVEC and XSAVES (Bochs reports a size that Linux warns about), FSRM, APERFMPERF
-    "clearcpuid=580,321,323,124 initcall_blacklist=" + ",".join(_SKIPPED_INITCALLS)
+    "initcall_blacklist=" + ",".join(_SKIPPED_INITCALLS)
 )
 
 
 @dataclass(frozen=True)
 class Emulator:
-    """A Bochs binary and what matters here about its build."""
+    """A Bochs binary, what matters here about its build, and the CPU model it is to emulate."""
 
     path: str
+    version: str
+    models: tuple[str, ...]
+    model: cpu_models.Model
     debugger: bool
     display: str
     sound: bool
     where = "in the lab"
-    kernel_parameters = KERNEL_PARAMETERS
+
+    @property
+    def kernel_parameters(self) -> str:
+        """Separated by spaces."""
+        bits = ",".join(map(str, self.model.clearcpuid))
+        return " ".join([*([f"clearcpuid={bits}"] if bits else []), KERNEL_PARAMETERS])
 
     def process(self) -> "Bochs":
         """A process of it, not yet started. Raises LabSetupError."""
@@ -99,12 +108,14 @@ class Emulator:
         return f"{self.path} {status.st_size} {status.st_mtime_ns} {self.display}"
 
 
-def locate(path: str | None = None) -> Emulator:
-    """Find Bochs (``path``, or ``bochs`` in PATH) and ask it what it was built with.
+def locate(path: str | None = None, model: str | None = None, cpus: int = 1) -> Emulator:
+    """Find Bochs and ask it what it was built with.
 
-    Raises LabSetupError if it is missing or does not run.
+    ``path``, or the one that ``kvmnest lab build`` made, or ``bochs`` in PATH; with ``cpus`` above
+    1 one that was built for several. ``model`` is the CPU model (default: the best it has).
+    Raises LabSetupError if there is none or it does not run, UsageError if it has no such model.
     """
-    program = path or "bochs"
+    program = path or built(cpus) or "bochs"
     found = shutil.which(program)
     if found is None:
         hint = "no such program" if path else "apt-get install bochs bochs-term"
@@ -112,19 +123,40 @@ def locate(path: str | None = None) -> Emulator:
     text = version_text(found, "--help")
     if "Bochs" not in text:
         raise LabSetupError(f"{found} is no Bochs")
-    plugins = Path("/usr/lib/x86_64-linux-gnu/bochs/plugins/libbx_term_gui.so")
-    if path is None and not plugins.exists():
+    if program == "bochs" and not _TERMINAL.exists():
         raise LabSetupError("Bochs has no terminal display: apt-get install bochs-term")
+    version = re.search(r"Bochs x86 Emulator (\d[\w.]*)", text)
+    models = _models(found)
     # A build with the display that shows nothing names its class, even when it is stripped.
     binary = Path(found).read_bytes()
-    display = "nogui" if b"bx_nogui_gui_c" in binary else "term"
-    return Emulator(found, "-rc filename" in text, display, _NO_SOUND not in binary)
+    return Emulator(
+        path=found,
+        version=version[1] if version else "?",
+        models=models,
+        model=cpu_models.choose(model, version[1] if version else "", models),
+        debugger="-rc filename" in text,
+        display="nogui" if b"bx_nogui_gui_c" in binary else "term",
+        sound=_NO_SOUND not in binary,
+    )
+
+
+def built(cpus: int) -> str | None:
+    """The program that ``kvmnest lab build`` made and that can emulate ``cpus`` CPUs."""
+    variants = [True] if cpus > 1 else [False, True]
+    found = (bochs_build.built(smp) for smp in variants)
+    return next((str(program) for program in found if program is not None), None)
+
+
+def _models(program: str) -> tuple[str, ...]:
+    """The CPU models that a Bochs has."""
+    listing = version_text(program, "--help", "cpu").partition("Supported CPU models:")[2]
+    return tuple(line for line in listing.splitlines() if re.fullmatch(r"\w+", line))
 
 
 def configuration(emulator: Emulator, memory: int, cpus: int) -> str:
     """The bochsrc."""
     text = _CONFIG.format(
-        model=CPU_MODEL, cpus=cpus, ips=IPS, memory=memory, display=emulator.display
+        model=emulator.model.name, cpus=cpus, ips=IPS, memory=memory, display=emulator.display
     )
     return text + (_SOUND if emulator.sound else "")
 

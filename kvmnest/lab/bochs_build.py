@@ -8,7 +8,6 @@ its tree stays until the program is in the cache.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
 import json
 import os
@@ -16,6 +15,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +27,6 @@ from kvmnest.lab.errors import LabSetupError
 KIND = "bochs"
 _FORMAT = 1
 _KEPT = 4
-_PR_SET_PDEATHSIG = 1
 _PATIENCE = 10.0  # seconds that compilers get to end when they are told to
 _OPTIONS = (
     "--enable-x86-64", "--enable-long-phy-address", "--enable-vmx=2", "--enable-svm",
@@ -38,6 +37,20 @@ _OPTIONS = (
 _FLAGS = "-O2 -march=native"
 _SMP = "--enable-smp"
 _PROGRAMS = ("g++", "gcc", "make", "tar", "xz", "strip")
+
+# Runs a program; when our end of its standard input is closed, since we were killed, all that the
+# program started ends too. A make that is terminated removes what is half made.
+_GUARD = """
+import os, signal, subprocess, sys, threading, time
+def watch():
+    os.read(0, 1)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    os.killpg(0, signal.SIGTERM)
+    time.sleep(5)
+    os.killpg(0, signal.SIGKILL)
+threading.Thread(target=watch, daemon=True).start()
+os._exit(subprocess.call(sys.argv[1:], stdin=subprocess.DEVNULL))
+"""
 
 Line = Callable[[str], None]
 
@@ -226,16 +239,16 @@ class _Build:
             log.write(f"$ {' '.join(argv)}\n".encode())
             log.flush()
             process = subprocess.Popen(
-                [tools.find(argv[0]) if "/" not in argv[0] else argv[0], *argv[1:]],
+                [sys.executable, "-I", "-S", "-c", _GUARD, *argv],
                 cwd=tree,
                 env=_environment() | dict(environment or {}),
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=_die_with_parent(),
             )
             assert process.stdout is not None
+            assert process.stdin is not None
             try:
                 for line in process.stdout:
                     log.write(line)
@@ -247,6 +260,7 @@ class _Build:
                 _end(process)
                 raise
             finally:
+                process.stdin.close()
                 process.stdout.close()
         if status:
             raise BuildFailed(f"{step} of Bochs failed: {self._reason(status)} (log: {self._log})")
@@ -277,21 +291,6 @@ def _remove_others(folder: Path) -> None:
 
 def _environment() -> dict[str, str]:
     return {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C", "HOME": "/"}
-
-
-def _die_with_parent() -> Callable[[], None]:
-    """For the child before exec: when this process dies it is told to end, as its children are.
-
-    A make that is terminated removes what is half made; one that is killed does not.
-    """
-    libc, parent = ctypes.CDLL(None), os.getpid()
-
-    def setup() -> None:
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:
-            os._exit(1)
-
-    return setup
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

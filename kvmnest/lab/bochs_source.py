@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
+import subprocess
 import tomllib
 from dataclasses import dataclass
 from functools import cache as once
@@ -91,13 +92,16 @@ def fetch(wanted: Source, to: Path) -> None:
     if not _APT_HELPER.exists():
         raise LabSetupError(f"{_APT_HELPER} not found: apt-get install apt")
     partial = to.with_name(f"{to.name}.partial")
-    tools.run(
-        [
-            str(_APT_HELPER), *apt.options, "download-file", f"{mirror}/{directory}/{to.name}",
-            str(partial), f"SHA256:{sha256}",
-        ],
-        f"downloading {to.name}",
-    )  # fmt: skip
+    argv = [str(_APT_HELPER), *apt.options, "download-file", f"{mirror}/{directory}/{to.name}"]
+    done = subprocess.run(
+        [*argv, str(partial), f"SHA256:{sha256}"],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        check=False,
+    )
+    if done.returncode:
+        errors = re.findall(r"^E: (.*)$", done.stderr.decode(errors="replace"), re.MULTILINE)
+        raise LabSetupError(errors[0] if errors else f"downloading {to.name} failed")
     if hashlib.sha256(partial.read_bytes()).hexdigest() != sha256:
         partial.unlink()
         raise LabSetupError(f"{to.name}: the downloaded file is not the one of the signed index")

@@ -54,23 +54,26 @@ class Choice:
 
     ``boot`` is "lab" (Bochs, which emulates VT-x) or "qemu" (KVM of this machine, which must offer
     VMX to its guests), ``program`` its file, if it is not to be looked up in PATH.
-    ``accelerator`` is QEMU's: "tcg" needs no KVM, but its CPU has no VMX.
+    ``accelerator`` is QEMU's: "tcg" needs no KVM, but its CPU has no VMX. ``cpu_model`` is Bochs'
+    (default: the one on which most cases run).
     """
 
     boot: str = "lab"
     program: str | None = None
     accelerator: str = "kvm"
+    cpu_model: str | None = None
 
-    def locate(self) -> Installed:
-        """Find it on this machine.
+    def locate(self, cpus: int = 1) -> Installed:
+        """Find one on this machine that emulates so many CPUs.
 
-        Raises LabSetupError if it is not there, or cannot do its work here.
+        Raises LabSetupError if it is not there, or cannot do its work here, UsageError if it has
+        no such CPU model.
         """
         from kvmnest.lab import bochs, qemu
 
         if self.boot == "qemu":
             return qemu.locate(self.program, self.accelerator)
-        return bochs.locate(self.program)
+        return bochs.locate(self.program, self.cpu_model, cpus)
 
 
 BOCHS = Choice()

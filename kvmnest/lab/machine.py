@@ -32,6 +32,8 @@ GUEST_ENV = {
     "PYTHONPATH": f"/{rootfs.SITE}",
     "PYTHONDONTWRITEBYTECODE": "1",
     "PYTHONNOUSERSITE": "1",
+    # A CPU without RDRAND leaves the kernel without random numbers when Python starts.
+    "PYTHONHASHSEED": "0",
 }
 
 
@@ -70,7 +72,7 @@ class Lab:
             raise UsageError(f"the lab has 1 to 8 CPUs, not {cpus}")
         started = time.monotonic()
         self.cpus = cpus
-        self.emulator = emulator.locate()
+        self.emulator = emulator.locate(cpus)
         self.kernel = kernels.resolve(kernel)
         self.params = {"nested": "1"} | dict(kvm_params or {})
         files = dict(self.kernel.modules)

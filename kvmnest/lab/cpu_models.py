@@ -1,0 +1,78 @@
+"""The CPU models of Bochs that have VMX: ``kvmnest/data/cpu-models.toml``."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache as once
+from pathlib import Path
+
+from kvmnest.errors import HarnessError, UsageError
+from kvmnest.known import kernel_in_range
+
+MODELS_FILE = Path(__file__).parent.parent / "data" / "cpu-models.toml"
+ALL = "all"
+
+
+@dataclass(frozen=True)
+class Model:
+    """One model, for the versions of Bochs that ``bochs`` names (">=3", "any").
+
+    ``clearcpuid`` are the features that the kernel must not use there, by Linux's bit number.
+    """
+
+    name: str
+    clearcpuid: tuple[int, ...] = ()
+    bochs: str = "any"
+
+
+@dataclass(frozen=True)
+class _Data:
+    models: tuple[Model, ...]
+    preferred: tuple[str, ...]
+
+
+@once
+def _data() -> _Data:
+    try:
+        found = tomllib.loads(MODELS_FILE.read_text(encoding="utf-8"))
+        models = tuple(
+            Model(m["name"], tuple(m.get("clearcpuid", ())), m.get("bochs", "any"))
+            for m in found["model"]
+        )
+        return _Data(models, tuple(found["preferred"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise HarnessError(f"{MODELS_FILE} cannot be used: {error}") from error
+
+
+def names() -> list[str]:
+    """Names of all models with VMX, oldest first."""
+    return list(dict.fromkeys(model.name for model in _data().models))
+
+
+def usable(version: str, has: Iterable[str]) -> list[Model]:
+    """The models with VMX of a Bochs that has models ``has``, oldest first."""
+    offered = set(has)
+    return [
+        model
+        for model in _data().models
+        if model.name in offered and kernel_in_range(version, model.bochs)
+    ]
+
+
+def choose(wanted: str | None, version: str, has: Iterable[str]) -> Model:
+    """The model called ``wanted``, or the best for a Bochs that has models ``has``.
+
+    Raises UsageError if it has no such model, or if that has no VMX.
+    """
+    found = {model.name: model for model in usable(version, has)}
+    if wanted is None:
+        for name in (*_data().preferred, *reversed(found)):
+            if name in found:
+                return found[name]
+        raise UsageError(f"Bochs {version} has no CPU model with VMX")
+    if wanted not in found:
+        why = "has no VMX" if wanted in set(has) else f"Bochs {version} has no such model"
+        raise UsageError(f"--cpu-model {wanted}: {why}; there are {', '.join(found)}")
+    return found[wanted]
