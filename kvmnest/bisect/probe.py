@@ -148,6 +148,8 @@ def judge(run: Run) -> Answer:
     if stuck and run.running:
         return Answer(BAD, f"{run.running}: {stuck}", run.kernel, "hang")
     for case in run.cases:
+        if case.id in run.interrupted:
+            continue
         if case.outcome in ("failed", "error", "known"):
             text = case.summary or case.detail.partition("\n")[0]
             kind = ""
@@ -155,7 +157,7 @@ def judge(run: Run) -> Answer:
                 hung = any(sign in f"{text} {case.detail}" for sign in _HANGS)
                 kind = "hang" if hung else "crash"
             return Answer(BAD, f"{case.id}: {text}", run.kernel, kind)
-    if any(case.outcome == "passed" for case in run.cases):
+    if not run.interrupted and any(case.outcome == "passed" for case in run.cases):
         passed = sum(case.outcome == "passed" for case in run.cases)
         return Answer(GOOD, f"{passed} passed", run.kernel)
     text = run.cases[0].detail.partition("\n")[0] if run.cases else "nothing ran"

@@ -26,6 +26,7 @@ from kvmnest.cases.machine import Machine
 from kvmnest.cases.needs import why_skipped
 
 _LONGEST_DETAIL = 20_000
+_INTERRUPTED = 2  # pytest.ExitCode.INTERRUPTED
 
 
 class Case:
@@ -164,6 +165,8 @@ class Runner:
         self._machine = Machine()
         self._fixtures = Fixtures(self._machine, standin.Config(plan["options"]), writer)
         self._failed = False
+        #: What a case raised that ends more than the case.
+        self.interrupted = ""
 
     def run(self, cases: list[Case]) -> int:
         """Run; returns the exit status that pytest would have."""
@@ -173,7 +176,12 @@ class Runner:
             os.sched_yield()
             after = cases[number + 1] if number + 1 < len(cases) else None
             began = time.monotonic()
-            result = self._case(case, after)
+            try:
+                result = self._case(case, after)
+            except (KeyboardInterrupt, SystemExit) as ended:
+                # Not the run is to end, but this process: its state is not a case's beginning.
+                self.interrupted = f"{type(ended).__name__}: {ended}".rstrip(": ")
+                return _INTERRUPTED
             seconds = round(time.monotonic() - began, 6)
             self._writer.send(
                 "result",
@@ -277,8 +285,9 @@ def main(arguments: list[str]) -> int:
     # What has been imported stays: the collector need not look at it again and again.
     gc.collect()
     gc.freeze()
-    status = Runner(plan, writer).run(cases)
-    writer.send("end", status=status if entries[first:] else 5)
+    runner = Runner(plan, writer)
+    status = runner.run(cases)
+    writer.send("end", status=status if entries[first:] else 5, why=runner.interrupted)
     return status
 
 

@@ -24,6 +24,7 @@ class EventStream:
         self._config = config
         self._writer = EventWriter(spec)
         self._case: dict[str, Any] = {}
+        self._why = ""
 
     def pytest_sessionstart(self) -> None:
         """Send the facts of the machine."""
@@ -101,6 +102,16 @@ class EventStream:
         """Send the result when teardown is over too."""
         self._writer.send("result", **self._case)
 
+    def pytest_keyboard_interrupt(self, excinfo: pytest.ExceptionInfo[BaseException]) -> None:
+        """Note what ended the session early: KeyboardInterrupt, or pytest.exit."""
+        last = excinfo.traceback[-1]
+        text = f"{excinfo.typename}: {excinfo.value}".rstrip(": ")
+        self._why = f"{text} ({last.path}:{last.lineno + 1})"
+
+    def pytest_internalerror(self, excinfo: pytest.ExceptionInfo[BaseException]) -> None:
+        """Note what broke pytest: a defect, or an exception that it lets through."""
+        self.pytest_keyboard_interrupt(excinfo)
+
     def pytest_sessionfinish(self, exitstatus: int) -> None:
         """Say that the process got to its end."""
-        self._writer.send("end", status=int(exitstatus))
+        self._writer.send("end", status=int(exitstatus), why=self._why)

@@ -29,12 +29,15 @@ def write(run: Run, path: Path) -> None:
 
 
 def tree(run: Run) -> ET.ElementTree[ET.Element]:
-    """Return the document: one suite with a case per case; known deviations count as skipped."""
+    """Return the document: one suite with a case per case, and one for each problem of the run.
+
+    Known deviations count as skipped.
+    """
     counts = run.summary()
     numbers = {
-        "tests": str(len(run.cases)),
+        "tests": str(len(run.cases) + len(run.problems)),
         "failures": str(counts["failed"]),
-        "errors": str(counts["error"]),
+        "errors": str(counts["error"] + len(run.problems)),
         "skipped": str(counts["skipped"] + counts["known"]),
         "time": f"{sum(case.seconds for case in run.cases):.3f}",
     }
@@ -49,6 +52,10 @@ def tree(run: Run) -> ET.ElementTree[ET.Element]:
             ET.SubElement(properties, "property", name=_clean(name), value=_clean(str(value)))
     for case in run.cases:
         suite.append(_element(case))
+    for problem in run.problems:
+        # A suite without any failure would be taken for a good one.
+        element = ET.SubElement(suite, "testcase", classname="kvmnest", name="the run as a whole")
+        ET.SubElement(element, "error", message=_clean(problem))
     return ET.ElementTree(root)
 
 

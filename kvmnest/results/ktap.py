@@ -18,7 +18,8 @@ def lines(document: dict[str, Any]) -> Iterator[str]:
         groups.setdefault(case.get("series") or 0, []).append(case)
     yield "KTAP version 1"
     yield f"# kernel {_plain(document['kernel'])}, target {_plain(document['target'])}"
-    yield f"1..{len(groups)}"
+    problems = document["problems"]
+    yield f"1..{len(groups) + len(problems)}"
     for number, (series, cases) in enumerate(sorted(groups.items()), 1):
         yield "  KTAP version 1"
         yield f"  1..{len(cases)}"
@@ -27,6 +28,8 @@ def lines(document: dict[str, Any]) -> Iterator[str]:
         bad = any(case["outcome"] in _BROKEN for case in cases)
         name = f"patch {series}: {PATCHES[series]}" if series in PATCHES else "other"
         yield f"{'not ok' if bad else 'ok'} {number} {_plain(name)}"
+    for number, problem in enumerate(problems, len(groups) + 1):
+        yield f"not ok {number} the run as a whole: {_plain(problem)}"
 
 
 def _case(position: int, case: dict[str, Any]) -> Iterator[str]:

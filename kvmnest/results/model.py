@@ -72,6 +72,7 @@ class Run:
         planned: ids of all cases, in running order.
         no_longer: (id, reason) of listed deviations that passed.
         problems: lines about what went wrong outside of cases.
+        interrupted: ids of cases that ended the session of pytest they ran in.
         complete: every planned case ended.
         seconds: host time from the first collected case to now, boots included.
     """
@@ -86,6 +87,7 @@ class Run:
     planned: list[str] = field(default_factory=list)
     no_longer: list[tuple[str, str]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    interrupted: list[str] = field(default_factory=list)
     complete: bool = False
     seconds: float = 0.0
 

@@ -53,6 +53,8 @@ class Reporter:
         self.finished_since_loss = 0
         #: Whether the present process reported its end, and pytest's exit status.
         self.ended: int | None = None
+        #: What ended its session before the last case, "" if nothing did.
+        self.why_ended = ""
         #: Files that could not be collected: (where, text).
         self.broken: list[tuple[str, str]] = []
         self._rerun = rerun
@@ -88,7 +90,7 @@ class Reporter:
         elif kind == "kernel":
             self._kernel_log += event["text"]
         elif kind == "end":
-            self.ended = event["status"]
+            self.ended, self.why_ended = event["status"], event["why"]
         else:
             raise HarnessError(f"unknown event from the cases' process: {event!r:.200}")
 
@@ -163,9 +165,22 @@ class Reporter:
     def lost(self, why: str) -> None:
         """Record the loss of the process: the case that ran, or was next, is in error."""
         self.finished_since_loss = 0
-        if not self.run.planned or self.run.complete:
-            return
-        name = self.run.running or self.run.planned[len(self.run.cases)]
+        if self.run.planned and not self.run.complete:
+            self._lose(f"{CRASHED}{why.partition(chr(10))[0]}", why)
+
+    def interrupted(self, why: str) -> None:
+        """Record that the session ended in the middle: the case that ran, or was next, did it."""
+        self.finished_since_loss = 0
+        name = self._present()
+        self.run.interrupted.append(name)
+        self._lose(f"ended the session: {why}", why)
+        self.problem(f"{name} ended the session: {why}")
+
+    def _present(self) -> str:
+        return self.run.running or self.run.planned[len(self.run.cases)]
+
+    def _lose(self, summary: str, why: str) -> None:
+        name = self._present()
         seconds = time.monotonic() - self._began if self._current else 0.0
         self._add(
             Case(
@@ -175,7 +190,7 @@ class Reporter:
                 outcome="error",
                 seconds=round(seconds, 6),
                 detail=why,
-                summary=f"{CRASHED}{why.partition(chr(10))[0]}",
+                summary=summary,
             )
         )
 

@@ -11,6 +11,8 @@ from kvmnest.errors import HarnessError, KvmnestError, UsageError
 from kvmnest.results.reporter import Reporter
 from kvmnest.results.targets import Ended, Target
 
+_INTERRUPTED = 2  # pytest.ExitCode.INTERRUPTED
+
 #: Losses in a row without a finished case in between, after which a run gives up.
 MOST_LOSSES = 3
 
@@ -126,16 +128,20 @@ def run_cases(target: Target, arguments: Sequence[str], reporter: Reporter) -> N
             return
         if reporter.ended is not None:
             _check_end(reporter, ended)
-            return
-        if not reporter.run.planned:
+            if reporter.run.complete or not reporter.run.planned or ended.status is None:
+                return
+        elif not reporter.run.planned:
             raise _no_start(ended)
         losses = 1 if reporter.finished_since_loss else losses + 1
-        reporter.lost(_why(ended))
+        if reporter.ended is not None:
+            reporter.interrupted(reporter.why_ended or f"pytest's exit status {reporter.ended}")
+        else:
+            reporter.lost(_why(ended))
         if reporter.run.complete:
             return
         left = len(reporter.run.not_run())
         if losses >= MOST_LOSSES:
-            reporter.problem(f"gave up after {losses} crashes in a row, {left} cases not run")
+            reporter.problem(f"gave up after {losses} losses in a row, {left} cases not run")
             return
         reporter.note(f"the cases' process was lost; starting again for {left} cases")
 
@@ -152,7 +158,14 @@ def _check_end(reporter: Reporter, ended: Ended) -> None:
     if reporter.ended == 4:
         raise UsageError(_last_error(ended.output))
     if reporter.ended == 3:
-        raise HarnessError(f"pytest broke down: {_last_error(ended.output)}")
+        why = reporter.why_ended or _last_error(ended.output)
+        raise HarnessError(f"pytest broke down: {why}")
+    if reporter.ended == _INTERRUPTED:
+        why = reporter.why_ended or "interrupted"
+        if not reporter.run.planned:
+            raise HarnessError(f"the session ended while cases were collected: {why}")
+        if reporter.run.complete:
+            reporter.problem(f"the session was ended after its last case: {why}")
     if ended.status is None and not reporter.run.complete:
         reporter.problem(ended.why)
 

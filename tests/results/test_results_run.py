@@ -14,8 +14,9 @@ import pytest
 from results_run import run
 
 from kvmnest import known
+from kvmnest.bisect import probe
 from kvmnest.errors import HarnessError, KvmnestError, UsageError
-from kvmnest.results import jsonfile
+from kvmnest.results import jsonfile, ktap
 from kvmnest.results.model import Run
 
 SCRIPT = str(Path(__file__).with_name("results_run.py"))
@@ -101,6 +102,64 @@ def test_exit_codes(write, tmp_path, text, code):
     assert run(tmp_path / "out", write(text))[0] == code
 
 
+ENDS = {
+    "KeyboardInterrupt": "def test_b(): raise KeyboardInterrupt",
+    "pytest.exit": "def test_b(): pytest.exit('enough')",
+    "pytest.exit with status 0": "def test_b(): pytest.exit('enough', returncode=0)",
+    "in set-up": "@pytest.fixture\ndef f(): raise KeyboardInterrupt\ndef test_b(f): assert 1",
+    "in teardown": """@pytest.fixture
+def f():
+    yield
+    pytest.exit("enough")
+def test_b(f): assert 1""",
+    "signal": "def test_b(): os.kill(os.getpid(), signal.SIGINT); time.sleep(5)",
+}
+
+
+@pytest.mark.parametrize("place", ["in the middle", "last"])
+@pytest.mark.parametrize("how", ENDS)
+def test_a_case_that_ends_the_session(write, tmp_path, capsys, how, place):
+    after = "\ndef test_c(): assert 1" if place == "in the middle" else ""
+    code, found = run(tmp_path / "out", write(f"def test_a(): assert 1\n{ENDS[how]}{after}"))
+    assert code == 3
+    expected = {"test_a": "passed", "test_b": "error"} | ({"test_c": "passed"} if after else {})
+    assert outcomes(found) == expected
+    assert found.interrupted == ["test_sample.py::test_b"]
+    (problem,) = json.loads((tmp_path / "out.json").read_text())["problems"]
+    assert problem.startswith("test_sample.py::test_b ended the session: ")
+    assert ("enough" if "pytest.exit" in ENDS[how] else "KeyboardInterrupt") in problem
+    assert problem in capsys.readouterr().out
+    suite = ET.parse(tmp_path / "out.xml").getroot()[0]
+    assert suite.get("errors") == "2"
+    lines = [*ktap.lines(jsonfile.whole(found))]
+    assert [line for line in lines if line.startswith("not ok 2 the run as a whole: ")]
+    assert probe.judge(found).verdict == probe.SKIP
+
+
+@pytest.mark.parametrize(
+    ("what", "text"),
+    [
+        (
+            "raise KeyboardInterrupt",
+            r"ended while cases were collected: KeyboardInterrupt \(.*:3\)",
+        ),
+        ("pytest.exit('enough')", r"cannot collect test_sample.py: .*Exit: enough"),
+        ("os._exit(0)", r"did not start \(exit status 0\)"),
+        ("raise SystemExit(0)", r"broke down: SystemExit: 0 \(.*/test_sample.py:3\)"),
+    ],
+)
+def test_a_file_that_ends_the_session(write, tmp_path, what, text):
+    with pytest.raises(HarnessError, match=text):
+        run(tmp_path / "out", write(what))
+
+
+def test_a_session_that_ends_after_the_last_case(write, tmp_path):
+    write("def pytest_runtest_logfinish(): pytest.exit('late')", "conftest.py")
+    code, found = run(tmp_path / "out", write("def test_a(): assert 1"))
+    assert (code, outcomes(found)) == (3, {"test_a": "passed"})
+    assert found.problems[0].startswith("the session was ended after its last case: Exit: late (")
+
+
 def test_a_crash_costs_one_case(write, tmp_path, capsys):
     name = write(
         """
@@ -142,7 +201,7 @@ def test_three_crashes_in_a_row_are_enough(write, tmp_path, capsys):
     assert code == 3
     assert [case.outcome for case in found.cases] == ["passed", "error", "error", "error"]
     assert found.not_run() == ["test_sample.py::test_a[3]", "test_sample.py::test_a[4]"]
-    assert "gave up after 3 crashes in a row, 2 cases not run" in capsys.readouterr().out
+    assert "gave up after 3 losses in a row, 2 cases not run" in capsys.readouterr().out
     document = json.loads((tmp_path / "out.json").read_text())
     assert document["not_run"] == found.not_run()
     assert document["complete"] is False
