@@ -1,9 +1,12 @@
 """``kvmnest lab``: run one command in the lab; build its emulator."""
 
 import argparse
+import json
 import math
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -53,6 +56,18 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     build.add_argument(
         "--jobs", type=int, metavar="N", help="compilers at once (default: one for each core)"
     )
+    emulators = verbs.add_parser(
+        "emulators",
+        help="list the emulators at hand, their CPU models, and what these offer to kvm_intel",
+        description="Each Bochs at hand, which one the lab uses and why, and for each CPU model"
+        " of that one the VMX features that a kernel finds (+ and -: compared with the model"
+        " above). Each model is booted once, some seconds each, and the answer kept.",
+        epilog="exit codes: 0 listed, 2 usage, 3 no emulator can be used, 130 interrupted",
+    )
+    emulators.add_argument("--bochs", metavar="PATH", help="a Bochs of yours")
+    emulators.add_argument("--kernel", metavar="SPEC", help="the kernel to ask (default: 6.1)")
+    emulators.add_argument("--no-boot", action="store_true", help="names of the models only")
+    emulators.add_argument("--json", action="store_true", help="print a JSON document")
 
 
 def add_options(parser: argparse.ArgumentParser, boots: Sequence[str] = ("lab", "qemu")) -> None:
@@ -170,7 +185,7 @@ def target(options: argparse.Namespace, params: Mapping[str, str] | None = None)
 
 def run(args: argparse.Namespace) -> int:
     """Run the verb below ``lab``."""
-    return {"run": _run, "build": _build}[args.lab_verb](args)
+    return {"run": _run, "build": _build, "emulators": _emulators}[args.lab_verb](args)
 
 
 def _build(args: argparse.Namespace) -> int:
@@ -185,6 +200,58 @@ def _build(args: argparse.Namespace) -> int:
     finally:
         show.line("")
     show.line(str(program))
+    return 0
+
+
+def _emulators(args: argparse.Namespace) -> int:
+    """List the emulators."""
+    from kvmnest.lab import bochs_build, cpu_models, fleet
+    from kvmnest.lab.errors import LabSetupError
+
+    found = fleet.emulators(args.bochs)
+    used = next((entry.emulator for entry in found if entry.used), None)
+    if used is None:
+        raise LabSetupError(found[0].why)
+    models = cpu_models.usable(used.version, used.models)
+    if args.json:
+        offers = [] if args.no_boot else list(fleet.offers(used, args.kernel))
+        rows = [
+            {
+                "origin": entry.origin,
+                "path": entry.path,
+                "version": entry.emulator.version if entry.emulator else None,
+                "used": entry.used,
+                "why": entry.why,
+                "build": bochs_build.notes(Path(entry.path)),
+            }
+            for entry in found
+        ]
+        names = [model.name for model in models]
+        told = [{**asdict(offer), "params": dict(offer.params)} for offer in offers]
+        document = {"emulators": rows, "models": names, "default": used.model.name}
+        print(json.dumps({**document, "offered": told}, indent=1))
+        return 0
+    for entry in found:
+        name = f"Bochs {entry.emulator.version}" if entry.emulator else "unusable"
+        mark, state = ("*", "used") if entry.used else (" ", "not used")
+        print(f"{mark} {name}, {entry.origin}, {entry.path}: {state}: {entry.why}")
+    print(f"CPU models with VMX of {used.path}:")
+    before: tuple[str, ...] = ()
+    for offer in (
+        (fleet.Offered(model.name) for model in models)
+        if args.no_boot
+        else fleet.offers(used, args.kernel)
+    ):
+        default = " (default)" if offer.model == used.model.name else ""
+        print(f"  {offer.model}{default}" + (f": {offer.cpu}" if offer.cpu else ""))
+        has = (*offer.vmx_flags, *offer.features)
+        words = [f"+{name}" for name in has if name not in before]
+        words += [f"-{name}" for name in before if name not in has]
+        text = f"does not do: {offer.problem}" if offer.problem else " ".join(words)
+        for line in textwrap.wrap(text, 92, break_on_hyphens=False):
+            print(f"      {line}")
+        before = has or before
+        sys.stdout.flush()
     return 0
 
 

@@ -1,0 +1,94 @@
+"""``kvmnest lab emulators`` and ``--cpu-model``."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+from kvmnest.errors import UsageError
+from kvmnest.lab import bochs, cpu_models, fleet
+from kvmnest.lab.errors import LabSetupError
+
+
+def kvmnest(*argv: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "kvmnest", *argv]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_one_emulator_is_used_and_the_lab_uses_it() -> None:
+    found = fleet.emulators()
+    used = [entry for entry in found if entry.used]
+    assert len(used) == 1
+    assert used[0].path == bochs.locate().path
+    assert all(entry.why for entry in found)
+
+
+def test_the_users_own_comes_first() -> None:
+    path = bochs.locate().path
+    first = fleet.emulators(path)[0]
+    assert (first.origin, first.path, first.used) == ("given", path, True)
+    with pytest.raises(LabSetupError, match="is no Bochs"):
+        fleet.emulators("/bin/true")
+
+
+def test_every_preferred_model_is_described() -> None:
+    assert set(cpu_models._data().preferred) <= set(cpu_models.names())
+
+
+@pytest.mark.parametrize("version", ["2.7", "3.0", "3.1"])
+def test_a_model_is_described_once_for_each_version(version: str) -> None:
+    found = [model.name for model in cpu_models.usable(version, cpu_models.names())]
+    assert found == cpu_models.names()
+
+
+def test_what_a_bochs_has_of_the_models_decides() -> None:
+    assert cpu_models.choose(None, "3.0", ["pentium", "corei7_haswell_4770"]).name == (
+        "corei7_haswell_4770"
+    )
+    with pytest.raises(UsageError, match=r"Bochs 3\.0 has no CPU model with VMX"):
+        cpu_models.choose(None, "3.0", ["pentium"])
+
+
+@pytest.mark.parametrize(
+    ("model", "why"), [("pentium", "has no VMX"), ("nonesuch", "has no such model")]
+)
+def test_a_model_that_does_not_do(model: str, why: str) -> None:
+    done = kvmnest("lab", "run", "--cpu-model", model, "--", "true")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(rf"kvmnest: --cpu-model {model}: .*{why}; there are .*\n", done.stderr)
+
+
+def test_a_model_is_for_bochs() -> None:
+    done = kvmnest("lab", "run", "--boot", "qemu", "--cpu-model", "broadwell_ult", "--", "true")
+    assert (done.returncode, done.stderr) == (2, "kvmnest: --cpu-model needs --boot lab\n")
+
+
+@pytest.mark.parametrize(
+    ("model", "called"),
+    [
+        ("core2_penryn_t9600", "T9600"),  # neither EPT nor RDRAND
+        ("corei7_ivy_bridge_3770k", "3770K"),
+    ],
+)
+def test_the_guest_sees_the_model(model: str, called: str) -> None:
+    code = "print(open('/proc/cpuinfo').read().partition('\\n\\n')[0])"
+    done = kvmnest("lab", "run", "--cpu-model", model, "--", "python3", "-c", code)
+    assert done.returncode == 0, done.stderr
+    assert called in done.stdout
+    flags = re.search(r"^vmx flags\s*: (.*)$", done.stdout, re.MULTILINE)
+    assert flags is not None
+    assert ("ept" in flags[1].split()) == (model != "core2_penryn_t9600")
+
+
+def test_the_list() -> None:
+    """Without booting: a mark, one line each, and the models; with --json the same."""
+    text = kvmnest("lab", "emulators", "--no-boot")
+    told = json.loads(kvmnest("lab", "emulators", "--no-boot", "--json").stdout)
+    assert text.returncode == 0
+    lines = text.stdout.splitlines()
+    assert sum(line.startswith("* Bochs") for line in lines) == 1
+    assert f"  {told['default']} (default)" in lines
+    assert set(told["models"]) <= {line.split()[0] for line in lines}
+    assert [entry["used"] for entry in told["emulators"]].count(True) == 1
