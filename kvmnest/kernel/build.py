@@ -22,7 +22,7 @@ from kvmnest.kernel.edits import Edit, apply_all
 from kvmnest.lab import cache, modules
 from kvmnest.lab.errors import LabSetupError
 
-_FORMAT = 1
+_FORMAT = 2
 _KEPT_BUILDS = 400
 _KVM = "arch/x86/kvm"
 _MODULES = ("kvm.ko", "kvm-intel.ko")
@@ -51,7 +51,9 @@ def build_modules(edits: Sequence[Edit], release: str) -> Path:
     """
     kernel = source.prepare(release)
     words = [part for e in edits for part in (e.file, e.function, e.expression, e.replacement)]
-    key = cache.digest([_FORMAT, kernel.key, *(" ".join(word.split()) for word in words)])
+    key = cache.digest(
+        [_FORMAT, kernel.key, kernel.compiler, *(" ".join(word.split()) for word in words)]
+    )
 
     def keep(folder: Path, built: Path) -> None:
         for name in _MODULES:
@@ -126,11 +128,17 @@ def _base(kernel: source.KernelSource) -> Path:
         text = makefile.read_text().replace("$(srctree)/virt/kvm", "$(src)/../../../virt/kvm")
         # The headers have no KVM folder; its trace headers are found relative to the second one.
         text = re.sub(r"-I ?\$\(srctree\)/arch/x86/kvm", "-I $(src) -I $(src)/..", text)
+        text = text.replace("$(srctree)/arch/x86/kvm", "$(src)")
         makefile.write_text(text)
         _make(kernel, tree)
         (tree / "built-at").write_text(str(tree))
 
-    return cache.entry("kvm-trees", cache.digest([_FORMAT, kernel.key, *_SETTINGS]), build) / "tree"
+    return (
+        cache.entry(
+            "kvm-trees", cache.digest([_FORMAT, kernel.key, kernel.compiler, *_SETTINGS]), build
+        )
+        / "tree"
+    )
 
 
 def _copy_built(base: Path, tree: Path) -> None:
@@ -169,5 +177,7 @@ def _make(kernel: source.KernelSource, tree: Path) -> None:
             raise
     if process.returncode:
         lines = errors.decode(errors="replace").splitlines()
+        if any("No space left on device" in line for line in lines):
+            raise LabSetupError("no space left on the disk while building kernel modules")
         told = [line for line in lines if "error" in line.lower()] or lines or ["no message"]
         raise BuildError(f"building KVM failed: {told[0].replace(str(tree), '').lstrip('/')}")

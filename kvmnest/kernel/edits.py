@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kvmnest.errors import KvmnestError
@@ -40,6 +40,50 @@ class Edit:
             raise EditError(f"{self.file}: {shown!r:.90} {count} in {where}")
         first, last = (start + position for position in found[0].span())
         return source[:first] + self.replacement.strip() + source[last:]
+
+
+@dataclass(frozen=True)
+class Newer:
+    """The text of an edit for kernels whose version is ``since`` (major, minor) or later."""
+
+    since: tuple[int, int]
+    edit: Edit
+
+
+_CHANGES = ("file", "function", "expression", "replacement")
+
+
+def newer_texts(first: Edit, tables: Sequence[Mapping[str, str]]) -> tuple[Newer, ...]:
+    """Read other texts of an edit: tables of ``since`` ("7.2") and of what differs from ``first``.
+
+    Raises ValueError with one line if one is not as it should be.
+    """
+    found = []
+    for table in tables:
+        since = re.fullmatch(r"(\d+)\.(\d+)", str(table.get("since", "")))
+        unknown = sorted(set(table) - {"since", *_CHANGES})
+        if since is None:
+            raise ValueError('newer needs since = "MAJOR.MINOR"')
+        if unknown:
+            raise ValueError(f"unknown key {unknown[0]} of newer")
+        changes = {key: table[key] for key in _CHANGES if key in table}
+        if not changes or not all(isinstance(text, str) for text in changes.values()):
+            raise ValueError(f"newer since {since[0]} changes no text")
+        found.append(Newer((int(since[1]), int(since[2])), replace(first, **changes)))
+    if found != sorted(found, key=lambda each: each.since):
+        raise ValueError("newer goes from old to new")
+    return tuple(found)
+
+
+def text_for(first: Edit, newer: Iterable[Newer], release: str) -> Edit:
+    """The text of an edit that is meant for a kernel ``release`` such as "7.3.4+deb13-amd64"."""
+    version = re.match(r"(\d+)\.(\d+)", release)
+    number = (int(version[1]), int(version[2])) if version else (0, 0)
+    text = first
+    for each in newer:
+        if each.since <= number:
+            text = each.edit
+    return text
 
 
 def function_span(source: str, name: str) -> tuple[int, int]:

@@ -8,18 +8,29 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from kvmnest.errors import HarnessError
+from kvmnest.kernel import build_tools
 from kvmnest.lab import cache, debian, kernels, tools
 from kvmnest.lab.errors import LabSetupError
 
-_FORMAT = 1
+_FORMAT = 2
 _FOLDERS = ("arch/x86/kvm", "virt/kvm")
 _PACKAGE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
+_SERIES = re.compile(r"\d+\.\d+")
+
+# What Debian's compiler of a newer suite can do (gcc 14, 15, 15, 15) and an older one, which the
+# headers must then not ask for. A newer compiler does without as well: functions are aligned by
+# another option, and the others are hints for its checks.
+_NEWER_COMPILERS = (
+    "CC_HAS_MIN_FUNCTION_ALIGNMENT",
+    "CC_HAS_COUNTED_BY",
+    "CC_HAS_COUNTED_BY_PTR",
+    "CC_HAS_MULTIDIMENSIONAL_NONSTRING",
+)
 
 
 @dataclass(frozen=True)
@@ -27,7 +38,8 @@ class KernelSource:
     """Unpacked packages of one kernel release, all of the same package version.
 
     ``headers`` is the folder to give to ``make -C``; ``tree`` holds the KVM folders as shipped;
-    ``compiler`` is the program that the kernel was built with; ``key`` names the content.
+    ``compiler`` is the program that the kernel was built with, or gcc if that is not installed;
+    ``key`` names the content.
     """
 
     release: str
@@ -39,41 +51,46 @@ class KernelSource:
 
 
 def prepare(release: str, apt: debian.Apt | None = None) -> KernelSource:
-    """Fetch and unpack what belongs to a kernel release such as "6.1.0-56-cloud-amd64".
+    """Fetch and unpack what belongs to a kernel release such as "7.3.4+deb13-cloud-amd64".
 
     Raises LabSetupError if apt does not have it (a kernel that is not Debian's, or one whose
     headers or source are no longer in the archive), or if a build tool is missing.
     """
+    # Before what is fetched: a kernel's source is 170 MB.
+    build_tools.require_programs(release)
     found = _noted(release)
     if found is None:
         found = _fetch(release, apt or kernels.apt_of(release))
-    _require_tools(found)
+    build_tools.require(found.headers, release)
     return found
 
 
 def _fetch(release: str, apt: debian.Apt) -> KernelSource:
     package = f"linux-headers-{release}"
+    series = _SERIES.match(release)
     try:
         record = apt.package(package)
     except LabSetupError as error:
         raise LabSetupError(
             f"modules for {release} need its headers: apt knows no {package}"
         ) from error
+    if series is None:
+        raise LabSetupError(f"{release} is no release of a kernel")
     version = record["Version"]
-    series = ".".join(release.split(".")[:2])
     wanted = [f"{package}={version}"]
     for depends in record.get("Depends", "").split(","):
         name = _PACKAGE.match(depends.strip())
         if (name and name[0].endswith("-common")) or (name and name[0].startswith("linux-kbuild-")):
             wanted.append(f"{name[0]}={version}")
-    source = f"linux-source-{series}={version}"
-    hashes = [apt.package(name).get("SHA256", name) for name in (*wanted, source)]
-    key = cache.digest([_FORMAT, release, *hashes])
+    source = f"linux-source-{series[0]}={version}"
+    hashes = [_hash(apt, name, release) for name in (*wanted, source)]
+    key = cache.digest([_FORMAT, release, *_NEWER_COMPILERS, *hashes])
 
     def build(folder: Path) -> None:
         for name in wanted:
             _unpack(apt, name, folder)
         _complete_headers(folder, release)
+        build_tools.make_runnable(folder, lambda name, to: _unpack(apt, name, to))
         with tempfile.TemporaryDirectory(prefix="kvmnest-") as scratch:
             _unpack(apt, source, Path(scratch))
             archives = list(Path(scratch).glob("usr/src/linux-source-*.tar.*"))
@@ -100,6 +117,17 @@ def _fetch(release: str, apt: debian.Apt) -> KernelSource:
     return found
 
 
+def _hash(apt: debian.Apt, package: str, release: str) -> str:
+    """Hash of ``name=version``. Raises LabSetupError if the archive has it no longer."""
+    try:
+        return apt.package(package).get("SHA256", package)
+    except LabSetupError as error:
+        name, _, version = package.partition("=")
+        raise LabSetupError(
+            f"modules for {release} need {name} {version}, which apt no longer knows"
+        ) from error
+
+
 def _noted(release: str) -> KernelSource | None:
     """The source in the cache that an earlier call prepared."""
     try:
@@ -111,7 +139,9 @@ def _noted(release: str) -> KernelSource | None:
         return None
     headers = folder / "usr/src" / f"linux-headers-{release}"
     version = (folder / "version").read_text()
-    return KernelSource(release, version, headers, folder / "tree", _compiler(headers), key)
+    settings = (headers / ".kernelvariables").read_text()
+    compiler = build_tools.compiler(settings)
+    return KernelSource(release, version, headers, folder / "tree", compiler, key)
 
 
 def _unpack(apt: debian.Apt, package: str, folder: Path) -> None:
@@ -122,33 +152,21 @@ def _unpack(apt: debian.Apt, package: str, folder: Path) -> None:
 
 
 def _complete_headers(folder: Path, release: str) -> None:
-    """Make the headers work where they are: their makefile names the place of an installation."""
+    """Make the headers work where they are, and with an older compiler.
+
+    Their makefile names the places of an installation.
+    """
     headers = folder / "usr/src" / f"linux-headers-{release}"
     makefile = headers / "Makefile"
-    included = re.fullmatch(r"include /usr/src/(\S+/Makefile)\s*", makefile.read_text())
-    if included is None or not (folder / "usr/src" / included[1]).is_file():
+    common = re.search(r"^include /usr/src/(\S+/Makefile)$", makefile.read_text(), re.MULTILINE)
+    if common is None or not (folder / "usr/src" / common[1]).is_file():
         raise LabSetupError(f"{makefile} is not what Debian's kernel headers contain")
-    makefile.write_text(f"include $(dir $(lastword $(MAKEFILE_LIST)))../{included[1]}\n")
+    makefile.write_text(
+        "here := $(dir $(abspath $(lastword $(MAKEFILE_LIST))))\n"
+        f"KBUILD_OUTPUT := $(here)\ninclude $(here)../{common[1]}\n"
+    )
+    for name in ("include/config/auto.conf", "include/generated/autoconf.h"):
+        lines = (headers / name).read_text().splitlines(keepends=True)
+        wanted = re.compile(rf"(#define )?CONFIG_({'|'.join(_NEWER_COMPILERS)})[ =]")
+        (headers / name).write_text("".join(line for line in lines if not wanted.match(line)))
     shutil.rmtree(folder / "lib", ignore_errors=True)
-
-
-def _compiler(headers: Path) -> str:
-    settings = (headers / ".kernelvariables").read_text()
-    found = re.search(r"\bgcc-\d+\b", settings)
-    return found[0] if found else "gcc"
-
-
-def _require_tools(source: KernelSource) -> None:
-    """Raise LabSetupError naming the packages of the build tools that are missing."""
-    missing = [name for name in ("make", source.compiler, "ld", "bc") if not shutil.which(name)]
-    if missing:
-        packages = sorted({"binutils" if name == "ld" else name for name in missing})
-        raise LabSetupError(
-            f"building KVM for {source.release} needs {', '.join(missing)}:"
-            f" apt-get install {' '.join(packages)}"
-        )
-    check = source.headers / "scripts/basic/fixdep"
-    try:
-        subprocess.run([check], capture_output=True, check=False)
-    except OSError as error:
-        raise LabSetupError(f"the kernel's build tools do not run here: {error}") from error
