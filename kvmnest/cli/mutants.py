@@ -47,6 +47,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the verb."""
+    from kvmnest.files import write_json
     from kvmnest.mutants import catalogue, record, table
 
     mutants = catalogue.select(catalogue.load(), options.only)
@@ -85,6 +86,6 @@ def run(options: argparse.Namespace) -> int:
     for line in table.table(mutants, scores, release):
         print(line)
     if options.json:
-        record.write_json(options.json, table.document(mutants, scores, release))
+        write_json(options.json, table.document(mutants, scores, release))
     missed = [m for m in mutants if scores[m.id].verdict == record.MISSED and not m.missed]
     return 1 if missed else 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from kvmnest.errors import UsageError
 if TYPE_CHECKING:
     from kvmnest.repro.check import Verdict
     from kvmnest.repro.corpus import Reproducer
-    from kvmnest.repro.shown import Shown
+    from kvmnest.repro.evidence import Shown
 
 _USAGE = """kvmnest repro [options] ID... (ids, CVE numbers, files of yours, or all)
        kvmnest repro list [--json]
@@ -73,12 +74,12 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _check(reproducers: list[Reproducer], options: argparse.Namespace) -> int:
-    from kvmnest.repro import check, shown
+    from kvmnest.repro import check, evidence
 
     verdicts = []
     try:
         for verdict in check.check(
-            reproducers, lambda params: target(options, params), shown.load()
+            reproducers, lambda params: target(options, params), evidence.load()
         ):
             verdicts.append(verdict)
             if not options.json:
@@ -104,27 +105,27 @@ def _upstream(each: Reproducer) -> str:
 
 
 def _list(reproducers: tuple[Reproducer, ...], *, as_json: bool) -> None:
-    from kvmnest.repro import shown
+    from kvmnest.repro import evidence
 
-    record = shown.load()
+    record = evidence.load()
     if as_json:
-        print(json.dumps([_entry(each, record.get(each.id)) for each in reproducers], indent=1))
+        print(json.dumps([_entry(each, record.get(each.id, ())) for each in reproducers], indent=1))
         return
     for each in reproducers:
-        bug, seen = each.bug, record.get(each.id)
+        bug, shown = each.bug, record.get(each.id, [])
         print(f"{each.id}: {each.title}")
         print(f"    {_upstream(each)}")
         since, fixed = bug.since or "unknown", bug.fixed or "unknown"
         print(f"    since {since}, fixed in {fixed}{_needs(each)}")
-        if seen is None:
+        if not shown:
             print("    not shown yet: kvmnest repro verify", each.id)
-            continue
-        for kernel, what in (
-            (seen.kernel, seen.stock),
-            (f"{seen.kernel} with the bug put back", seen.put_back),
-        ):
-            print(f"    {kernel}: {what.verdict}: {what.evidence}")
-    both = sum(each.id in record and record[each.id].both_ways for each in reproducers)
+        for seen in shown:
+            for kernel, what in (
+                (seen.kernel, seen.stock),
+                (f"{seen.kernel} with the bug put back", seen.put_back),
+            ):
+                print(f"    {kernel}: {what.verdict}: {what.evidence}")
+    both = sum(any(seen.both_ways for seen in record.get(each.id, ())) for each in reproducers)
     print(f"{len(reproducers)} bugs, {both} of them shown both ways (kvmnest repro verify)")
 
 
@@ -133,7 +134,7 @@ def _needs(each: Reproducer) -> str:
     return f", needs {', '.join(wanted)}" if wanted else ""
 
 
-def _entry(each: Reproducer, seen: Shown | None) -> dict[str, Any]:
+def _entry(each: Reproducer, shown: Sequence[Shown]) -> dict[str, Any]:
     from dataclasses import asdict
 
     return {
@@ -142,7 +143,7 @@ def _entry(each: Reproducer, seen: Shown | None) -> dict[str, Any]:
         **asdict(each.bug),
         "needs": list(each.needs),
         "script": str(each.path),
-        "shown": asdict(seen) if seen else None,
+        "shown": [asdict(seen) for seen in shown],
     }
 
 
@@ -164,8 +165,8 @@ def _verify(reproducers: list[Reproducer], options: argparse.Namespace) -> int:
     from dataclasses import asdict
 
     from kvmnest.lab import kernels
-    from kvmnest.repro import shown
-    from kvmnest.repro.verify import Lab, verify
+    from kvmnest.repro import evidence
+    from kvmnest.repro.verify import Verifier, verify
 
     if options.target == "kvm":
         raise UsageError("kvmnest repro verify runs in the lab: the host's kernel stays as it is")
@@ -174,16 +175,16 @@ def _verify(reproducers: list[Reproducer], options: argparse.Namespace) -> int:
     own = [each.path for each in reproducers if not each.shipped]
     if options.record and own:
         raise UsageError(f"--record is for kvmnest's own reproducers, not for {own[0]}")
-    record = shown.start(options.record) if options.record else {}
+    record = evidence.start(options.record) if options.record else {}
     release = kernels.resolve(options.kernel).release
-    lab = Lab(options.kernel, release, emulator(options), parameters(options.kvm_param))
+    verifier = Verifier(options.kernel, release, emulator(options), parameters(options.kvm_param))
     entries = []
     try:
-        for each, seen in verify(reproducers, lab, lambda line: print(line, file=sys.stderr)):
+        for each, seen in verify(reproducers, verifier, lambda line: print(line, file=sys.stderr)):
             entries.append({"id": each.id, "both_ways": seen.both_ways, **asdict(seen)})
             if options.record:
-                record[each.id] = seen
-                shown.save(options.record, record)
+                evidence.add(record, each.id, seen)
+                evidence.save(options.record, record)
             if not options.json:
                 _tell_shown(each, seen)
     finally:

@@ -12,6 +12,7 @@ function = "nested_check_vm_execution_controls"
 expression = "CC(a && b)"                    # must occur once in the function
 replacement = "0"
 origin = { subject = "...", hash = "...", cve = "...", fixed = "v4.18" }   # of the real bug
+newer = [{ since = "7.2", function = "f2" }] # its texts for later sources: what differs
 params = { ept = "0" }                       # module parameters that the bug needs
 cases = ["test_entry_controls.py::test_vpid_zero"]
 masked = "why no case can notice it in the lab"           # then it is not scored
@@ -28,13 +29,13 @@ from pathlib import Path
 from typing import Any
 
 from kvmnest.errors import HarnessError, UsageError
-from kvmnest.kernel.edits import Edit
+from kvmnest.kernel.edits import Edit, Newer, newer_texts, text_for
 from kvmnest.repro import corpus
 
 MUTANTS_FILE = Path(__file__).parent.parent / "data" / "mutants.toml"
 
 _TEXTS = ("id", "title", "file", "function", "expression", "replacement")
-_KEYS = {*_TEXTS, "origin", "params", "cases", "masked", "missed"}
+_KEYS = {*_TEXTS, "newer", "origin", "params", "cases", "masked", "missed"}
 _OF_A_BUG = {"bug", "cases", "masked", "missed"}
 _ORIGIN = {"subject", "hash", "cve", "fixed"}
 
@@ -46,11 +47,16 @@ class Mutant:
     id: str
     title: str
     edit: Edit
+    newer: tuple[Newer, ...] = ()
     origin: dict[str, str] = field(default_factory=dict)
     params: dict[str, str] = field(default_factory=dict)
     cases: tuple[str, ...] = ()
     masked: str = ""
     missed: str = ""
+
+    def edit_for(self, release: str) -> Edit:
+        """The edit for a kernel's source."""
+        return text_for(self.edit, self.newer, release)
 
     def first_cases(self, ids: Iterable[str]) -> list[str]:
         """The cases among ``ids`` that ``cases`` names, in the order of the patterns."""
@@ -110,10 +116,16 @@ def _mutant(table: dict[str, Any], number: int, path: Path) -> Mutant:
     if unknown or missing:
         what = f"unknown key {unknown[0]}" if unknown else f"no text {missing[0]}"
         raise HarnessError(f"{path}: mutant {name}: {what}")
+    edit = Edit(*(table[key] for key in ("file", "function", "expression", "replacement")))
+    try:
+        newer = newer_texts(edit, table.get("newer", ()))
+    except ValueError as error:
+        raise HarnessError(f"{path}: mutant {name}: {error}") from error
     return Mutant(
         id=table["id"],
         title=table["title"],
-        edit=Edit(*(table[key] for key in ("file", "function", "expression", "replacement"))),
+        edit=edit,
+        newer=newer,
         origin=table.get("origin", {}),
         params={key: str(value) for key, value in table.get("params", {}).items()},
         cases=tuple(table.get("cases", ())),
@@ -137,6 +149,7 @@ def _of_a_bug(table: dict[str, Any], path: Path) -> Mutant:
         id=each.id,
         title=each.title,
         edit=each.edit,
+        newer=each.newer,
         origin={key: value for key, value in origin.items() if value},
         params=each.params,
         cases=tuple(table.get("cases", ())),

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import threading
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import kvmnest
 from kvmnest.errors import HarnessError
+from kvmnest.files import write_json
 from kvmnest.lab import cache
 from kvmnest.mutants.catalogue import Mutant
 
@@ -100,21 +99,6 @@ class Record:
         write_json(self.path, document)
 
 
-def write_json(path: Path, document: Mapping[str, Any]) -> None:
-    """Replace a JSON file as a whole. Raises HarnessError if that is impossible."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(document, file, indent=1)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise HarnessError(f"cannot write {path}: {error.strerror or error}") from error
-
-
 def load(path: Path, kernel: str) -> Record:
     """Read a record, or start an empty one if there is none or it is of another kernel.
 
@@ -139,9 +123,9 @@ def default_path(kernel: str) -> Path:
     return cache.root() / f"mutants-{kernel}.json"
 
 
-def mutant_key(mutant: Mutant) -> str:
-    """Name of what makes a mutant what it is: its edit and its parameters."""
-    edit = mutant.edit
+def mutant_key(mutant: Mutant, release: str) -> str:
+    """Name of what makes a mutant what it is on a kernel: its edit and its parameters."""
+    edit = mutant.edit_for(release)
     words = (edit.file, edit.function, edit.expression, edit.replacement)
     return cache.digest([*words, params_text(mutant.params)])
 

@@ -86,8 +86,8 @@ class Scorer:
     def score(self, mutants: Sequence[Mutant], jobs: int) -> None:
         """Score those whose score is not known, ``jobs`` at a time.
 
-        Raises HarnessError if cases fail on the unmodified modules. After Ctrl-C everything
-        that was scored is in the record.
+        A case that fails on the unmodified modules is not used. Raises HarnessError if all do.
+        After Ctrl-C everything that was scored is in the record.
         """
         self._suite = record.suite_state()
         self._ids = collect_ids()
@@ -109,7 +109,7 @@ class Scorer:
                 raise
 
     def _settled(self, mutant: Mutant) -> bool:
-        key = record.mutant_key(mutant)
+        key = record.mutant_key(mutant, self.release)
         if mutant.masked:
             self.results.add(mutant.id, Score(record.MASKED, key, text=mutant.masked))
             return True
@@ -122,7 +122,7 @@ class Scorer:
         return cache.digest([self._suite, *mutant.first_cases(self._ids)])
 
     def _check_unmodified(self, mutants: Sequence[Mutant]) -> None:
-        """Run the cases that ``mutants`` name on modules without an edit; none may fail."""
+        """Run the cases that ``mutants`` name on modules without an edit."""
         wanted: dict[str, tuple[dict[str, str], dict[str, None]]] = {}
         for mutant in mutants:
             _, cases = wanted.setdefault(
@@ -130,9 +130,10 @@ class Scorer:
             )
             cases.update(dict.fromkeys(mutant.first_cases(self._ids)))
         for params, cases in wanted.values():
-            self._require_clean(params, list(cases))
+            self._find_clean(params, list(cases))
 
-    def _require_clean(self, params: Mapping[str, str], cases: Sequence[str]) -> None:
+    def _find_clean(self, params: Mapping[str, str], cases: Sequence[str]) -> None:
+        """See which cases do not fail on modules without an edit: only those tell anything."""
         left = set(cases) - self.results.clean_cases(params, self._suite)
         ids = [name for name in self._ids if name in left]
         if not ids:
@@ -142,25 +143,27 @@ class Scorer:
             f"unmodified modules{f' with {shown}' if shown else ''}: {len(ids)} cases first"
         )
         reporter = self._run(build_modules([], self.release), params, ids, go_on=True)
-        failures = reporter.failures()
-        bad = {case.id for case in failures}
-        good = [case.id for case in reporter.run.cases if case.id not in bad]
-        self.results.add_clean(params, self._suite, good)
-        if failures:
-            raise HarnessError(
-                f"{len(failures)} cases fail on the unmodified modules, so a failure means"
-                f" nothing: {'; '.join(f'{case.id}: {case.summary}' for case in failures[:3])}"
-            )
         if reporter.run.problems:
             raise HarnessError(f"on the unmodified modules: {reporter.run.problems[0]}")
+        bad = {case.id: case.summary for case in reporter.failures()}
+        good = [case.id for case in reporter.run.cases if case.id not in bad]
+        self.results.add_clean(params, self._suite, good)
+        if bad and not good:
+            name, summary = next(iter(bad.items()))
+            raise HarnessError(
+                f"all {len(bad)} cases fail on the unmodified modules, so a failure means nothing:"
+                f" {name}: {summary}"
+            )
+        for name in bad:
+            self.on_line(f"not used, since it fails on the unmodified modules: {name}")
 
     def _score(self, mutant: Mutant) -> None:
         if self.stop.is_set():
             return
         began = time.monotonic()
-        key = record.mutant_key(mutant)
+        key = record.mutant_key(mutant, self.release)
         try:
-            folder = build_modules([mutant.edit], self.release)
+            folder = build_modules([mutant.edit_for(self.release)], self.release)
         except (EditError, BuildError) as error:
             score = Score(record.UNFIT, key, self._suite, text=str(error))
         else:
@@ -189,7 +192,7 @@ class Scorer:
 
     def _hunt(self, mutant: Mutant, folder: Path) -> tuple[Case | None, int]:
         """The first case that fails, and how many cases ended."""
-        first = mutant.first_cases(self._ids)
+        first = self._clean(mutant, mutant.first_cases(self._ids))
         ran = 0
         if first:
             reporter = self._run(folder, mutant.params, first)
@@ -200,9 +203,13 @@ class Scorer:
             return None, ran
         with _UNMODIFIED:
             # Once for all the mutants that come this far.
-            self._require_clean(mutant.params, self._ids)
-        reporter = self._run(folder, mutant.params, self._ids)
+            self._find_clean(mutant.params, self._ids)
+        reporter = self._run(folder, mutant.params, self._clean(mutant, self._ids))
         return next(iter(reporter.failures()), None), len(reporter.run.cases)
+
+    def _clean(self, mutant: Mutant, cases: Sequence[str]) -> list[str]:
+        clean = self.results.clean_cases(mutant.params, self._suite)
+        return [name for name in cases if name in clean]
 
     def _run(
         self, folder: Path, params: Mapping[str, str], cases: Sequence[str], *, go_on: bool = False

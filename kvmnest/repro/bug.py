@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 
@@ -24,6 +24,7 @@ class Bug:
             of kvm.
         edit: brings the bug back into today's KVM: ``file``, ``function``, ``expression``, which
             must occur once in the function, and ``replacement`` (see ``kvmnest.kernel.edits``).
+        newer: its texts for later sources, oldest first: ``since`` ("7.2") and what differs.
     """
 
     subject: str
@@ -36,3 +37,4 @@ class Bug:
     death: str = ""
     params: Mapping[str, str] = field(default_factory=dict)
     edit: Mapping[str, str] = field(default_factory=dict)
+    newer: Sequence[Mapping[str, str]] = ()

@@ -10,7 +10,7 @@ from typing import Any
 
 from kvmnest.known import same_parameter
 from kvmnest.repro.corpus import Reproducer
-from kvmnest.repro.shown import Shown
+from kvmnest.repro.evidence import Record, Shown
 from kvmnest.results.model import Case, Run
 from kvmnest.results.progress import Progress
 from kvmnest.results.reporter import CRASHED, Reporter
@@ -57,7 +57,7 @@ def exit_code(verdicts: Sequence[Verdict]) -> int:
 def check(
     reproducers: Sequence[Reproducer],
     make_target: MakeTarget,
-    shown: Mapping[str, Shown] | None = None,
+    shown: Record | None = None,
 ) -> Iterator[Verdict]:
     """Run reproducers, those with the same parameters together, and yield a verdict for each.
 
@@ -77,7 +77,7 @@ def check(
                 for case in ended
                 if not each.shipped or case.case.id.startswith(f"{each.path.name}::")
             ]
-            yield judge(each, own, run, (shown or {}).get(each.id) if each.shipped else None)
+            yield judge(each, own, run, (shown or {}).get(each.id, ()) if each.shipped else ())
 
 
 _NUMBER = re.compile(r"0x[0-9a-f]{5,}|\b\d{4,}\b|\[ *\d+\.\d+\]")
@@ -89,13 +89,13 @@ def symptom(text: str) -> str:
 
 
 def judge(
-    reproducer: Reproducer, ended: Sequence[Ended], run: Run, shown: Shown | None = None
+    reproducer: Reproducer, ended: Sequence[Ended], run: Run, shown: Sequence[Shown] = ()
 ) -> Verdict:
     """What the cases of one reproducer say.
 
     An assertion that fails shows the bug, and so does the VM's or the kernel's death if it is the
     one that the script names. One that passes shows the fix. A failure that does not look like
-    the recorded one is said to be different.
+    one of those recorded in ``shown`` is said to be different.
     """
 
     def verdict(kind: str, evidence: str) -> Verdict:
@@ -119,8 +119,9 @@ def judge(
         crashed = last.raised == "VmLost" or text.startswith(CRASHED)
         why = " (not the way in which this bug kills)" if crashed else ""
         return verdict(NO_VERDICT, f"{text}{why}")
-    if shown and symptom(shown.put_back.evidence) != symptom(text):
-        text += f" (recorded for this bug: {shown.put_back.evidence})"
+    recorded = [each.put_back.evidence for each in shown]
+    if recorded and symptom(text) not in map(symptom, recorded):
+        text += f" (recorded for this bug: {recorded[-1]})"
     return verdict(VULNERABLE, text)
 
 

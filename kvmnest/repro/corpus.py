@@ -20,7 +20,7 @@ from importlib import import_module
 from pathlib import Path
 
 from kvmnest.errors import HarnessError, UsageError
-from kvmnest.kernel.edits import Edit
+from kvmnest.kernel.edits import Edit, Newer, newer_texts, text_for
 from kvmnest.repro.bug import Bug
 
 PACKAGE = "kvmnest.repro.bugs"
@@ -32,8 +32,8 @@ class Reproducer:
     """A script and what it says.
 
     ``case`` is what ``split_selection`` takes: the module of a script that ships with kvmnest,
-    else the path. ``needs`` names the capabilities without which it is skipped. ``script`` is a
-    hash of what it does: of all but the docstring and what ``BUG`` says for people.
+    else the path. ``needs`` names the capabilities without which it is skipped. ``does`` is what
+    it does: all but the docstring and what ``BUG`` says for people.
     """
 
     id: str
@@ -42,7 +42,7 @@ class Reproducer:
     case: str
     bug: Bug
     needs: tuple[str, ...]
-    script: str
+    does: str
 
     @property
     def shipped(self) -> bool:
@@ -58,6 +58,23 @@ class Reproducer:
     def edit(self) -> Edit | None:
         """The edit that brings the bug back, None if the script has none."""
         return Edit(**self.bug.edit) if self.bug.edit else None
+
+    @property
+    def newer(self) -> tuple[Newer, ...]:
+        """Its texts for later sources."""
+        return newer_texts(self.edit, self.bug.newer) if self.edit else ()
+
+    def edit_for(self, release: str) -> Edit | None:
+        """The edit for a kernel's source."""
+        return text_for(self.edit, self.newer, release) if self.edit else None
+
+    def script(self, release: str) -> str:
+        """Hash of what it does, and of its edit for a kernel's source."""
+        edit = self.edit_for(release)
+        words = sorted(vars(edit).items()) if edit else []
+        does = [sorted(self.params.items()), words, self.bug.death]
+        text = json.dumps([self.does.splitlines(), does])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @functools.cache
@@ -157,6 +174,10 @@ def _reproducer(module: types.ModuleType, path: Path, source: str, case: str) ->
         raise UsageError(f"{path} has {count} functions named test_...: a reproducer has one")
     if bug.edit and (set(bug.edit) != set(_EDIT) or not all(map(_is_text, bug.edit.values()))):
         raise UsageError(f"{path}: edit needs the texts {', '.join(_EDIT)}, and nothing else")
+    try:
+        newer_texts(Edit(**(bug.edit or dict.fromkeys(_EDIT, ""))), bug.newer)
+    except ValueError as error:
+        raise UsageError(f"{path}: edit: {error}") from error
     if not all(map(_is_text, [*bug.params, *bug.params.values()])):
         raise UsageError(f'{path}: params are texts, as {{"ept": "0"}}')
     return Reproducer(
@@ -171,7 +192,7 @@ def _reproducer(module: types.ModuleType, path: Path, source: str, case: str) ->
             if mark.name == "needs"
             for flag in mark.args
         ),
-        script=_digest(source, bug),
+        does=_does(source),
     )
 
 
@@ -179,14 +200,12 @@ def _is_text(value: object) -> bool:
     return isinstance(value, str)
 
 
-def _digest(source: str, bug: Bug) -> str:
-    """Hash of what a script does, the same for every version of Python."""
+def _does(source: str) -> str:
+    """A script without its docstring, its ``BUG`` and empty lines."""
     lines = source.splitlines()
     for number, node in enumerate(ast.parse(source).body):
         docstring = number == 0 and isinstance(node, ast.Expr)
         named = isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "BUG"
         if (docstring or named) and node.end_lineno:
             lines[node.lineno - 1 : node.end_lineno] = [""] * (node.end_lineno - node.lineno + 1)
-    does = [sorted(bug.params.items()), sorted(bug.edit.items()), bug.death]
-    text = json.dumps([[line for line in lines if line], does])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return "\n".join(line for line in lines if line)

@@ -1,21 +1,22 @@
 """The record of reproducers that were shown both ways, ``kvmnest/data/repro-shown.json``.
 
-``kvmnest repro verify --record`` writes it: for each id the kernel, the hash of the script (see
+``kvmnest repro verify --record`` writes it: for each id and kernel the hash of the script (see
 ``Reproducer.script``), and verdict and evidence on the stock kernel and with the bug put back.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from kvmnest.errors import HarnessError, UsageError
-from kvmnest.mutants.record import write_json
+from kvmnest.files import write_json
 
 RECORD = Path(__file__).parent.parent / "data" / "repro-shown.json"
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True)
@@ -41,26 +42,33 @@ class Shown:
         return (self.stock.verdict, self.put_back.verdict) == ("FIXED", "VULNERABLE")
 
 
-def load(path: Path = RECORD) -> dict[str, Shown]:
-    """Read a record: id -> what was shown. Raises HarnessError if it is damaged."""
+#: Id -> what each kernel showed, oldest series first.
+Record = Mapping[str, Sequence[Shown]]
+
+
+def load(path: Path = RECORD) -> dict[str, list[Shown]]:
+    """Read a record. Raises HarnessError if it is damaged."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         if document["schema"] != SCHEMA:
             raise ValueError(f"schema {document['schema']}, not {SCHEMA}")
         return {
-            name: Shown(
-                entry["kernel"],
-                entry["script"],
-                Seen(**entry["stock"]),
-                Seen(**entry["put_back"]),
-            )
-            for name, entry in document["shown"].items()
+            name: [
+                Shown(
+                    kernel,
+                    entry["script"],
+                    Seen(**entry["stock"]),
+                    Seen(**entry["put_back"]),
+                )
+                for kernel, entry in kernels.items()
+            ]
+            for name, kernels in document["shown"].items()
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise HarnessError(f"{path} is no record of kvmnest repro verify: {error}") from error
 
 
-def start(path: Path) -> dict[str, Shown]:
+def start(path: Path) -> dict[str, list[Shown]]:
     """The record that new entries are added to, {} if there is no file yet.
 
     Raises UsageError if the file cannot be replaced, HarnessError if it is something else.
@@ -70,7 +78,28 @@ def start(path: Path) -> dict[str, Shown]:
     return load(path) if path.exists() else {}
 
 
-def save(path: Path, shown: Mapping[str, Shown]) -> None:
+def add(record: dict[str, list[Shown]], name: str, shown: Shown) -> None:
+    """Add what a kernel showed, in place of what an earlier one of its series did."""
+    series = _series(shown.kernel)
+    others = [each for each in record.get(name, ()) if _series(each.kernel) != series]
+    record[name] = sorted([*others, shown], key=lambda each: _series(each.kernel))
+
+
+def save(path: Path, record: Record) -> None:
     """Write a record as a whole. Raises HarnessError if that is impossible."""
-    entries = {name: asdict(each) for name, each in sorted(shown.items())}
+    entries: dict[str, dict[str, object]] = {}
+    for name, every in sorted(record.items()):
+        entries[name] = {
+            each.kernel: {
+                "script": each.script,
+                "stock": asdict(each.stock),
+                "put_back": asdict(each.put_back),
+            }
+            for each in every
+        }
     write_json(path, {"schema": SCHEMA, "shown": entries})
+
+
+def _series(kernel: str) -> tuple[int, ...]:
+    """Major and minor version of a release."""
+    return tuple(int(number) for number in re.findall(r"\d+", kernel)[:2])

@@ -11,13 +11,13 @@ from kvmnest.kernel.edits import EditError
 from kvmnest.lab.emulators import Choice
 from kvmnest.repro.check import NO_VERDICT, Verdict, check
 from kvmnest.repro.corpus import Reproducer
-from kvmnest.repro.shown import Seen, Shown
+from kvmnest.repro.evidence import Seen, Shown
 from kvmnest.results.lab_target import LabTarget
 
 
 @dataclass(frozen=True)
-class Lab:
-    """Which lab to show them in: ``kernel`` is a SPEC, ``release`` what it stands for."""
+class Verifier:
+    """In which lab reproducers are shown: ``kernel`` is a SPEC, ``release`` what it stands for."""
 
     kernel: str | None
     release: str
@@ -35,7 +35,7 @@ class Lab:
 
 
 def verify(
-    reproducers: Sequence[Reproducer], lab: Lab, on_line: Callable[[str], None]
+    reproducers: Sequence[Reproducer], verifier: Verifier, on_line: Callable[[str], None]
 ) -> Iterator[tuple[Reproducer, Shown]]:
     """Yield what each shows on the stock kernel and on one whose kvm has its bug.
 
@@ -43,26 +43,34 @@ def verify(
     error: what is shown then is NO VERDICT. Raises what ``check`` raises and LabSetupError if
     modules cannot be built at all.
     """
-    on_line(f"{len(reproducers)} on {lab.release} as it is")
+    on_line(f"{len(reproducers)} on {verifier.release} as it is")
     stock = {
         verdict.reproducer.case: _seen(verdict)
-        for verdict in check(reproducers, lambda params: lab.target(params, None))
+        for verdict in check(reproducers, lambda params: verifier.target(params, None))
     }
     for reproducer in reproducers:
-        on_line(f"{reproducer.id} on {lab.release} with the bug put back")
+        on_line(f"{reproducer.id} on {verifier.release} with the bug put back")
         seen = stock[reproducer.case]
-        yield reproducer, Shown(lab.release, reproducer.script, seen, _put_back(reproducer, lab))
+        yield (
+            reproducer,
+            Shown(
+                verifier.release,
+                reproducer.script(verifier.release),
+                seen,
+                _put_back(reproducer, verifier),
+            ),
+        )
 
 
-def _put_back(reproducer: Reproducer, lab: Lab) -> Seen:
-    edit = reproducer.edit
+def _put_back(reproducer: Reproducer, verifier: Verifier) -> Seen:
+    edit = reproducer.edit_for(verifier.release)
     if edit is None:
         return Seen(NO_VERDICT, "the script has no edit that brings the bug back")
     try:
-        modules = build_modules([edit], lab.release)
+        modules = build_modules([edit], verifier.release)
     except (EditError, BuildError) as error:
-        return Seen(NO_VERDICT, f"the edit does not fit {lab.release}: {error}")
-    (verdict,) = check([reproducer], lambda params: lab.target(params, modules))
+        return Seen(NO_VERDICT, f"the edit does not fit {verifier.release}: {error}")
+    (verdict,) = check([reproducer], lambda params: verifier.target(params, modules))
     return _seen(verdict)
 
 

@@ -5,7 +5,14 @@ from pathlib import Path
 import pytest
 
 from kvmnest.errors import HarnessError, UsageError
-from kvmnest.kernel.edits import Edit, EditError, apply_all, function_span
+from kvmnest.kernel.edits import (
+    Edit,
+    EditError,
+    apply_all,
+    function_span,
+    newer_texts,
+    text_for,
+)
 from kvmnest.mutants import catalogue
 
 SOURCE = """\
@@ -81,11 +88,38 @@ def test_several_edits_of_one_file(tmp_path: Path) -> None:
     assert "int c)" in text
 
 
+def test_the_newest_text_that_is_not_newer_than_the_kernel() -> None:
+    first = edit("f", "x")
+    newer = newer_texts(
+        first, [{"since": "6.12", "function": "g"}, {"since": "7.2", "expression": "y"}]
+    )
+    releases = ("6.1.0-56-cloud-amd64", "6.9.1", "6.12.117+deb13-amd64", "7.2.13", "7.10.1", "mine")
+    chosen = [text_for(first, newer, release) for release in releases]
+    old, middle, new = first, edit("g", "x"), edit("f", "y")
+    assert chosen == [old, old, middle, new, new, old]
+
+
+@pytest.mark.parametrize(
+    ("tables", "message"),
+    [
+        ([{"function": "g"}], "needs since"),
+        ([{"since": "7", "function": "g"}], "needs since"),
+        ([{"since": "7.2", "note": "g"}], "unknown key note"),
+        ([{"since": "7.2"}], "changes no text"),
+        ([{"since": "7.2", "file": "b"}, {"since": "6.12", "file": "c"}], "from old to new"),
+    ],
+)
+def test_newer_texts_that_are_none(tables: list[dict[str, str]], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        newer_texts(edit("f", "x"), tables)
+
+
 def test_the_catalogue() -> None:
     mutants = catalogue.load()
     assert len(mutants) >= 129
     for mutant in mutants:
-        assert mutant.edit.expression.split() != mutant.edit.replacement.split(), mutant.id
+        for one in (mutant.edit, *(newer.edit for newer in mutant.newer)):
+            assert one.expression.split() != one.replacement.split(), mutant.id
         assert mutant.masked or mutant.cases, f"{mutant.id} names no case"
         assert "hash" not in mutant.origin or mutant.origin["subject"]
 
@@ -116,6 +150,8 @@ ENTRY = '[[mutant]]\nid = "a"\ntitle = "t"\nfile = "f"\nfunction = "g"\nexpressi
     [
         (ENTRY, "mutant a: no text replacement"),
         (ENTRY + 'replacement = "r"\nnote = "n"\n', "mutant a: unknown key note"),
+        (ENTRY + 'replacement = "r"\nnewer = [{ since = "7" }]\n', "mutant a: newer needs since"),
+        (ENTRY + 'replacement = "r"\nnewer = [{ since = "7.2" }]\n', "changes no text"),
         ((ENTRY + 'replacement = "r"\n') * 2, "mutant a is there twice"),
         ("[[mutant", "cannot read"),
     ],

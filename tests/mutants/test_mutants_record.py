@@ -13,7 +13,7 @@ from kvmnest.mutants.catalogue import Mutant
 from kvmnest.mutants.record import DETECTED, MASKED, MISSED, Score
 
 MUTANT = Mutant("one", "a bug", Edit("a.c", "f", "x", "y"), params={"ept": "0"})
-KEY = record.mutant_key(MUTANT)
+KEY = record.mutant_key(MUTANT, "6.1")
 
 
 def test_round_trip(tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def test_state_that_cannot_be_written(tmp_path: Path) -> None:
 def test_key_follows_edit_and_parameters() -> None:
     other = Mutant("one", "a bug", Edit("a.c", "f", "x", "z"), params={"ept": "0"})
     plain = Mutant("one", "a bug", MUTANT.edit)
-    assert len({KEY, record.mutant_key(other), record.mutant_key(plain)}) == 3
+    assert len({KEY, record.mutant_key(other, "6.1"), record.mutant_key(plain, "6.1")}) == 3
     assert record.suite_state() == record.suite_state()
 
 

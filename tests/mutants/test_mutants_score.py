@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -69,7 +70,7 @@ def test_kernel_that_is_not_debians() -> None:
         build.build_modules([], "6.1.99-mine")
 
 
-def test_refuses_when_the_unmodified_modules_fail(
+def test_cases_that_fail_on_the_unmodified_modules_are_not_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, release: str
 ) -> None:
     # The modules taken for unmodified ones hold a bug.
@@ -79,7 +80,14 @@ def test_refuses_when_the_unmodified_modules_fail(
     from kvmnest.mutants import catalogue, record, score
 
     results = record.load(tmp_path / "state.json", release)
-    scorer = score.Scorer(None, release, results, first_only=True)
+    lines: list[str] = []
+    scorer = score.Scorer(None, release, results, first_only=True, on_line=lines.append)
+    (mutant,) = catalogue.select(catalogue.load(), "vmxon-cpl3")
     with pytest.raises(HarnessError, match="cases fail on the unmodified modules"):
-        scorer.score(catalogue.select(catalogue.load(), "vmxon-cpl3"), 1)
+        scorer.score([mutant], 1)
     assert results.scores == {}
+    # With another case beside, which passes, there is one to judge by, and the rest does not count.
+    other = replace(mutant, cases=(*mutant.cases, "test_vmxon.py::test_vmxon_without_cr4_vmxe*"))
+    scorer.score([other], 1)
+    assert results.scores["vmxon-cpl3"].verdict == record.MISSED
+    assert any(line.startswith("not used, since it fails on the unmod") for line in lines)

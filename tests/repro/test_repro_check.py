@@ -8,7 +8,7 @@ import pytest
 from kvmnest.cli.main import main
 from kvmnest.repro import check, corpus, new
 from kvmnest.repro.check import FIXED, NO_VERDICT, NOT_APPLICABLE, VULNERABLE, Ended, judge, symptom
-from kvmnest.repro.shown import Seen, Shown
+from kvmnest.repro.evidence import Seen, Shown
 from kvmnest.results.model import Case, Run
 
 ASSERTED = "assert got Succeed(), expected Fault(vector=GP)"
@@ -68,11 +68,16 @@ def test_exit_codes_of_several():
 
 
 def test_a_failure_that_looks_different_is_said_to_be():
-    recorded = Shown("6.1", "", Seen(FIXED, "x"), Seen(VULNERABLE, "VMCLEAR at 0x12345: Succeed()"))
+    recorded = [
+        Shown(kernel, "", Seen(FIXED, "x"), Seen(VULNERABLE, seen))
+        for kernel, seen in (("6.1", "VMCLEAR at 0x12345: Succeed()"), ("7.3", "it died"))
+    ]
     same = judge(
         bug("vmx-cpl"), [ended("failed", "VMCLEAR at 0xabcdef: Succeed()")], Run("lab"), recorded
     )
     assert "recorded" not in same.evidence
+    newer = judge(bug("vmx-cpl"), [ended("failed", "it died")], Run("lab"), recorded)
+    assert "recorded" not in newer.evidence
     other = judge(bug("vmx-cpl"), [ended("failed", "assert 1 == 2")], Run("lab"), recorded)
     assert (other.verdict, "recorded for this bug" in other.evidence) == (VULNERABLE, True)
 
@@ -138,7 +143,7 @@ def test_list(capsys):
     assert {entry["id"] for entry in found} == {each.id for each in corpus.load()}
     for entry in found:
         assert entry["subject"]
-        assert entry["shown"]["put_back"]["verdict"] == VULNERABLE
+        assert entry["shown"][0]["put_back"]["verdict"] == VULNERABLE
     assert main(["repro", "list"]) == 0
     text = capsys.readouterr().out
     assert text.count("\n    since ") == len(found)

@@ -10,7 +10,7 @@ import pytest
 from kvmnest.errors import HarnessError, UsageError
 from kvmnest.mutants import catalogue
 from kvmnest.mutants.record import DETECTED
-from kvmnest.repro import corpus, shown
+from kvmnest.repro import corpus, evidence
 
 ROOT = Path(catalogue.MUTANTS_FILE).parent
 SCRIPT = '''\
@@ -82,12 +82,13 @@ def test_a_script_is_short_and_stands_alone(each):
 
 
 def test_every_script_was_shown_both_ways():
-    record = shown.load()
+    record = evidence.load()
     for each in corpus.load():
-        seen = record.get(each.id)
-        assert seen is not None, f"kvmnest repro verify --record {shown.RECORD} {each.id}"
-        assert seen.both_ways, f"{each.id}: {seen}"
-        assert seen.script == each.script, f"{each.id} was changed after it was shown"
+        verify = f"kvmnest repro verify --record {evidence.RECORD} {each.id}"
+        assert record.get(each.id), verify
+        for seen in record[each.id]:
+            assert seen.script == each.script(seen.kernel), f"{each.id} was changed: {verify}"
+        assert record[each.id][0].both_ways, f"{each.id}: {record[each.id][0]}"
     assert set(record) == {each.id for each in corpus.load()}
 
 
@@ -104,10 +105,24 @@ def test_every_script_was_shown_both_ways():
 def test_a_record_gets_stale_by_what_a_script_does(tmp_path, old, new, changes):
     path = tmp_path / "my_bug.py"
     path.write_text(SCRIPT)
-    before = corpus.read(path).script
+    before = corpus.read(path).script("6.1")
     assert old in SCRIPT
     path.write_text(SCRIPT.replace(old, new))
-    assert (corpus.read(path).script != before) is changes
+    assert (corpus.read(path).script("6.1") != before) is changes
+
+
+def test_a_newer_text_of_the_edit_is_the_newer_kernels(tmp_path):
+    edit = 'edit={"file": "f.c", "function": "f", "expression": "x", "replacement": "y"}'
+    newer = edit + ', newer=[{"since": "7.2", "function": "g"}]'
+    hashes = {}
+    for text in (edit, newer):
+        path = tmp_path / "my_bug.py"
+        path.write_text(SCRIPT.replace('correct="b"', f'correct="b", {text}'))
+        found = corpus.read(path)
+        hashes[text] = [found.script(release) for release in ("6.1.0-9-amd64", "7.3.4-amd64")]
+    assert found.edit_for("6.12.117-amd64").function == "f"
+    assert found.edit_for("7.10.1-amd64").function == "g"
+    assert hashes[edit][0] == hashes[newer][0] == hashes[edit][1] != hashes[newer][1]
 
 
 def test_a_script_of_the_user(tmp_path):
@@ -147,21 +162,35 @@ def test_what_is_no_reproducer(tmp_path, source, said):
 
 
 @pytest.mark.parametrize(
-    "content", ["{}", "[]", '{"schema": 2, "shown": {}}', '{"schema": 1, "shown": {"a": {}}}', "{"]
+    "content",
+    ["{}", "[]", '{"schema": 1, "shown": {}}', '{"schema": 2, "shown": {"a": {"6.1": {}}}}', "{"],
 )
 def test_a_damaged_record(tmp_path, content):
     path = tmp_path / "x.json"
     path.write_text(content)
     with pytest.raises(HarnessError, match="no record of kvmnest repro verify"):
-        shown.load(path)
+        evidence.load(path)
 
 
 def test_a_record_is_kept(tmp_path):
     path = tmp_path / "x.json"
-    assert shown.start(path) == {}
+    assert evidence.start(path) == {}
     with pytest.raises(UsageError, match="there is no folder"):
-        shown.start(tmp_path / "none" / "x.json")
-    both = shown.Shown("6.1", "0", shown.Seen("FIXED", "a"), shown.Seen("VULNERABLE", "b"))
-    shown.save(path, {"vmx-cpl": both})
-    assert shown.start(path) == {"vmx-cpl": both}
+        evidence.start(tmp_path / "none" / "x.json")
+    seen = evidence.Seen("FIXED", "a"), evidence.Seen("VULNERABLE", "b")
+    both = evidence.Shown("6.1.0-9-amd64", "0", *seen)
+    evidence.save(path, {"vmx-cpl": [both]})
+    assert evidence.start(path) == {"vmx-cpl": [both]}
     assert both.both_ways
+
+
+def test_a_record_has_one_kernel_of_each_series(tmp_path):
+    seen = evidence.Seen("FIXED", "a"), evidence.Seen("VULNERABLE", "b")
+    record = {}
+    for kernel in ("7.3.4+deb13-amd64", "6.1.0-9-amd64", "6.12.5-amd64", "6.1.0-40-amd64"):
+        evidence.add(record, "vmx-cpl", evidence.Shown(kernel, "0", *seen))
+    kernels = [each.kernel for each in record["vmx-cpl"]]
+    assert kernels == ["6.1.0-40-amd64", "6.12.5-amd64", "7.3.4+deb13-amd64"]
+    path = tmp_path / "x.json"
+    evidence.save(path, record)
+    assert evidence.load(path) == record

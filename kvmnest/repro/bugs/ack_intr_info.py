@@ -21,6 +21,14 @@ BUG = Bug(
         ),
         "replacement": "if (0) {",
     },
+    newer=(
+        {
+            "since": "6.12",
+            "function": "vmx_check_nested_events",
+            "expression": "if (!nested_exit_intr_ack_set(vcpu)) {",
+            "replacement": "if (1) {",
+        },
+    ),
 )
 
 VECTOR = 0x51

@@ -18,6 +18,14 @@ BUG = Bug(
         "expression": "if (unlikely(i >= max_msr_list_size)) goto fail;",
         "replacement": "if (0 && i >= max_msr_list_size) goto fail;",
     },
+    newer=(
+        {
+            "since": "7.2",
+            "function": "nested_vmx_max_atomic_switch_msrs",
+            "expression": "return (vmx_misc_max_msr(vmx_misc) + 1) * VMX_MISC_MSR_LIST_MULTIPLIER;",
+            "replacement": "return ~0u;",
+        },
+    ),
 )
 
 

@@ -23,6 +23,12 @@ BUG = Bug(
         "expression": "(void)nested_vmx_fail(vcpu, VMXERR_ENTRY_INVALID_CONTROL_FIELD);",
         "replacement": "(void)nested_vmx_fail(vcpu, VMXERR_ENTRY_INVALID_HOST_STATE_FIELD);",
     },
+    newer=(
+        {
+            "since": "7.2",
+            "function": "__nested_vmx_vmexit",
+        },
+    ),
 )
 
 

@@ -17,6 +17,12 @@ BUG = Bug(
         "expression": "nested_mark_vmcs12_pages_dirty(vcpu);",
         "replacement": "",
     },
+    newer=(
+        {
+            "since": "7.2",
+            "expression": "nested_vmx_mark_all_vmcs12_pages_dirty(vcpu);",
+        },
+    ),
 )
 
 

@@ -29,6 +29,13 @@ BUG = Bug(
             "/* TODO: check more intercepts... */ default: break; } return X86EMUL_CONTINUE;"
         ),
     },
+    newer=(
+        {
+            "since": "7.2",
+            "expression": "default: return X86EMUL_UNHANDLEABLE;",
+            "replacement": "default: return X86EMUL_CONTINUE;",
+        },
+    ),
 )
 
 PARAMETER = Path("/sys/module/kvm/parameters/force_emulation_prefix")

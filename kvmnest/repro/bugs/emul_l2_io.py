@@ -28,6 +28,14 @@ BUG = Bug(
         "expression": "return intercept ? X86EMUL_UNHANDLEABLE : X86EMUL_CONTINUE;",
         "replacement": "return 0 && intercept ? X86EMUL_UNHANDLEABLE : X86EMUL_CONTINUE;",
     },
+    newer=(
+        {
+            "since": "7.2",
+            "function": "vmx_check_intercept",
+            "expression": "if (!vmx_is_io_intercepted(vcpu, info, &exit_qualification))",
+            "replacement": "if (!vmx_is_io_intercepted(vcpu, info, &exit_qualification) || 1)",
+        },
+    ),
 )
 
 PARAMETER = Path("/sys/module/kvm/parameters/force_emulation_prefix")

@@ -18,6 +18,13 @@ BUG = Bug(
         "expression": "if (!operand.vpid || is_noncanonical_address(operand.gla, vcpu))",
         "replacement": "if (!operand.vpid)",
     },
+    newer=(
+        {
+            "since": "6.12",
+            "expression": "is_noncanonical_invlpg_address(operand.gla, vcpu))",
+            "replacement": "0)",
+        },
+    ),
 )
 
 INDIVIDUAL_ADDRESS = 0

@@ -19,6 +19,12 @@ BUG = Bug(
         "expression": "exn = is_noncanonical_address(*ret, vcpu);",
         "replacement": "exn = false;",
     },
+    newer=(
+        {
+            "since": "6.12",
+            "expression": "exn = is_noncanonical_address(*ret, vcpu, 0);",
+        },
+    ),
 )
 
 

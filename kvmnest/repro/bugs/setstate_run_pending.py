@@ -18,6 +18,12 @@ BUG = Bug(
         "expression": "error_guest_mode: vmx->nested.nested_run_pending = 0;",
         "replacement": "error_guest_mode:",
     },
+    newer=(
+        {
+            "since": "7.2",
+            "expression": "error_guest_mode: vcpu->arch.nested_run_pending = 0;",
+        },
+    ),
 )
 
 RUN_PENDING = 2  # KVM_STATE_NESTED_RUN_PENDING, in the first 2 bytes of the state

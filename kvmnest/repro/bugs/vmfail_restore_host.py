@@ -21,6 +21,12 @@ BUG = Bug(
         "expression": "nested_vmx_restore_host_state(vcpu);",
         "replacement": "if (0) nested_vmx_restore_host_state(vcpu);",
     },
+    newer=(
+        {
+            "since": "7.2",
+            "function": "__nested_vmx_vmexit",
+        },
+    ),
 )
 
 
