@@ -6,6 +6,9 @@ The record is ``kvmnest/data/known.toml``, a list of tables::
     case = "test_exits.py::test_pause*"   # fnmatch pattern on the case id
     target = "any"                        # "any", "kvm", "lab" or "qemu"
     kernels = ">=6.1,<6.13"               # or "any"
+    emulator = "bochs <3"                 # optional: the emulator is at fault, or is needed to see
+                                          # it; never true on a real CPU
+    hidden_by = "bochs <3"                # optional: an emulator with which it does not happen
     params = { ept = "N" }                # optional: kvm_intel parameters it depends on, and
                                           # nested_roundtrip for that option of the run
     reason = "what is seen, in one sentence"
@@ -62,6 +65,20 @@ def kernel_in_range(release: str, condition: str) -> bool:
     return True
 
 
+def emulator_in_range(emulator: str, condition: str) -> bool:
+    """Whether an emulator such as "bochs 3.0" meets a condition such as "bochs" or "bochs >=2,<3".
+
+    No emulator (``""``, a real CPU) meets none. Raises ValueError for a condition that cannot be
+    read.
+    """
+    name, _, version = emulator.partition(" ")
+    wanted, _, versions = condition.strip().partition(" ")
+    if not re.fullmatch(r"[a-z]+", wanted):
+        raise ValueError(f"emulator {condition!r}: cannot read {wanted!r}")
+    in_range = kernel_in_range(version, versions or "any")
+    return name == wanted and in_range
+
+
 def same_parameter(have: str | None, wanted: object) -> bool:
     """Compare a module parameter as sysfs shows it with a wanted value.
 
@@ -85,14 +102,20 @@ class Deviation:
     reason: str
     target: str = "any"
     kernels: str = "any"
+    emulator: str = ""
+    hidden_by: str = ""
     params: Mapping[str, object] = field(default_factory=dict)
     upstream: str = ""
 
-    def applies(self, target: str, kernel: str, params: Mapping[str, str]) -> bool:
-        """Whether the entry is about this target, kernel release and kvm_intel parameters."""
+    def applies(
+        self, target: str, kernel: str, params: Mapping[str, str], emulator: str = ""
+    ) -> bool:
+        """Whether the entry is about this target, kernel release, parameters and emulator."""
         return (
             self.target in ("any", target)
             and kernel_in_range(kernel, self.kernels)
+            and (not self.emulator or emulator_in_range(emulator, self.emulator))
+            and not (self.hidden_by and emulator_in_range(emulator, self.hidden_by))
             and all(same_parameter(params.get(name), value) for name, value in self.params.items())
         )
 
@@ -121,8 +144,17 @@ def _literal_brackets(pattern: str) -> str:
     return pattern.replace("[", "[[]")
 
 
-def load(target: str, kernel: str, params: Mapping[str, str], path: Path | None = None) -> Known:
+def load(
+    target: str,
+    kernel: str,
+    params: Mapping[str, str],
+    path: Path | None = None,
+    *,
+    emulator: str = "",
+) -> Known:
     """Read the record and keep what applies to a run.
+
+    ``emulator`` is name and version of what emulates the CPU ("bochs 3.0"), "" for a real one.
 
     Raises HarnessError naming the file and the entry when the record is wrong. A file that does
     not exist is an empty record.
@@ -139,7 +171,7 @@ def load(target: str, kernel: str, params: Mapping[str, str], path: Path | None 
     found = []
     for number, entry in enumerate(document.get("deviation", []), 1):
         deviation = _entry(path, number, entry)
-        if deviation.applies(target, kernel, params):
+        if deviation.applies(target, kernel, params, emulator):
             found.append(deviation)
     return Known(found)
 
@@ -149,6 +181,8 @@ def _entry(path: Path, number: int, entry: dict[str, Any]) -> Deviation:
     try:
         deviation = Deviation(**entry)
         kernel_in_range("0", deviation.kernels)
+        for emulator in filter(None, (deviation.emulator, deviation.hidden_by)):
+            emulator_in_range("", emulator)
     except TypeError as error:
         raise HarnessError(f"{where}: {str(error).removeprefix('Deviation.__init__() ')}") from None
     except ValueError as error:

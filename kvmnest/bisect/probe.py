@@ -112,7 +112,9 @@ class Question:
 
     def _run(self, target: Target, modules: list[str]) -> Answer:
         progress = Progress(io.StringIO(), quiet=True)
-        reporter = Reporter(Run(target.name), progress, own_clock=target.guest_clock)
+        reporter = Reporter(
+            Run(target.name, target.emulator), progress, own_clock=target.guest_clock
+        )
         run_cases(target, pytest_arguments(Plan(), target.name, modules, []), reporter)
         return judge(reporter.run)
 

@@ -107,7 +107,7 @@ def run(options: argparse.Namespace) -> int:
         shuffle=options.shuffle,
     )
     reporter = Reporter(
-        Run(target.name, options=_recorded(options)),
+        Run(target.name, target.emulator, options=_recorded(options)),
         progress,
         json_path=options.json,
         junit_path=options.junit,

@@ -98,6 +98,11 @@ class Emulator:
         bits = ",".join(map(str, self.model.clearcpuid))
         return " ".join([*([f"clearcpuid={bits}"] if bits else []), KERNEL_PARAMETERS])
 
+    @property
+    def cpu_emulator(self) -> str:
+        """Name and version."""
+        return f"bochs {self.version}"
+
     def process(self) -> "Bochs":
         """A process of it, not yet started. Raises LabSetupError."""
         return Bochs(self)

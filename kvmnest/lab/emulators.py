@@ -43,6 +43,11 @@ class Installed(Protocol):
         """Separated by spaces."""
         ...
 
+    @property
+    def cpu_emulator(self) -> str:
+        """Name and version of what emulates the CPU ("bochs 3.0"), "" where the host's own runs."""
+        ...
+
     def process(self) -> "Running":
         """A process of it, not yet started. Raises LabSetupError."""
         ...

@@ -35,6 +35,11 @@ class Emulator:
     where = "in QEMU"
     kernel_parameters = ""
 
+    @property
+    def cpu_emulator(self) -> str:
+        """The CPU is the host's own, or one without VMX."""
+        return ""
+
     def process(self) -> "Qemu":
         """A process of it, not yet started. Raises LabSetupError."""
         return Qemu(self)

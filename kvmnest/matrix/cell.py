@@ -104,6 +104,7 @@ def run_job(job: Job, path: Path, stopped: Callable[[], bool] = lambda: False) -
         target = LabTarget(
             kernel=job.cell.kernel, kvm_params=dict(job.cell.params), emulator=job.emulator
         )
+        reporter.run.emulator = target.emulator
         # A selection that is too small for so many labs has fewer parts than were asked for.
         targets = target.split(arguments, job.parts) if job.parts > 1 else [target]
         if job.part < len(targets):

@@ -147,7 +147,7 @@ class _Quiet(Reporter):
 
     def __init__(self, target: Target) -> None:
         progress = Progress(io.StringIO(), quiet=True)
-        super().__init__(Run(target.name), progress, own_clock=target.guest_clock)
+        super().__init__(Run(target.name, target.emulator), progress, own_clock=target.guest_clock)
         self.raised: dict[str, str] = {}
 
     def event(self, event: dict[str, Any]) -> None:

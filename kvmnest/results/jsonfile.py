@@ -19,6 +19,7 @@ def document(run: Run) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "target": run.target,
+        "emulator": run.emulator or None,
         "kernel": run.kernel or None,
         "kvm_params": facts.pop("kvm_params", {}),
         "summary": run.summary(),

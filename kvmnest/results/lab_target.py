@@ -47,6 +47,7 @@ class LabTarget:
         self._make_lab = partial(Lab, kernel, kvm_params, kvm_modules, cpus, emulator)
         self.name = emulator.boot
         self._lab = self._make_lab()
+        self.emulator = self._lab.emulator.cpu_emulator
         self._patience = patience
         self._on_line = on_line
         self._files: dict[str, bytes] = {}

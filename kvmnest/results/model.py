@@ -65,6 +65,7 @@ class Run:
 
     Attributes:
         target: "kvm", "lab" or "qemu".
+        emulator: name and version of what emulates the CPU ("bochs 3.0"), "" for a real one.
         facts: kernel, cpu, kvm_params, versions as the machine under test reported them.
         options: what the run was asked for, for people and for ``rerun``.
         cases: cases that ended, in that order.
@@ -78,6 +79,7 @@ class Run:
     """
 
     target: str
+    emulator: str = ""
     facts: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     started: str = ""

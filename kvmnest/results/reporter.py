@@ -101,7 +101,9 @@ class Reporter:
             # An option of the run counts as a parameter: some deviations need it.
             moved = "Y" if self.run.options.get("nested_roundtrip") else "N"
             params = {**event["kvm_params"], "nested_roundtrip": moved}
-            self._known = known.load(self.run.target, event["kernel"], params)
+            self._known = known.load(
+                self.run.target, event["kernel"], params, emulator=self.run.emulator
+            )
         elif event["kernel"] != self.run.kernel:
             raise HarnessError(f"the kernel changed from {self.run.kernel} to {event['kernel']}")
 

@@ -21,7 +21,7 @@ class _Part(Reporter):
     """Judges the events of one target and passes what it finds on to the whole run."""
 
     def __init__(self, whole: Shards, rerun: Callable[[str], str]) -> None:
-        run = Run(whole.reporter.run.target)
+        run = Run(whole.reporter.run.target, whole.reporter.run.emulator)
         super().__init__(run, Progress(sys.stdout, quiet=True), rerun=rerun, own_clock=True)
         self._whole = whole
 

@@ -38,6 +38,8 @@ class Target(Protocol):
     """A place that can run the cases' process, again and again."""
 
     name: str
+    #: Name and version of what emulates the CPU ("bochs 3.0"), "" for a real one.
+    emulator: str
     #: Whether times measured there are not real time.
     guest_clock: bool
 
@@ -63,6 +65,7 @@ class LocalTarget:
     """
 
     name = "kvm"
+    emulator = ""
     guest_clock = False
 
     def __init__(

@@ -21,7 +21,8 @@ class _Listening:
 
     def __init__(self, target: Target, commands: list[Command]) -> None:
         self._target, self._commands = target, commands
-        self.name, self.guest_clock = target.name, target.guest_clock
+        self.name, self.emulator = target.name, target.emulator
+        self.guest_clock = target.guest_clock
 
     def place(self, paths: Sequence[str]) -> list[str]:
         return self._target.place(paths)
@@ -47,7 +48,9 @@ def trace(target: Target, case: str) -> tuple[Run, Case, list[Command]]:
         raise UsageError(f"{case} is no single case: FILE::NAME (see kvmnest list)")
     commands: list[Command] = []
     listening = _Listening(target, commands)
-    reporter = Reporter(Run(target.name), Progress(io.StringIO(), quiet=True), own_clock=True)
+    reporter = Reporter(
+        Run(target.name, target.emulator), Progress(io.StringIO(), quiet=True), own_clock=True
+    )
     arguments = [*pytest_arguments(Plan(), target.name, modules, target.place(paths))]
     run_cases(listening, ["--kvmnest-trace", *arguments], reporter)
     cases = reporter.run.cases

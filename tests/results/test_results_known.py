@@ -105,6 +105,31 @@ def test_applies(tmp_path, extra, applies):
 
 
 @pytest.mark.parametrize(
+    ("extra", "emulator", "applies"),
+    [
+        ("", "", True),
+        ("", "bochs 2.7", True),
+        ('emulator = "bochs <3"', "bochs 2.7", True),
+        ('emulator = "bochs <3"', "bochs 3.0", False),
+        ('emulator = "bochs <3"', "", False),
+        ('emulator = "bochs"', "bochs 3.1", True),
+        ('emulator = "bochs"', "", False),
+        ('emulator = "bochs >=3,<3.1"', "bochs 3.0", True),
+        ('emulator = "bochs >=3,<3.1"', "bochs 3.1", False),
+        ('emulator = "other"', "bochs 3.0", False),
+        ('hidden_by = "bochs <3"', "bochs 2.7", False),
+        ('hidden_by = "bochs <3"', "bochs 3.0", True),
+        ('hidden_by = "bochs <3"', "", True),
+    ],
+)
+def test_emulators(tmp_path, extra, emulator, applies):
+    path = tmp_path / "known.toml"
+    path.write_text(ENTRY + extra)
+    record = known.load("lab", KERNEL, {}, path, emulator=emulator)
+    assert bool(record.match("test_a.py::test_b[1]")) is applies
+
+
+@pytest.mark.parametrize(
     ("text", "complaint"),
     [
         ("[[deviation", "known.toml: "),
@@ -112,6 +137,9 @@ def test_applies(tmp_path, extra, applies):
         (ENTRY + "colour = 1", "unexpected keyword argument 'colour'"),
         (ENTRY + 'kernels = "new"', "kernel range 'new'"),
         (ENTRY + 'target = "moon"', "target is"),
+        (ENTRY + 'emulator = "bochs 3"', "kernel range"),
+        (ENTRY + 'emulator = ">=3"', "emulator '>=3'"),
+        (ENTRY + 'hidden_by = "3.0"', "emulator '3.0'"),
         ('[[deviation]]\ncase = "x"\nreason = " "', "needs a reason"),
     ],
 )

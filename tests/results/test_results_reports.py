@@ -33,6 +33,7 @@ def results(*cases, **more):
     return {
         "schema": 1,
         "target": "lab",
+        "emulator": None,
         "kernel": "6.1.0-56-cloud-amd64",
         "kvm_params": {"ept": "Y"},
         "summary": counts,
