@@ -15,7 +15,7 @@ origin = { subject = "...", hash = "...", cve = "...", fixed = "v4.18" }   # of 
 newer = [{ since = "7.2", function = "f2" }] # its texts for later sources: what differs
 params = { ept = "0" }                       # module parameters that the bug needs
 cases = ["test_entry_controls.py::test_vpid_zero"]
-masked = "why no case can notice it in the lab"           # then it is not scored
+masked = "why no case can notice it on any machine"       # then it is not scored
 missed = "why it is not noticed"                          # if a miss is what one expects
 """
 

@@ -27,6 +27,7 @@ from kvmnest.results.runner import Plan, pytest_arguments, run_cases, split_sele
 from kvmnest.results.targets import LocalTarget
 
 _BUDGET = 5.0
+_SKIPPED = "skipped"
 _PATIENCE = 60.0
 
 
@@ -82,6 +83,8 @@ class Scorer:
     stop: threading.Event = field(default_factory=threading.Event)
     _ids: list[str] = field(default_factory=list)
     _suite: str = ""
+    # Parameters -> cases that tell nothing, with why they are skipped, "" if they fail.
+    _useless: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def score(self, mutants: Sequence[Mutant], jobs: int) -> None:
         """Score those whose score is not known, ``jobs`` at a time.
@@ -89,7 +92,8 @@ class Scorer:
         A case that fails on the unmodified modules is not used. Raises HarnessError if all do.
         After Ctrl-C everything that was scored is in the record.
         """
-        self._suite = record.suite_state()
+        # What a machine offers decides which cases run.
+        self._suite = cache.digest([record.suite_state(), self.emulator])
         self._ids = collect_ids()
         todo = [mutant for mutant in mutants if not self._settled(mutant)]
         if not todo:
@@ -133,8 +137,9 @@ class Scorer:
             self._find_clean(params, list(cases))
 
     def _find_clean(self, params: Mapping[str, str], cases: Sequence[str]) -> None:
-        """See which cases do not fail on modules without an edit: only those tell anything."""
-        left = set(cases) - self.results.clean_cases(params, self._suite)
+        """See which cases pass on modules without an edit: only those tell anything."""
+        useless = self._useless.setdefault(record.params_text(params), {})
+        left = set(cases) - self.results.clean_cases(params, self._suite) - set(useless)
         ids = [name for name in self._ids if name in left]
         if not ids:
             return
@@ -146,9 +151,11 @@ class Scorer:
         if reporter.run.problems:
             raise HarnessError(f"on the unmodified modules: {reporter.run.problems[0]}")
         bad = {case.id: case.summary for case in reporter.failures()}
-        good = [case.id for case in reporter.run.cases if case.id not in bad]
+        skipped = {case.id: case.summary for case in reporter.run.cases if case.outcome == _SKIPPED}
+        useless |= {**skipped, **dict.fromkeys(bad, "")}
+        good = [case.id for case in reporter.run.cases if case.id not in useless]
         self.results.add_clean(params, self._suite, good)
-        if bad and not good:
+        if bad and len(bad) == len(reporter.run.cases):
             name, summary = next(iter(bad.items()))
             raise HarnessError(
                 f"all {len(bad)} cases fail on the unmodified modules, so a failure means nothing:"
@@ -162,6 +169,10 @@ class Scorer:
             return
         began = time.monotonic()
         key = record.mutant_key(mutant, self.release)
+        skipped = self._skipped(mutant)
+        if skipped:
+            self._note(mutant, Score(record.MASKED, key, self._suite, text=skipped))
+            return
         try:
             folder = build_modules([mutant.edit_for(self.release)], self.release)
         except (EditError, BuildError) as error:
@@ -187,8 +198,17 @@ class Scorer:
                     ran=ran,
                     seconds=seconds,
                 )
+        self._note(mutant, score)
+
+    def _note(self, mutant: Mutant, score: Score) -> None:
         self.results.add(mutant.id, score)
         self.on_line(f"{mutant.id}: {score.verdict} {score.case or score.text}".rstrip())
+
+    def _skipped(self, mutant: Mutant) -> str:
+        """Why none of the cases that a mutant names runs on this machine, "" if one does."""
+        useless = self._useless.get(record.params_text(mutant.params), {})
+        reasons = [useless.get(name, "") for name in mutant.first_cases(self._ids)]
+        return reasons[0] if reasons and all(reasons) else ""
 
     def _hunt(self, mutant: Mutant, folder: Path) -> tuple[Case | None, int]:
         """The first case that fails, and how many cases ended."""
