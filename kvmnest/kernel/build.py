@@ -95,12 +95,28 @@ def build_tree(tree: Path, release: str, to: Path) -> None:
                     name = path.relative_to(tree)
                     if path.is_file() and path.suffix in (".c", ".h", ".S"):
                         _overlay(path, kernel.tree / name, work / name)
-            _make(kernel, work)
+            try:
+                _make(kernel, work)
+            except BuildError as error:
+                raise BuildError(f"{error}{_other_series(tree, release)}") from error
             to.mkdir(parents=True, exist_ok=True)
             for module in _MODULES:
                 (to / module).write_bytes(modules.lean(work / _KVM / module))
     except OSError as error:
         raise LabSetupError(cache.describe(error, "building kernel modules")) from error
+
+
+def _other_series(tree: Path, release: str) -> str:
+    """A hint if a source tree says that it is of another version than the kernel."""
+    try:
+        text = (tree / "Makefile").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+    numbers = re.findall(r"^(?:VERSION|PATCHLEVEL) = (\d+)$", text, re.MULTILINE)
+    series = ".".join(numbers)
+    if len(numbers) != 2 or re.match(rf"{series}\b", release):
+        return ""
+    return f" (the source is {series}, the kernel {release}: name a nearer one with --kernel)"
 
 
 def _overlay(path: Path, shipped: Path, target: Path) -> None:
