@@ -23,9 +23,10 @@ from kvmnest.suite.support.ept import (
     invalidate,
     poke,
     qualification,
+    with_linear_rights,
 )
 from kvmnest.suite.support.guest import NOT_VALID, Guest
-from kvmnest.vmx import EptVpidCap, ExitReason, Field, Proc2Ctl
+from kvmnest.vmx import Efer, EntryCtl, EptVpidCap, ExitReason, Field, Proc2Ctl
 from kvmnest.vmx.outcome import Exit, Fault, Outcome, Succeed
 
 pytestmark = [
@@ -211,6 +212,26 @@ def test_instruction_across_a_page_end(l1: L1) -> None:
     seen = window.guest.go_on()
     assert seen == Succeed()
     assert seen.regs["rax"] == 0x1122334455667788
+
+
+@pytest.mark.needs(EptVpidCap.ADVANCED_EXIT_INFO, EntryCtl.LOAD_EFER)
+@pytest.mark.sdm("Exit Qualification for EPT Violations")
+def test_rights_of_the_linear_address(l1: L1) -> None:
+    """Bits 11:9 say what L2's own paging structures allow at the linear address."""
+    guest = Guest(l1, EntryCtl.LOAD_EFER, ept=True)
+    guest.vmcs[Field.GUEST_IA32_EFER] = guest.vmcs[Field.GUEST_IA32_EFER] | Efer.NXE
+    window = Window(guest)
+    table = window.guest_page_table()
+    window.allow(1, 0)
+    for user, writable, no_execute in itertools.product((False, True), repeat=3):
+        flags = 0x61 | writable << 1 | user << 2 | no_execute << 63
+        poke(l1, table, window.gpa | flags)
+        window.invalidate()
+        seen = window.access(Access.READ, OFFSET)
+        assert (seen.reason, seen.physical) == (ExitReason.EPT_VIOLATION, window.gpa + OFFSET)
+        assert seen.qualification == with_linear_rights(
+            l1, qualification(R, 0), user=user, writable=writable, no_execute=no_execute
+        ), f"user {user}, writable {writable}, no_execute {no_execute}"
 
 
 # --- accesses to guest paging structures ---

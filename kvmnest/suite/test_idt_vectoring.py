@@ -11,7 +11,8 @@ import pytest
 from kvmnest.l1 import L1, L2Mode, code
 from kvmnest.suite.support.apic import Apic, send_in_l2, send_nmi_in_l2
 from kvmnest.suite.support.bitmaps import set_msr_bitmap
-from kvmnest.suite.support.guest import NOT_VALID, Guest
+from kvmnest.suite.support.ept import W, qualification, with_linear_rights
+from kvmnest.suite.support.guest import NOT_VALID, Guest, Masked
 from kvmnest.vmx import (
     ExitReason,
     Field,
@@ -33,8 +34,6 @@ NONCANONICAL = 0x8000000000000000
 UNMAPPED = 0x50001000
 READ = b"\x8a\x07"  # MOV AL, [RDI]
 LOAD_DS = b"\x8e\xd8"  # MOV DS, EAX
-#: Exit qualification of an EPT violation: a write, linear address valid, final access.
-WRITE_TO_DATA = 0x2 | 1 << 7 | 1 << 8
 
 
 @dataclass(frozen=True)
@@ -121,7 +120,7 @@ def test_ept_violation_on_the_stack(l1: L1, name: str) -> None:
     seen = _run(guest, event, GUEST_RSP=stack + 0x800)
     assert seen == Exit(
         ExitReason.EPT_VIOLATION,
-        qualification=WRITE_TO_DATA,
+        qualification=with_linear_rights(l1, qualification(W, 0)),
         rip=guest.at(event.at),
         intr_info=NOT_VALID,
         linear=stack + 0x800 - 8,
@@ -181,7 +180,8 @@ def test_ept_violation_on_the_idt(l1: L1, name: str) -> None:
     _set_ept(l1, idt, 0)
     seen = _run(guest, event, GUEST_IDTR_BASE=idt)
     assert (seen.reason, seen.rip) == (ExitReason.EPT_VIOLATION, guest.at(event.at))
-    assert seen.qualification & 0x38F == 0x181
+    # A read where nothing is allowed, linear address valid, final access.
+    assert seen.qualification == with_linear_rights(l1, Masked(0x181, 0x18F))
     assert (seen.linear & ~7, seen.physical & ~7) == ((idt + 16 * event.vector),) * 2
     assert (seen.idt_info, seen.intr_info >> 31) == (event.info, 0)
     _set_ept(l1, idt, 0x37)
@@ -218,7 +218,7 @@ def test_injected_event_in_flight(
     )
     expected = Exit(
         ExitReason.EPT_VIOLATION,
-        qualification=WRITE_TO_DATA,
+        qualification=with_linear_rights(l1, qualification(W, 0)),
         rip=guest.at(),
         intr_info=NOT_VALID,
         idt_info=info,

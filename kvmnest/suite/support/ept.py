@@ -12,7 +12,7 @@ import struct
 from kvmnest.l1 import L1
 from kvmnest.suite.support.entries import address_bits
 from kvmnest.suite.support.guest import NOT_VALID, Guest, Masked
-from kvmnest.vmx import EptQualification, ExitReason, Field
+from kvmnest.vmx import EptQualification, EptVpidCap, ExitReason, Field
 from kvmnest.vmx.outcome import Exit, Outcome, Succeed
 
 R, W, X = 1, 2, 4
@@ -27,6 +27,8 @@ VALUE = 0xC3C3C3C3C3C3C3C3
 #: Bits of the exit qualification that are defined without mode-based execute control and
 #: advanced information: the access, the permissions, linear address, NMI unblocking.
 _DEFINED = 0x11BF
+#: Bits 11:9: user-mode, writable and execute-disable linear address.
+_LINEAR_RIGHTS = 0xE00
 _SINGLE_CONTEXT = 1
 
 
@@ -122,7 +124,7 @@ class Window:
         linear = self.linear + offset
         return Exit(
             ExitReason.EPT_VIOLATION,
-            qualification=qualification(kind.bit, allowed),
+            qualification=with_linear_rights(self.l1, qualification(kind.bit, allowed)),
             rip=linear if kind is Access.FETCH else self.guest.at(),
             intr_info=NOT_VALID,
             idt_info=NOT_VALID,
@@ -153,6 +155,22 @@ def qualification(
     value = access | allowed << 3
     value |= EptQualification(linear_valid=True, translated=translated).encode()
     return Masked(value, _DEFINED & ~undefined)
+
+
+def with_linear_rights(
+    l1: L1, known: Masked, *, user: bool = True, writable: bool = True, no_execute: bool = False
+) -> Masked:
+    """Add what advanced VM-exit information says of the linear address, if L1 is offered it.
+
+    ``user``, ``writable`` and ``no_execute`` are what L2's own paging structures allow; the pages
+    of the payload and of ``Window`` are the default. Without it bits 11:9 are undefined.
+    """
+    if not l1.caps.supports(EptVpidCap.ADVANCED_EXIT_INFO):
+        return known
+    bits = EptQualification(
+        linear_user=user, linear_writable=writable, linear_execute_disable=no_execute
+    ).encode()
+    return Masked(known.value | bits, known.mask | _LINEAR_RIGHTS)
 
 
 def invalidate(guest: Guest) -> None:
