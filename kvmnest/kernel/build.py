@@ -7,6 +7,7 @@ and several builds can run at a time. Results are kept too: the same edits build
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -36,6 +37,9 @@ _SETTINGS = (
     "CONFIG_DEBUG_INFO_BTF_MODULES=",
     "CONFIG_KVM_WERROR=",
 )
+
+
+_running: set[subprocess.Popen[bytes]] = set()
 
 
 class BuildError(KvmnestError):
@@ -134,6 +138,18 @@ def check_edits(edits: Sequence[Edit], release: str) -> None:
         edit.apply((tree / edit.file).read_text(encoding="utf-8"))
 
 
+def end_builds() -> None:
+    """End the builds that run in other threads: each raises BuildError there."""
+    for process in tuple(_running):
+        _end(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
 def _base(kernel: source.KernelSource) -> Path:
     """The tree of a kernel with everything built; ``built-at`` says where the build ran."""
 
@@ -178,19 +194,22 @@ def _make(kernel: source.KernelSource, tree: Path) -> None:
         f"CC={kernel.compiler}", *_SETTINGS, "modules",
     ]  # fmt: skip
     environment = {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"}
-    with subprocess.Popen(
+    process = subprocess.Popen(
         argv,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         env=environment,
         start_new_session=True,
-    ) as process:
-        try:
-            _, errors = process.communicate()
-        except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
+    )
+    _running.add(process)
+    try:
+        _, errors = process.communicate()
+    except BaseException:
+        _end(process)
+        raise
+    finally:
+        _running.discard(process)
     if process.returncode:
         lines = errors.decode(errors="replace").splitlines()
         if any("No space left on device" in line for line in lines):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kvmnest.errors import HarnessError
-from kvmnest.kernel.build import BuildError, build_modules
+from kvmnest.kernel.build import BuildError, build_modules, end_builds
 from kvmnest.kernel.edits import EditError
 from kvmnest.lab import cache
 from kvmnest.lab.emulators import BOCHS, Choice
@@ -110,6 +110,7 @@ class Scorer:
             except BaseException:
                 self.stop.set()
                 _cancel(running)
+                end_builds()
                 raise
 
     def _settled(self, mutant: Mutant) -> bool:
@@ -176,6 +177,8 @@ class Scorer:
         try:
             folder = build_modules([mutant.edit_for(self.release)], self.release)
         except (EditError, BuildError) as error:
+            if self.stop.is_set():
+                return
             score = Score(record.UNFIT, key, self._suite, text=str(error))
         else:
             found, ran = self._hunt(mutant, folder)

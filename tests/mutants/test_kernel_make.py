@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,18 @@ def test_nothing_of_make_runs_on_after_ctrl_c(tmp_path: Path, kernel: KernelSour
         time.sleep(0.05)
     assert not _runs(compiler)
     assert list((tmp_path / "cache/kvmnest/kvm-trees").iterdir()) == []
+
+
+def test_builds_of_other_threads_can_be_ended(tmp_path: Path, kernel: KernelSource) -> None:
+    make_is(tmp_path, f"cd {tmp_path}; sleep 300 & echo $! > pid.new; mv pid.new pid; wait")
+    with ThreadPoolExecutor() as pool:
+        running = pool.submit(build.build_modules, [], RELEASE)
+        deadline = time.monotonic() + 30
+        while not (tmp_path / "pid").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        build.end_builds()
+        assert isinstance(running.exception(timeout=30), build.BuildError)
+    assert not _runs(int((tmp_path / "pid").read_text()))
 
 
 def _runs(pid: int) -> bool:
