@@ -15,7 +15,7 @@ from functools import cache as once
 from pathlib import Path
 
 from kvmnest.errors import HarnessError
-from kvmnest.lab import cache, debian, tools
+from kvmnest.lab import archive, cache, debian, tools
 from kvmnest.lab.errors import LabSetupError
 
 REPAIRS_FILE = Path(__file__).parent.parent / "data" / "bochs-repairs.toml"
@@ -125,9 +125,9 @@ def _sources(suite: str) -> tuple[debian.Apt, str]:
     """An apt of our own that knows the sources of ``suite`` only, and the mirror's address."""
     folder = cache.root() / "apt-sources"
     with cache.locked("apt-sources"):
-        mirror, _ = debian.mirrors()["main"]
-        debian.write_sources(folder, "deb-src", [(mirror, suite)])
-        apt = debian.Apt(debian.private_options(folder))
+        mirror, _ = archive.mirrors()["main"]
+        archive.write_sources(folder, "deb-src", [(mirror, suite)])
+        apt = debian.Apt(archive.private_options(folder))
         tools.run(["apt-get", *apt.options, "-q", "update"], "apt-get update")
     return apt, mirror
 

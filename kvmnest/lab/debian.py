@@ -1,19 +1,23 @@
 """Debian's kernel packages: which exist, fetching one with its signature checked by apt."""
 
+import contextlib
 import hashlib
+import json
+import os
 import re
 import subprocess
 import tempfile
-import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
 from kvmnest.lab import tools
 from kvmnest.lab.errors import KernelSpecError, LabSetupError
 
-_NAME = re.compile(r"linux-image-(\d+\.\d+\.\d+\S*?-(?:cloud-|rt-)?amd64)$")
+_IMAGE = re.compile(r"linux-image-(\d+\.\d+\S*?-(?:cloud-|rt-)?amd64)$")
+# Since 6.19 the image package only depends on these, of the same version.
+_PARTS = re.compile(r"(linux-(?:binary|modules)-\d\S*) \(= (\S+)\)")
 SECURE = (
     "-oAPT::Get::AllowUnauthenticated=false",
     "-oAcquire::AllowInsecureRepositories=false",
@@ -21,6 +25,14 @@ SECURE = (
     "-oAcquire::AllowDowngradeToInsecureRepositories=false",
     "-oAcquire::Retries=2",
 )
+
+
+NEWEST, CANDIDATE = "newest", "rc"  # SPECs beside versions
+
+
+def is_candidate(release: str) -> bool:
+    """Whether a release is named like a release candidate: 7.3-cloud-amd64 became 7.3.4."""
+    return re.match(r"\d+\.\d+(\.0)?(-rc\d*)?-(cloud-|rt-)?amd64$", release) is not None
 
 
 def version_key(release: str) -> tuple[int, ...]:
@@ -32,8 +44,12 @@ def match(spec: str, releases: Iterable[str]) -> str | None:
     """The release that ``spec`` names: exact, or the newest that it is a prefix of.
 
     ``6.1.0-56`` and ``6.12`` stand for all flavours; cloud is preferred, then the plain one.
+    ``newest`` is the newest that was released, ``rc`` the newest release candidate.
     """
     known = set(releases)
+    if spec in (NEWEST, CANDIDATE):
+        known = {name for name in known if is_candidate(name) == (spec == CANDIDATE)}
+        spec = ""
     if spec in known:
         return spec
     found = []
@@ -44,7 +60,7 @@ def match(spec: str, releases: Iterable[str]) -> str | None:
         elif base.endswith("-rt"):
             continue
         rest = base.removeprefix(spec)
-        if base.startswith(spec) and (not rest or not rest[0].isdigit()):
+        if base.startswith(spec) and (not spec or not rest or not rest[0].isdigit()):
             found.append((version_key(base), flavour, release))
     # All of one version first: a newer plain kernel does not win over an older cloud one.
     cloud = [entry for entry in found if entry[1] == 2]
@@ -53,65 +69,81 @@ def match(spec: str, releases: Iterable[str]) -> str | None:
 
 @dataclass(frozen=True)
 class Offer:
-    """A kernel image of the archive: package version, suites that hold it, bytes to download."""
+    """A kernel of the archive: package version, suites that hold it, bytes to download.
+
+    ``packages`` are what to fetch, each as ``name=version``; ``key`` stands for their content.
+    """
 
     release: str
     version: str
     suites: tuple[str, ...]
     size: int
+    packages: tuple[str, ...]
+    key: str
+
+    @property
+    def candidate(self) -> bool:
+        """Whether it is a release candidate."""
+        return "~rc" in self.version
 
 
 class Apt:
-    """The system's apt, or a private one whose lists live in a folder of ours."""
+    """The system's apt, or a private one whose lists live in a folder of ours.
 
-    def __init__(self, options: Iterable[str] = ()) -> None:
+    ``notes`` is a file that keeps what apt said for as long as its name stays the same.
+    """
+
+    def __init__(self, options: Iterable[str] = (), notes: Path | None = None) -> None:
         """Use apt with extra ``options``."""
         self.options = (*SECURE, *options)
+        self._notes = notes
 
     @cached_property
-    def releases(self) -> list[str]:
-        """Releases of the kernel images that apt knows. Raises LabSetupError."""
-        done = tools.run(["apt-cache", *self.options, "pkgnames", "linux-image-"], "apt-cache")
-        found = (_NAME.match(name) for name in done.stdout.decode().split())
-        return [name[1] for name in found if name is not None]
+    def offers(self) -> dict[str, Offer]:
+        """The kernels that can be had whole, by release. Raises LabSetupError."""
+        if self._notes is not None:
+            with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+                return {offer.release: offer for offer in _read_notes(self._notes)}
+        found = self._ask()
+        if self._notes is not None:
+            with contextlib.suppress(OSError):  # a full disk: it is asked again
+                _write_notes(self._notes, found.values())
+        return found
 
-    def record(self, release: str) -> dict[str, str]:
-        """The image package's newest index record (signed, through the archive's Release file)."""
-        return self.package(f"linux-image-{release}")
+    def _names(self, prefix: str) -> list[str]:
+        """Packages whose names begin so."""
+        done = tools.run(["apt-cache", *self.options, "pkgnames", prefix], "apt-cache")
+        return done.stdout.decode().split()
+
+    def _ask(self) -> dict[str, Offer]:
+        images = [name for name in self._names("linux-image-") if _IMAGE.match(name)]
+        if not images:
+            return {}
+        parts = [name for kind in ("binary", "modules") for name in self._names(f"linux-{kind}-")]
+        packages = [*images, *(name for name in parts if name.endswith("-amd64"))]
+        asked = [*self.options, "--no-all-versions", "show", *packages]
+        shown = tools.run(["apt-cache", *asked], "apt-cache show")
+        known = {record["Package"]: record for record in records(shown.stdout)}
+        suites = self._suites(images)
+        offers = (_offer(known[name], known, suites) for name in images if name in known)
+        return {offer.release: offer for offer in offers if offer is not None}
+
+    def _suites(self, images: Iterable[str]) -> dict[tuple[str, str], set[str]]:
+        """(package, version) -> suites."""
+        rows = tools.run(["apt-cache", *self.options, "madison", *images], "apt-cache madison")
+        suites: dict[tuple[str, str], set[str]] = {}
+        for row in rows.stdout.decode(errors="replace").splitlines():
+            name, version, place = (part.strip() for part in row.split("|"))
+            if place.endswith(" Packages"):  # "URL SUITE/COMPONENT ARCHITECTURE Packages"
+                suite = place.split()[1].partition("/")[0]
+                suites.setdefault((name, version), set()).add(suite)
+        return suites
 
     def package(self, package: str) -> dict[str, str]:
         """Index record of any package, ``name`` (its newest version) or ``name=version``."""
         done = tools.run(["apt-cache", *self.options, "--no-all-versions", "show", package],
                          f"apt-cache show {package}")  # fmt: skip
         return next(records(done.stdout))
-
-    def offers(self) -> list[Offer]:
-        """All kernel images, with what the index says of each, in no order."""
-        packages = [f"linux-image-{release}" for release in self.releases]
-        if not packages:
-            return []
-        asked = [*self.options, "--no-all-versions"]
-        shown = tools.run(["apt-cache", *asked, "show", *packages], "apt-cache show")
-        rows = tools.run(["apt-cache", *self.options, "madison", *packages], "apt-cache madison")
-        suites: dict[tuple[str, str], list[str]] = {}
-        for row in rows.stdout.decode(errors="replace").splitlines():
-            name, version, place = (part.strip() for part in row.split("|"))
-            if place.endswith(" Packages"):  # "URL SUITE/COMPONENT ARCHITECTURE Packages"
-                suite = place.split()[1].partition("/")[0]
-                suites.setdefault((name, version), []).append(suite)
-        return [
-            Offer(
-                record["Package"].removeprefix("linux-image-"),
-                record["Version"],
-                tuple(sorted(set(suites.get((record["Package"], record["Version"]), ())))),
-                int(record["Size"]),
-            )
-            for record in records(shown.stdout)
-        ]
-
-    def download(self, release: str, folder: Path) -> Path:
-        """Fetch the image package into ``folder``; see ``download_package``."""
-        return self.download_package(f"linux-image-{release}", folder)
 
     def download_package(self, package: str, folder: Path) -> Path:
         """Fetch ``name`` or ``name=version`` into ``folder``, empty so far.
@@ -121,7 +153,14 @@ class Apt:
         """
         wanted = self.package(package).get("SHA256", "")
         command = [tools.find("apt-get"), *self.options, "-q", "download", package]
-        done = subprocess.run(command, cwd=folder, capture_output=True, check=False)
+        done = subprocess.run(
+            command,
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            check=False,
+            preexec_fn=tools.die_with_parent(),
+        )
         files = list(folder.glob("*.deb"))
         if done.returncode or not files:
             errors = [line for line in done.stderr.decode(errors="replace").splitlines()
@@ -132,6 +171,44 @@ class Apt:
         if not wanted or actual != wanted:
             raise KernelSpecError(f"{package}: the downloaded file does not match apt's index")
         return files[0]
+
+
+def _offer(
+    image: Mapping[str, str],
+    known: Mapping[str, Mapping[str, str]],
+    suites: Mapping[tuple[str, str], set[str]],
+) -> Offer | None:
+    """The kernel of an image package; None if it is none, or lacks a part."""
+    name, depends = image["Package"], image.get("Depends", "")
+    if re.search(r"\blinux-image-\d", depends):  # a name for the newest one of a series
+        return None
+    wanted = [image] if not _PARTS.search(depends) else []
+    for part, version in _PARTS.findall(depends):
+        record = known.get(part, {})
+        if record.get("Version") != version:
+            return None
+        wanted.append(record)
+    return Offer(
+        name.removeprefix("linux-image-"),
+        image["Version"],
+        tuple(sorted(suites.get((name, image["Version"]), ()))),
+        sum(int(record["Size"]) for record in wanted),
+        tuple(f"{record['Package']}={record['Version']}" for record in wanted),
+        " ".join(record["SHA256"] for record in wanted),
+    )
+
+
+def _read_notes(path: Path) -> Iterator[Offer]:
+    """Raises OSError, ValueError, TypeError."""
+    for entry in json.loads(path.read_bytes()):
+        entry["suites"], entry["packages"] = tuple(entry["suites"]), tuple(entry["packages"])
+        yield Offer(**entry)
+
+
+def _write_notes(path: Path, offers: Iterable[Offer]) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps([asdict(offer) for offer in offers]))
+    temporary.replace(path)
 
 
 def records(output: bytes) -> Iterator[dict[str, str]]:
@@ -150,120 +227,8 @@ def unpack(deb: Path, folder: Path) -> None:
         raise KernelSpecError(f"{deb} is not a usable Debian package: {lines[-1]}")
 
 
-KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
-_SOURCE = re.compile(r"'(\S+)/dists/([a-z]+)(-security|-updates|-backports)?/InRelease'")
-
-
-def system_stamp() -> str:
-    """What tells that the system's apt may now know other packages: times of its lists."""
-    lists = Path("/var/lib/apt/lists")
-    try:
-        return f"{lists.stat().st_mtime_ns}"
-    except OSError:
-        return "none"
-
-
-_DAY, _MINUTE = 86_400.0, 60.0
-
-
-def archive(folder: Path) -> Apt:
-    """Debian's archive as it is now: an apt of our own, its lists in ``folder``; needs no root.
-
-    The system's lists may be months old, and lack backports. Ours are brought up to date once a
-    day. Raises LabSetupError if that cannot be done and there are no older ones: no Debian
-    mirror, no keyring, no connection.
-    """
-    apt, updated, failed = Apt(private_options(folder)), folder / "updated", folder / "failed"
-    if _age(updated) < _DAY:
-        return apt
-    # Without a connection each attempt may take long.
-    if _age(failed) > _MINUTE:
-        try:
-            _write_sources(folder)
-            tools.run(["apt-get", *apt.options, "-q", "update"], "apt-get update")
-            updated.touch()
-            failed.unlink(missing_ok=True)
-            return apt
-        except LabSetupError as error:
-            folder.mkdir(exist_ok=True)
-            failed.write_text(str(error))
-    if not updated.is_file():
-        raise LabSetupError(failed.read_text())
-    return apt
-
-
-def _age(path: Path) -> float:
-    try:
-        return abs(time.time() - path.stat().st_mtime)
-    except OSError:
-        return float("inf")
-
-
-def archive_stamp(folder: Path) -> str:
-    """What tells that the lists of ``archive`` changed."""
-    try:
-        return f"{(folder / 'updated').stat().st_mtime_ns}"
-    except OSError:
-        return "none"
-
-
-def private_options(folder: Path) -> tuple[str, ...]:
-    """Options of an apt whose sources, lists and cache are in ``folder``."""
-    return (
-        f"-oDir::Etc::sourcelist={folder}/sources.list",
-        "-oDir::Etc::sourceparts=/dev/null",
-        f"-oDir::State={folder}/state",
-        f"-oDir::State::lists={folder}/state/lists",
-        f"-oDir::State::status={folder}/status",
-        f"-oDir::Cache={folder}/cache",
-        # Containers often turn these off; without them each question reads all lists again.
-        "-oDir::Cache::pkgcache=pkgcache.bin",
-        "-oDir::Cache::srcpkgcache=srcpkgcache.bin",
-        "-oAPT::Sandbox::User=",
-        "-oAcquire::Languages=none",
-    )
-
-
-def mirrors() -> dict[str, tuple[str, str]]:
-    """The mirrors that the system is set up for: "main", "security" -> address, suite.
-
-    Raises LabSetupError if there is none for "main", or no keyring of Debian's archive.
-    """
-    if not KEYRING.is_file():
-        raise LabSetupError(f"{KEYRING} not found: apt-get install debian-archive-keyring")
-    done = tools.run(["apt-get", "update", "--print-uris"], "apt-get update --print-uris")
-    bases: dict[str, tuple[str, str]] = {}
-    for uri, codename, kind in _SOURCE.findall(done.stdout.decode(errors="replace")):
-        if "debian" in uri:
-            bases["security" if kind == "-security" else "main"] = (uri, codename)
-    if "main" not in bases:
-        raise LabSetupError("apt has no Debian mirror set up (see sources.list(5))")
-    return bases
-
-
-def _write_sources(folder: Path) -> None:
-    """The system's mirrors, with security and backports added."""
-    bases = mirrors()
-    uri, codename = bases["main"]
-    sources = [(uri, codename + suffix) for suffix in ("", "-updates", "-backports")]
-    if "security" in bases:
-        sources.append((bases["security"][0], f"{codename}-security"))
-    write_sources(folder, "deb", sources)
-
-
-def write_sources(folder: Path, kind: str, sources: Iterable[tuple[str, str]]) -> None:
-    """Set up the apt of ``folder``: ``kind`` is "deb" or "deb-src", each source address, suite.
-
-    Only Debian's archive keyring is trusted.
-    """
-    for sub in ("state/lists/partial", "cache/archives/partial"):
-        (folder / sub).mkdir(parents=True, exist_ok=True)
-    lines = [f"{kind} [signed-by={KEYRING}] {uri} {suite} main\n" for uri, suite in sources]
-    (folder / "sources.list").write_text("".join(lines))
-    (folder / "status").touch()
-
-
 def fetch(apt: Apt, release: str, target: Path) -> None:
-    """Download and unpack the image package of ``release`` into ``target``."""
-    with tempfile.TemporaryDirectory(prefix="kvmnest-") as scratch:
-        unpack(apt.download(release, Path(scratch)), target)
+    """Download and unpack the packages of ``release``, which ``apt`` offers, into ``target``."""
+    for package in apt.offers[release].packages:
+        with tempfile.TemporaryDirectory(prefix="kvmnest-") as scratch:
+            unpack(apt.download_package(package, Path(scratch)), target)

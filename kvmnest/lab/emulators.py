@@ -15,14 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from kvmnest.lab import cache
+from kvmnest.lab import cache, tools
 from kvmnest.lab.errors import LabSetupError
 from kvmnest.lab.image import Sink
 
 #: Writes the picture of guest memory, see kvmnest.lab.image.
 Picture = Callable[[Sink], None]
 
-_PR_SET_PDEATHSIG = 1
 _PREFIX = "kvmnest-lab-"
 
 
@@ -114,16 +113,13 @@ def _sweep() -> None:
 
 
 def _child_setup(personality: int) -> Callable[[], None]:
-    """For the child before exec: the kernel kills it when this process dies."""
-    libc = ctypes.CDLL(None)
-    parent = os.getpid()
+    """For the child before exec: it ends with this process, and has the personality(2)."""
+    libc, die_with_parent = ctypes.CDLL(None), tools.die_with_parent()
 
     def setup() -> None:
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        die_with_parent()
         if personality:
             libc.personality(personality)
-        if os.getppid() != parent:
-            os._exit(1)
 
     return setup
 

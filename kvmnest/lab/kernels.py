@@ -1,8 +1,8 @@
 """Turn a kernel SPEC into a kernel that the lab can boot, from the cache when it can.
 
-A SPEC is a Debian version (``6.1.0-56``, ``6.12``, ``6.1.0-56-cloud-amd64``), the release of a
-kernel installed here, a ``.deb`` file, or a directory: an unpacked package, a kernel build tree, or
-simply a folder with a bzImage or vmlinux and kvm modules.
+A SPEC is a Debian version (``6.1.0-56``, ``6.12``, ``6.1.0-56-cloud-amd64``), ``newest`` or ``rc``,
+the release of a kernel installed here, a ``.deb`` file, or a directory: an unpacked package, a
+kernel build tree, or simply a folder with a bzImage or vmlinux and kvm modules.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from kvmnest.lab import cache, debian, modules
+from kvmnest.lab import archive, cache, debian, modules
 from kvmnest.lab.decompress import vmlinux_of
 from kvmnest.lab.errors import KernelSpecError, LabSetupError
 from kvmnest.lab.image import KernelImage, flatten
@@ -99,6 +99,8 @@ def _kernel_file(folder: Path) -> Path:
         folder / "bzImage",
         *sorted(folder.glob("vmlinuz*")),
         *sorted((folder / "boot").glob("vmlinuz-*")),
+        *sorted(folder.glob("usr/lib/modules/*/vmlinuz")),
+        *sorted(folder.glob("lib/modules/*/vmlinuz")),
         folder / "vmlinux",
     ]
     for path in candidates:
@@ -184,7 +186,17 @@ def cached_releases() -> dict[str, str]:
 
 
 def _archive_folder() -> Path:
-    return cache.root() / "apt"
+    return cache.root() / "archive"
+
+
+def _system_apt() -> debian.Apt:
+    """The apt of this machine; what it said is kept until its lists change."""
+    notes = cache.root() / "debian" / f"system-{archive.system_stamp()}"
+    if not notes.is_file():
+        notes.parent.mkdir(mode=0o700, exist_ok=True)
+        for old in notes.parent.glob("system-*"):
+            old.unlink(missing_ok=True)
+    return debian.Apt(notes=notes)
 
 
 def apts() -> list[debian.Apt]:
@@ -194,13 +206,13 @@ def apts() -> list[debian.Apt]:
     """
     found, why = [], None
     try:
-        with cache.locked("apt"):
-            found.append(debian.archive(_archive_folder()))
+        with cache.locked("archive"):
+            found.append(archive.ask(_archive_folder()))
     except LabSetupError as error:
         why = error
-    system = debian.Apt()
+    system = _system_apt()
     try:
-        if system.releases:
+        if system.offers:
             found.append(system)
     except LabSetupError as error:
         why = why or error
@@ -215,14 +227,14 @@ def apt_of(release: str) -> debian.Apt:
     Raises LabSetupError if apt cannot be asked.
     """
     every = apts()
-    return next((apt for apt in every if release in apt.releases), every[0])
+    return next((apt for apt in every if release in apt.offers), every[0])
 
 
 def _from_version(spec: str) -> Kernel:
     # Asking apt takes a second, so its last answer holds until its lists change or are old.
     notes = cache.root() / "debian"
     notes.mkdir(mode=0o700, exist_ok=True)
-    stamps = [debian.system_stamp(), debian.archive_stamp(_archive_folder())]
+    stamps = [archive.system_stamp(), archive.stamp(_archive_folder())]
     answer = notes / f"answer-{cache.digest([spec, *stamps])}"
     cached = cached_releases()
     if answer.is_file() and time.time() - answer.stat().st_mtime < _DAY:
@@ -230,7 +242,7 @@ def _from_version(spec: str) -> Kernel:
         if release in cached:
             return _cached(cached[release], _gone)
     try:
-        known = {release: apt for apt in reversed(apts()) for release in apt.releases}
+        known = {release: apt for apt in reversed(apts()) for release in apt.offers}
     except LabSetupError as e:
         release = debian.match(spec, cached) or ""
         if not release:
@@ -240,7 +252,7 @@ def _from_version(spec: str) -> Kernel:
     if not release:
         raise KernelSpecError(f"no kernel {spec} in Debian's archive (kvmnest kernels lists them)")
     apt = known[release]
-    key = cache.digest([_FORMAT, apt.record(release).get("SHA256", release)])
+    key = cache.digest([_FORMAT, apt.offers[release].key])
 
     def build(to: Path) -> None:
         with tempfile.TemporaryDirectory(prefix="kvmnest-") as scratch:
@@ -252,7 +264,7 @@ def _from_version(spec: str) -> Kernel:
     for old in notes.glob("answer-*"):
         if old.read_text() == release:
             old.unlink(missing_ok=True)
-    stamps[1] = debian.archive_stamp(_archive_folder())  # asking may have renewed its lists
+    stamps[1] = archive.stamp(_archive_folder())  # asking may have renewed its lists
     (notes / f"answer-{cache.digest([spec, *stamps])}").write_text(release)
     return kernel
 
@@ -277,7 +289,8 @@ def resolve(spec: str | None = None) -> Kernel:
         return _from_folder(path)
     if spec in installed_releases():
         return _from_installed(spec)
-    if "/" in spec or not re.match(r"\d+\.\d+", spec):
+    named = spec in (debian.NEWEST, debian.CANDIDATE) or re.match(r"\d+\.\d+", spec)
+    if "/" in spec or not named:
         raise KernelSpecError(f"{spec}: no such directory, and no Debian kernel version")
     return _from_version(spec)
 
@@ -306,7 +319,7 @@ def available() -> list[Available]:
     cached, installed = cached_releases(), installed_releases()
     offers: dict[str, debian.Offer] = {}
     with contextlib.suppress(LabSetupError):
-        offers = {offer.release: offer for apt in reversed(apts()) for offer in apt.offers()}
+        offers = {name: offer for apt in reversed(apts()) for name, offer in apt.offers.items()}
     found = []
     for release in sorted({*offers, *cached, *installed}, key=debian.version_key):
         entry = Available(release, release in cached, release in installed)
@@ -337,7 +350,7 @@ def between(first: str, last: str, *, here: bool = False) -> list[str]:
     """
     known = {entry.release for entry in available()}
     if here:
-        known &= {*debian.Apt().releases, *installed_releases()}
+        known &= {*_system_apt().offers, *installed_releases()}
         known = {release for release in known if "-cloud-" not in release}
     ends = []
     for spec in (first, last):

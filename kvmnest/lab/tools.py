@@ -1,10 +1,15 @@
 """Host programs that the lab uses, with the Debian package that brings each."""
 
+import ctypes
+import os
 import shutil
+import signal
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from kvmnest.lab.errors import LabSetupError
+
+_PR_SET_PDEATHSIG = 1
 
 _PACKAGES = {
     "bochs": "bochs bochs-term",
@@ -38,11 +43,39 @@ def package(name: str) -> str:
     return _PACKAGES.get(name, name)
 
 
-def run(argv: Sequence[str], doing: str, **options: object) -> subprocess.CompletedProcess[bytes]:
-    """Run a program to its end; raises LabSetupError with its last line if it fails."""
+def die_with_parent() -> Callable[[], None]:
+    """For the child before exec: the kernel kills it when the thread that started it ends."""
+    libc = ctypes.CDLL(None)
+    parent = os.getpid()
+
+    def setup() -> None:
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
+
+    return setup
+
+
+def run(
+    argv: Sequence[str], doing: str, limit: float | None = None
+) -> subprocess.CompletedProcess[bytes]:
+    """Run a program to its end, or at most ``limit`` seconds; it ends with this process.
+
+    Raises LabSetupError with its last line if it fails.
+    """
     command = [find(argv[0]), *argv[1:]]
-    done = subprocess.run(command, capture_output=True, check=False, **options)  # type: ignore[call-overload]
+    try:
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            check=False,
+            timeout=limit,
+            preexec_fn=die_with_parent(),
+        )
+    except subprocess.TimeoutExpired as e:
+        raise LabSetupError(f"{doing} did not end within {limit:.0f} s") from e
     if done.returncode:
         lines = done.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
         raise LabSetupError(f"{doing} failed: {lines[-1]}")
-    return done  # type: ignore[no-any-return]
+    return done

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kvmnest.lab import debian, kernels, tools
+from kvmnest.lab import archive, debian, kernels, tools
 from kvmnest.lab.errors import KernelSpecError, LabSetupError
 
 
@@ -25,6 +25,30 @@ def test_archive_and_cache() -> None:
     assert any(suite.endswith("-backports") for suite in suites), suites
 
 
+def test_kernels_up_to_mainline() -> None:
+    """Newer suites' kernels are offered, in parts or whole, and none that lacks a part."""
+    found = {entry.release: entry for entry in kernels.available() if entry.version}
+    suites = {suite for entry in found.values() for suite in entry.suites}
+    assert suites >= {"trixie", "sid", "experimental", "trixie-backports", "bookworm-security"}
+    newest = debian.match("newest", found)
+    assert newest is not None
+    assert debian.version_key(newest) > (7, 3)
+    assert found[newest].size > 30_000_000
+    offers = kernels.apt_of(newest).offers
+    assert len(offers[newest].packages) == 2
+    assert not [name for name in found if "/" in name or name.startswith(("6.12-", "7.2-"))]
+
+
+def test_damaged_lists_are_fetched_again(lists: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    before = archive.ask(lists).offers
+    (files,) = (sorted((lists / name).rglob("*")) for name in ("state/lists",))
+    for path in (*files, *lists.glob("cache/*.bin"), *lists.glob("offers-*")):
+        if path.is_file():
+            path.write_bytes(b"junk")
+    assert archive.ask(lists).offers == before
+    assert "is damaged, and made again" in capfd.readouterr().err
+
+
 def test_between_spans_suites() -> None:
     """The ladder from stable to backports is in order, of one flavour, without gaps."""
     found = kernels.between("6.1", "6.12")
@@ -38,8 +62,12 @@ def test_between_spans_suites() -> None:
 
 @pytest.fixture
 def lists(tmp_path: Path) -> Path:
+    """A copy of the lists of the cache."""
+    kernels.apts()
     folder = tmp_path / "apt"
-    debian.archive(folder)
+    shutil.copytree(kernels._archive_folder(), folder)
+    path = folder / "sources.list"
+    path.write_text(path.read_text().replace(str(kernels._archive_folder()), str(folder)))
     return folder
 
 
@@ -47,8 +75,11 @@ def lists(tmp_path: Path) -> Path:
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What apt was asked; it answers that there is no connection."""
     questions: list[str] = []
+    real = tools.run
 
-    def run(argv: list[str], doing: str) -> object:
+    def run(argv: list[str], doing: str, limit: float = 0) -> object:
+        if argv[0] == "apt-cache":
+            return real(argv, doing)
         questions.append(doing)
         raise LabSetupError("apt-get update failed: no connection")
 
@@ -62,16 +93,16 @@ def make_old(path: Path, seconds: float) -> None:
 
 
 def test_lists_are_renewed_once_a_day(lists: Path, asked: list[str]) -> None:
-    debian.archive(lists)
+    archive.ask(lists)
     assert asked == []
     make_old(lists / "updated", 2 * 86_400)
-    stamp = debian.archive_stamp(lists)
-    debian.archive(lists)  # it cannot be renewed: the lists of before serve
-    debian.archive(lists)  # and the mirror is not asked again at once
+    stamp = archive.stamp(lists)
+    archive.ask(lists)  # it cannot be renewed: the lists of before serve
+    archive.ask(lists)  # and the mirror is not asked again at once
     assert len(asked) == 1
-    assert debian.archive_stamp(lists) == stamp
+    assert archive.stamp(lists) == stamp
     make_old(lists / "failed", 120)
-    debian.archive(lists)
+    archive.ask(lists)
     assert len(asked) == 2
 
 
@@ -79,7 +110,7 @@ def test_no_lists_and_no_connection(tmp_path: Path, asked: list[str]) -> None:
     """The failure is told again without another attempt, which may take minutes."""
     for _ in range(2):
         with pytest.raises(LabSetupError, match="no connection"):
-            debian.archive(tmp_path / "apt")
+            archive.ask(tmp_path / "apt")
     assert len(asked) == 1
 
 

@@ -110,10 +110,63 @@ def test_a_damaged_frame_is_an_error():
         ("6.1.0-56-rt-amd64", "6.1.0-56-rt-amd64"),
         ("6.1.0-56-amd64", "6.1.0-56-amd64"),
         ("5.10", None),
+        ("newest", "6.12.100+deb12-cloud-amd64"),
+        ("rc", None),
     ],
 )
 def test_spec_names_the_newest_cloud_kernel(spec, release):
     assert debian.match(spec, RELEASES) == release
+
+
+def test_newest_and_candidate():
+    found = ["7.3-cloud-amd64", "7.2.13+deb14-cloud-amd64", "7.3.4+deb13-cloud-amd64",
+             "7.4-rc1-cloud-amd64", "7.3.4+deb13-rt-amd64", "7.3.4+deb13-amd64"]  # fmt: skip
+    assert debian.match("newest", found) == "7.3.4+deb13-cloud-amd64"
+    assert debian.match("rc", found) == "7.4-rc1-cloud-amd64"
+    assert debian.match("7.3", found) == "7.3.4+deb13-cloud-amd64"
+    assert debian.match("rc", found[:3]) == "7.3-cloud-amd64"
+
+
+PARTS = {
+    f"linux-{kind}-7.3.4-amd64": {
+        "Package": f"linux-{kind}-7.3.4-amd64", "Version": "7.3.4-1", "Size": size, "SHA256": kind}
+    for kind, size in (("binary", "13"), ("modules", "22"))
+}  # fmt: skip
+IMAGE = {
+    "Package": "linux-image-7.3.4-amd64",
+    "Version": "7.3.4-1",
+    "Size": "2",
+    "SHA256": "image",
+    "Depends": "dracut | initramfs-tools (>= 0.120), linux-base-7.3.4-amd64 (= 7.3.4-1), "
+    "linux-binary-7.3.4-amd64 (= 7.3.4-1), linux-modules-7.3.4-amd64 (= 7.3.4-1)",
+}
+
+
+def test_a_kernel_in_parts():
+    suites = {("linux-image-7.3.4-amd64", "7.3.4-1"): {"sid"}}
+    offer = debian._offer(IMAGE, PARTS, suites)
+    assert offer == debian.Offer(
+        "7.3.4-amd64", "7.3.4-1", ("sid",), 35,
+        ("linux-binary-7.3.4-amd64=7.3.4-1", "linux-modules-7.3.4-amd64=7.3.4-1"),
+        "binary modules",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_kernel_without_a_part_is_not_offered(part):
+    assert debian._offer(IMAGE, {k: v for k, v in PARTS.items() if k != part}, {}) is None
+    older = PARTS | {part: PARTS[part] | {"Version": "7.3.3-1"}}
+    assert debian._offer(IMAGE, older, {}) is None
+
+
+def test_a_kernel_in_one_package_and_a_name_for_the_newest():
+    whole = IMAGE | {"Depends": "kmod, linux-base (>= 4.3~)"}
+    offer = debian._offer(whole, {}, {})
+    assert offer is not None
+    assert offer.packages == ("linux-image-7.3.4-amd64=7.3.4-1",)
+    assert offer.size == 2
+    series = {**IMAGE, "Package": "linux-image-7.3-amd64", "Depends": "linux-image-7.3.4-amd64"}
+    assert debian._offer(series, PARTS, {}) is None
 
 
 def _lz4_legacy(data: bytes) -> bytes:
