@@ -12,6 +12,8 @@ _LOG_SECONDS = 10.0
 _LOG_CASES = 50
 _REWRITE_SECONDS = 0.1
 _LONGEST_DETAIL_LINES = 60
+#: Cases that have to end before the time left is estimated from them: the first wait for a boot.
+_FIRST_ESTIMATE = 20
 
 
 class Progress:
@@ -86,8 +88,11 @@ class Progress:
     def _counts(self, run: Run) -> str:
         counts = run.summary()
         shown = ", ".join(f"{counts[name]} {name}" for name in OUTCOMES if counts[name])
-        seconds = time.monotonic() - self._began
-        return f"[{len(run.cases)}/{self._total}] {shown} {seconds:.0f} s"
+        seconds, done = time.monotonic() - self._began, len(run.cases)
+        left = ""
+        if _FIRST_ESTIMATE <= done < self._total:
+            left = f", {_duration(seconds / done * (self._total - done))} left"
+        return f"[{done}/{self._total}] {shown} {seconds:.0f} s{left}"
 
     def _rewrite(self, text: str) -> None:
         if self._quiet:
@@ -106,6 +111,11 @@ class Progress:
         except (BrokenPipeError, ValueError):
             # The reader left, as head does; the run and its files go on.
             self._gone = True
+
+
+def _duration(seconds: float) -> str:
+    """About how long: "40 s" or "3 min"."""
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 
 def summary_lines(run: Run) -> list[str]:

@@ -53,6 +53,22 @@ def test_a_log_gets_a_line_now_and_then():
     ]
 
 
+def test_a_log_has_the_time_left(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("kvmnest.results.progress.time.monotonic", lambda: now[0])
+    out = io.StringIO()
+    progress, run = Progress(out), Run("lab")
+    progress.planned(1000)
+    for number in range(1000):
+        now[0] += 0.5
+        run.cases.append(_case(number))
+        progress.ended(run, run.cases[-1])
+    lines = {line.partition("/")[0]: line for line in out.getvalue().splitlines()}
+    assert lines["[20"] == "[20/1000] 20 passed 10 s, 8 min left"
+    assert lines["[900"] == "[900/1000] 900 passed 450 s, 50 s left"
+    assert lines["[1000"] == "[1000/1000] 1000 passed 500 s"
+
+
 def test_failures_show_at_once_and_in_full_at_the_end():
     out = io.StringIO()
     _play(Progress(out), 1, "failed")
