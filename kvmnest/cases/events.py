@@ -9,6 +9,35 @@ from __future__ import annotations
 
 import json
 import os
+from typing import Any
+
+from kvmnest.errors import HarnessError
+
+Event = dict[str, Any]
+
+
+class DamagedEvent(HarnessError):
+    """A line of the channel that no process of ours wrote: a case did, or memory is damaged."""
+
+
+#: What each event holds at least.
+_CONTENT: dict[str, dict[str, type | tuple[type, ...]]] = {
+    "session": {"kernel": str, "kvm_params": dict},
+    "collected": {"count": int, "first": int, "cases": list},
+    "start": {"id": str, "series": (int, type(None)), "sdm": (str, type(None))},
+    "result": {
+        "id": str,
+        "series": (int, type(None)),
+        "sdm": (str, type(None)),
+        "outcome": str,
+        "seconds": (int, float),
+        "detail": str,
+    },
+    "broken": {"where": str, "detail": str},
+    "trace": {},
+    "end": {"status": int, "why": str},
+}
+_OUTCOMES = ("passed", "failed", "skipped", "known", "error")
 
 
 class EventWriter:
@@ -35,3 +64,37 @@ class EventWriter:
                 line = line[os.write(self._fd, line) :]
         except BrokenPipeError:
             os._exit(3)
+
+
+def parse(line: bytes) -> Event:
+    """Read one line of the channel; raises DamagedEvent for what EventWriter does not write.
+
+    A lone surrogate in a text (a case may fail with any text) becomes its escape ``\\udc80``: no
+    report could be written with it.
+    """
+    try:
+        event = json.loads(line)
+        wanted = _CONTENT[event["e"]]
+        good = all(isinstance(event[name], kind) for name, kind in wanted.items())
+        good = good and event.get("outcome", "passed") in _OUTCOMES
+        good = good and all(
+            isinstance(case, list) and len(case) == 2 and isinstance(case[0], str)
+            for case in event.get("cases", ())
+        )
+    except (ValueError, LookupError, TypeError, RecursionError):
+        good = False
+    if not good:
+        raise DamagedEvent(f"damaged event from the cases' process: {line[:200]!r}")
+    if b"\\ud" in line.lower():
+        event = _writable(event)
+    return event  # type: ignore[no-any-return]
+
+
+def _writable(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, list):
+        return [_writable(item) for item in value]
+    if isinstance(value, dict):
+        return {_writable(name): _writable(item) for name, item in value.items()}
+    return value

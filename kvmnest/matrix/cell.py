@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kvmnest.cases.events import Event
 from kvmnest.errors import HarnessError, KvmnestError
 from kvmnest.lab import cache
 from kvmnest.lab.emulators import BOCHS, Choice
@@ -15,7 +16,7 @@ from kvmnest.results import jsonfile
 from kvmnest.results.lab_target import LabTarget
 from kvmnest.results.model import OUTCOMES, Run
 from kvmnest.results.progress import Progress
-from kvmnest.results.reporter import Event, Reporter
+from kvmnest.results.reporter import Reporter
 from kvmnest.results.runner import Plan, pytest_arguments, run_cases, split_selection
 
 #: A results document (schema 1), as ``kvmnest run --json`` writes it.

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from kvmnest.errors import HarnessError, KvmnestError
+from kvmnest.errors import KvmnestError
 from kvmnest.results.model import OUTCOMES, SCHEMA, Case, Run
+from kvmnest.results.wholefile import WholeFile
 
 
 def document(run: Run) -> dict[str, Any]:
@@ -43,21 +42,20 @@ def whole(run: Run) -> dict[str, Any]:
 
 
 class JsonFile:
-    """Writes a Run to a path, each time by replacing the file as a whole.
-
-    A write that fails (full disk) leaves the last good file; ``problem`` then says why, and the
-    next write tries again. Raises HarnessError at once if the path cannot be written at all.
-    """
+    """Keeps a Run in a file, whole after every case; see WholeFile for errors."""
 
     def __init__(self, path: Path) -> None:
-        # Neither a device (/dev/null, for root) nor a link may be replaced by a file.
-        if path.exists() and not path.is_file():
-            what = "it is a directory" if path.is_dir() else "it is no regular file"
-            raise HarnessError(f"cannot write results to {path}: {what}")
-        self.path = path.resolve() if path.is_symlink() else path
-        self.problem = ""
+        self._file = WholeFile(path, "results")
         self._cases: list[str] = []
-        self._temporary = self.path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+    @property
+    def problem(self) -> str:
+        """Why the last write failed, "" if it did not."""
+        return self._file.problem
+
+    def start(self, run: Run) -> None:
+        """Write the first, empty document. Raises HarnessError if that fails."""
+        self._file.start(json.dumps({**document(run), "cases": []}, indent=1).encode() + b"\n")
 
     def write(self, run: Run) -> None:
         """Replace the file by one with all that is known now."""
@@ -65,35 +63,7 @@ class JsonFile:
             self._cases.append(json.dumps(_case(case)))
         head = json.dumps(document(run), indent=1)
         text = head[: head.rindex("\n}")] + ',\n "cases": [\n  ' + ",\n  ".join(self._cases)
-        try:
-            self._replace((text.rstrip() + "\n ]\n}\n").encode())
-            self.problem = ""
-        except OSError as error:
-            reason = f"cannot write results to {self.path}: {error.strerror or error}"
-            if not self.problem:
-                print(f"kvmnest: {reason}", file=sys.stderr, flush=True)
-            self.problem = reason
-
-    def start(self, run: Run) -> None:
-        """Write the first, empty document. Raises HarnessError if that fails."""
-        try:
-            text = json.dumps({**document(run), "cases": []}, indent=1)
-            self._replace(text.encode() + b"\n")
-        except OSError as error:
-            raise HarnessError(
-                f"cannot write results to {self.path}: {error.strerror or error}"
-            ) from error
-
-    def _replace(self, content: bytes) -> None:
-        try:
-            with open(self._temporary, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(self._temporary, self.path)
-        except BaseException:
-            self._temporary.unlink(missing_ok=True)
-            raise
+        self._file.write((text.rstrip() + "\n ]\n}\n").encode())
 
 
 def _case(case: Case) -> dict[str, Any]:

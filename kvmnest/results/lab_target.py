@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from kvmnest.errors import HarnessError, UsageError
+from kvmnest.cases.events import parse
+from kvmnest.errors import UsageError
 from kvmnest.lab.emulators import BOCHS, Choice
 from kvmnest.lab.errors import LabHang, LabLost, LabModuleError, LabPanic, LabRunError
 from kvmnest.lab.guest import EVENTS_PATH
@@ -117,7 +118,7 @@ class LabTarget:
 
         def take_line(line: bytes) -> None:
             if line:
-                on_event(_parse(self._as_called(line)))
+                on_event(parse(self._as_called(line)))
 
         def take_output(data: bytes) -> None:
             nonlocal tail
@@ -182,13 +183,3 @@ def _since(log: str, start: float) -> str:
 def _beside(file: Path) -> list[Path]:
     # A test file may import modules from its folder.
     return sorted(file.parent.glob("*.py"))
-
-
-def _parse(line: bytes) -> dict[str, object]:
-    try:
-        event = json.loads(line)
-    except ValueError as error:
-        raise HarnessError(f"damaged event from the lab: {line[:200]!r}") from error
-    if not isinstance(event, dict):
-        raise HarnessError(f"damaged event from the lab: {line[:200]!r}")
-    return event

@@ -105,6 +105,8 @@ class Progress:
     def _write(self, text: str) -> None:
         if self._gone:
             return
+        encoding = self._out.encoding or "utf-8"  # a terminal may know ASCII only
+        text = text.encode(encoding, "backslashreplace").decode(encoding)
         try:
             self._out.write(text)
             self._out.flush()

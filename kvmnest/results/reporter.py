@@ -6,18 +6,14 @@ import datetime
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from kvmnest import known
+from kvmnest.cases.events import DamagedEvent, Event
 from kvmnest.errors import HarnessError
-from kvmnest.results import junit
 from kvmnest.results.jsonfile import JsonFile
+from kvmnest.results.junit import JUnitFile
 from kvmnest.results.model import Case, Run
 from kvmnest.results.progress import Progress
-
-#: Events and their content: see ``kvmnest.cases.events``.
-Event = dict[str, Any]
-
 
 #: How the summary of a case begins in which the kernel or the process died.
 CRASHED = "crashed: "
@@ -64,13 +60,14 @@ class Reporter:
         self._began = self._started = time.monotonic()
         self._kernel_log = ""
         self._series: dict[str, int | None] = {}
-        self._junit_path = junit_path
         run.started = _now()
-        self._json = JsonFile(json_path) if json_path else None
-        if self._json:
-            self._json.start(run)
+        self._files: list[JsonFile | JUnitFile] = []
+        if json_path:
+            self._files.append(JsonFile(json_path))
         if junit_path:
-            junit.write(run, junit_path)
+            self._files.append(JUnitFile(junit_path))
+        for file in self._files:
+            file.start(run)
 
     # --- events ---
 
@@ -119,12 +116,17 @@ class Reporter:
             )
 
     def _start(self, event: Event) -> None:
+        done = len(self.run.cases)
+        if self.run.running or [event["id"]] != self.run.planned[done : done + 1]:
+            raise DamagedEvent(f"the cases' process starts {event['id']:.200}, which is not next")
         self._current = event
         self._began = time.monotonic()
         self.run.running = event["id"]
         self.progress.running(self.run, event["id"])
 
     def _result(self, event: Event) -> None:
+        if event["id"] != self.run.running:
+            raise DamagedEvent(f"a result of {event['id']:.200}, which does not run")
         seconds = time.monotonic() - self._began if self._own_clock else event["seconds"]
         self._add(
             Case(
@@ -159,8 +161,9 @@ class Reporter:
         self.run.running = None
         self.run.cases.append(case)
         self.run.complete = len(self.run.cases) == len(self.run.planned)
-        self.progress.ended(self.run, case)
         self._write()
+        # Told after it is stored: what the user has seen must not be lost.
+        self.progress.ended(self.run, case)
 
     # --- a process that did not get to its end ---
 
@@ -212,21 +215,15 @@ class Reporter:
         self.run.finished = _now()
         self.run.running = None
         self._write()
-        if self._junit_path:
-            try:
-                junit.write(self.run, self._junit_path)
-            except HarnessError as error:
-                self.run.problems.append(str(error))
-        if self._json and self._json.problem:
-            self.run.problems.append(self._json.problem)
+        self.run.problems += [file.problem for file in self._files if file.problem]
         if summary:
             self.progress.finish(self.run)
         return exit_code(self.run, strict_known=self.strict_known)
 
     def _write(self) -> None:
         self.run.seconds = round(time.monotonic() - self._started, 3)
-        if self._json:
-            self._json.write(self.run)
+        for file in self._files:
+            file.write(self.run)
 
 
 def exit_code(run: Run, *, strict_known: bool = False) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from kvmnest.cases.events import DamagedEvent
 from kvmnest.errors import HarnessError, KvmnestError, UsageError
 from kvmnest.results.reporter import Reporter
 from kvmnest.results.targets import Ended, Target
@@ -121,6 +122,9 @@ def run_cases(target: Target, arguments: Sequence[str], reporter: Reporter) -> N
         reporter.ended = None
         try:
             ended = target.run(arguments, reporter.event, done)
+        except DamagedEvent as error:
+            # The case that runs wrote to the channel: its process is ended, the next one goes on.
+            ended, reporter.ended = Ended(None, str(error)), None
         except KvmnestError as error:
             if not reporter.run.planned:
                 raise

@@ -6,9 +6,10 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 
+from kvmnest.cases.events import Event
 from kvmnest.results.model import Case, Run
 from kvmnest.results.progress import Progress
-from kvmnest.results.reporter import Event, Reporter
+from kvmnest.results.reporter import Reporter
 from kvmnest.results.runner import run_cases
 from kvmnest.results.targets import Target
 

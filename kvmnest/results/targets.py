@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import selectors
 import signal
@@ -14,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from kvmnest.cases.events import parse
 from kvmnest.errors import HarnessError
 
 _TAIL = 16_384
@@ -189,11 +189,7 @@ class LineEvents:
         self._pending = b""
 
     def feed(self, data: bytes) -> None:
-        """Take bytes. Raises HarnessError for a line that is no JSON object."""
+        """Take bytes. Raises DamagedEvent for a line that is no event."""
         *lines, self._pending = (self._pending + data).split(b"\n")
         for line in lines:
-            try:
-                event = json.loads(line)
-            except ValueError as error:
-                raise HarnessError(f"damaged event: {line[:200]!r}") from error
-            self._on_event(event)
+            self._on_event(parse(line))

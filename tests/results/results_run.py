@@ -11,11 +11,11 @@ from kvmnest.results.runner import Plan, pytest_arguments, run_cases
 from kvmnest.results.targets import LocalTarget
 
 
-def run(out: Path, *files: str, patience: float = 30.0, **options) -> tuple[int, Run]:
+def run(out: Path, *files: str, patience: float = 30.0, screen=None, **options) -> tuple[int, Run]:
     """Run ``files``, writing OUT.json and OUT.xml; returns exit code and results."""
     reporter = Reporter(
         Run("kvm"),
-        Progress(sys.stdout),
+        Progress(screen or sys.stdout),
         json_path=out.with_suffix(".json"),
         junit_path=out.with_suffix(".xml"),
         rerun=lambda case_id: f"again {case_id}",

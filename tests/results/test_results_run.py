@@ -1,7 +1,9 @@
 """Whole runs: real child processes that pass, fail, crash, hang and are interrupted."""
 
+import io
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -17,7 +19,9 @@ from kvmnest import known
 from kvmnest.bisect import probe
 from kvmnest.errors import HarnessError, KvmnestError, UsageError
 from kvmnest.results import jsonfile, ktap
-from kvmnest.results.model import Run
+from kvmnest.results.model import Case, Run
+from kvmnest.results.progress import Progress
+from kvmnest.results.reporter import Reporter
 
 SCRIPT = str(Path(__file__).with_name("results_run.py"))
 ROOT = str(Path(__file__).resolve().parents[2])
@@ -151,6 +155,28 @@ def test_a_case_that_ends_the_session(write, tmp_path, capsys, how, place):
 def test_a_file_that_ends_the_session(write, tmp_path, what, text):
     with pytest.raises(HarnessError, match=text):
         run(tmp_path / "out", write(what))
+
+
+@pytest.mark.parametrize(
+    ("text", "summary"),
+    [
+        ("def test_b(): sys.exit(0)", "SystemExit: 0"),
+        ("@pytest.fixture\ndef f(): raise SystemExit\ndef test_b(f): assert 1", "SystemExit"),
+        (
+            "@pytest.fixture\ndef f():\n yield\n sys.exit(0)\ndef test_b(f): assert 1",
+            "SystemExit: 0",
+        ),
+        ("def test_b(): os._exit(0)", "crashed: the process ended with status 0 in the middle"),
+    ],
+)
+def test_a_case_that_ends_its_process(write, tmp_path, text, summary):
+    text = f"import sys\ndef test_a(): assert 1\n{text}\ndef test_c(): assert 1"
+    code, found = run(tmp_path / "out", write(text))
+    assert code in (1, 3)
+    assert found.complete
+    assert [case.outcome for case in found.cases[::2]] == ["passed", "passed"]
+    assert found.cases[1].outcome in ("failed", "error")
+    assert summary in f"{found.cases[1].summary} {found.cases[1].detail}"
 
 
 def test_a_session_that_ends_after_the_last_case(write, tmp_path):
@@ -293,6 +319,39 @@ def test_killed_in_the_middle(write, tmp_path):
     assert document["finished"] is None
     # Nobody listens to the child any more.
     assert _gone(int((tmp_path / "pid").read_text()))
+
+
+def test_a_killed_run_leaves_a_junit_report_that_does_not_look_good(write, tmp_path):
+    process = _start(tmp_path, write(SLOW))
+    _wait_for_cases(tmp_path / "out.json", 5)
+    process.kill()
+    output, _ = process.communicate()
+    suite = ET.parse(tmp_path / "out.xml").getroot()[0]
+    found = [case for case in suite.iter("testcase") if case.get("classname") != "kvmnest"]
+    stored = len(json.loads((tmp_path / "out.json").read_text())["cases"])
+    assert len(found) >= stored - 1  # it is written second
+    assert suite.get("errors") == "1"
+    assert "the run did not come to its end" in suite.find("testcase/error").get("message")
+    # What the terminal has counted is stored.
+    counted = max((int(n) for n in re.findall(r"\[(\d+)/", output)), default=0)
+    assert min(stored, len(found)) >= counted
+
+
+def test_a_case_is_stored_before_it_is_told(tmp_path):
+    path = tmp_path / "out.json"
+
+    class Telling(Progress):
+        def ended(self, run, case):
+            document = json.loads(path.read_text())
+            assert [one["id"] for one in document["cases"]] == [one.id for one in run.cases]
+            told.append(case.id)
+
+    told = []
+    reporter = Reporter(Run("kvm"), Telling(io.StringIO()), json_path=path)
+    reporter.run.planned = ["a", "b"]
+    for name in reporter.run.planned:
+        reporter.store(Case(name, None, None, "passed", 0.0))
+    assert told == ["a", "b"]
 
 
 def test_interrupted(write, tmp_path):
