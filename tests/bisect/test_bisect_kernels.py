@@ -169,7 +169,7 @@ def test_kernels_that_this_system_can_boot(monkeypatch, tmp_path):
     every = ["6.1.0-1-amd64", "6.1.0-2-amd64", "6.1.0-2-cloud-amd64", "6.1.0-3-amd64"]
     found = [kernels.Available(name, False, False, "6.1.9-1") for name in every]
     monkeypatch.setattr(kernels, "available", lambda: found)
-    monkeypatch.setattr(debian.Apt, "releases", [every[0], every[2]])
+    monkeypatch.setattr(debian.Apt, "offers", dict.fromkeys([every[0], every[2]]))
     monkeypatch.setattr(kernels, "installed_releases", lambda: [every[3]])
     chosen = plan.choose_kernels(None, "6.1.0-1", "6.1.0-3", here=True)
     assert chosen == [every[0], every[3]]
