@@ -1,22 +1,31 @@
 """The lab's cache: entries named by a digest of what they are made from.
 
-An entry is a directory that appears whole or not at all (built beside, then renamed), so a run
-that is killed, or two runs at once, never leave or see half of one.
+An entry is a directory that appears whole or not at all (built beside, written to the disk, then
+renamed), so a run that is killed, or two runs at once, never leave or see half of one. A kernel
+under test may crash the host, and disks fill up: what an entry held when it was made stands in its
+manifest, and one that differs is dropped and made again.
 """
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import hashlib
+import json
 import os
 import shutil
+import sys
 import tempfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from kvmnest.lab.errors import LabSetupError
 
 _KEEP = 6  # entries of one kind; the oldest used go first
+_MANIFEST = "manifest.json"
+_MOST_LISTED = 64  # files; the trees that kernels are built in are not checked
+_SAMPLE, _SAMPLES = 4096, 64  # of larger files so many places of so many bytes are checked
 
 
 def root() -> Path:
@@ -73,9 +82,10 @@ def entry(kind: str, key: str, build: Callable[[Path], None], *, keep: int = _KE
     raises leaves no entry behind.
     """
     final = root() / kind / key
-    if not final.is_dir():
+    if not is_whole(final):
         with locked(kind):
-            if not final.is_dir():
+            if not is_whole(final):
+                _drop_damaged(final)
                 _make(final, build, keep)
     with contextlib.suppress(OSError):
         os.utime(final)
@@ -83,9 +93,10 @@ def entry(kind: str, key: str, build: Callable[[Path], None], *, keep: int = _KE
 
 
 def existing(kind: str, key: str) -> Path | None:
-    """Directory of entry ``key`` if it is there; it counts as used."""
+    """Directory of entry ``key`` if it is there and whole; it counts as used."""
     folder = root() / kind / key
-    if not folder.is_dir():
+    if not is_whole(folder):
+        _drop_damaged(folder)
         return None
     with contextlib.suppress(OSError):
         os.utime(folder)
@@ -93,8 +104,67 @@ def existing(kind: str, key: str) -> Path | None:
 
 
 def drop(folder: Path) -> None:
-    """Remove an entry that turned out to be useless."""
-    shutil.rmtree(folder, ignore_errors=True)
+    """Remove an entry that turned out to be useless, or whatever else is in its place."""
+    _seen_whole.discard(folder)
+    if folder.is_dir() and not folder.is_symlink():
+        shutil.rmtree(folder, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            folder.unlink()
+
+
+def _drop_damaged(folder: Path) -> None:
+    if os.path.lexists(folder):
+        print(f"kvmnest: {folder} is damaged, and made again", file=sys.stderr, flush=True)
+        drop(folder)
+
+
+#: Entries that this process has checked, so that it does so once.
+_seen_whole: set[Path] = set()
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether an entry is there, with all that its manifest lists."""
+    if folder in _seen_whole:
+        return folder.is_dir()
+    try:
+        listed = json.loads((folder / _MANIFEST).read_bytes())
+        whole = all(_facts(folder / name) == facts for name, facts in listed.items())
+    except (OSError, ValueError, AttributeError):
+        return False
+    if whole:
+        _seen_whole.add(folder)
+    return whole
+
+
+def _facts(path: Path) -> list[int]:
+    """Size and checksum of a file, or of samples all over a large one."""
+    with open(path, "rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size <= _SAMPLE * _SAMPLES:
+            return [size, zlib.crc32(file.read())]
+        checksum = 0
+        for number in range(_SAMPLES):
+            at = number * (size - _SAMPLE) // (_SAMPLES - 1)
+            checksum = zlib.crc32(os.pread(file.fileno(), _SAMPLE, at), checksum)
+        return [size, checksum]
+
+
+def _finish(folder: Path) -> None:
+    """Write the manifest of a new entry, and all of it to the disk."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    listed = {}
+    if len(files) <= _MOST_LISTED:
+        listed = {str(path.relative_to(folder)): _facts(path) for path in files}
+    (folder / _MANIFEST).write_text(json.dumps(listed))
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        # One call for all files: to sync the thousands of a source one by one takes minutes.
+        if ctypes.CDLL(None, use_errno=True).syncfs(fd):
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number), str(folder))
+    finally:
+        os.close(fd)
 
 
 def _make(final: Path, build: Callable[[Path], None], keep: int) -> None:
@@ -104,6 +174,7 @@ def _make(final: Path, build: Callable[[Path], None], keep: int) -> None:
         work = Path(tempfile.mkdtemp(prefix=".new-", dir=final.parent))
         try:
             build(work)
+            _finish(work)
             work.rename(final)
         except BaseException:
             shutil.rmtree(work, ignore_errors=True)

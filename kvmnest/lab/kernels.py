@@ -181,8 +181,23 @@ def _store_unpacked(package: Path, to: Path) -> None:
 def cached_releases() -> dict[str, str]:
     """Release -> cache key of the Debian kernels fetched before."""
     folder = cache.root() / "debian"
-    keys = {p.name: p.read_text() for p in folder.glob("*-amd64")} if folder.is_dir() else {}
-    return {r: k for r, k in keys.items() if (cache.root() / "kernels" / k / "meta").is_file()}
+    keys = {path.name: _noted(path) for path in folder.glob("*-amd64")}
+    whole = {k for k in keys.values() if k and cache.is_whole(cache.root() / "kernels" / k)}
+    return {release: key for release, key in keys.items() if key in whole}
+
+
+def _note(path: Path, text: str) -> None:
+    cache.drop(path)
+    path.write_text(text)
+
+
+def _noted(path: Path) -> str:
+    """A word that was written down; "" if it is damaged."""
+    try:
+        text = path.read_text(encoding="ascii")
+    except (OSError, ValueError):
+        return ""
+    return text if re.fullmatch(r"[\w.+-]+", text) else ""
 
 
 def _archive_folder() -> Path:
@@ -195,7 +210,7 @@ def _system_apt() -> debian.Apt:
     if not notes.is_file():
         notes.parent.mkdir(mode=0o700, exist_ok=True)
         for old in notes.parent.glob("system-*"):
-            old.unlink(missing_ok=True)
+            cache.drop(old)
     return debian.Apt(notes=notes)
 
 
@@ -238,7 +253,7 @@ def _from_version(spec: str) -> Kernel:
     answer = notes / f"answer-{cache.digest([spec, *stamps])}"
     cached = cached_releases()
     if answer.is_file() and time.time() - answer.stat().st_mtime < _DAY:
-        release = answer.read_text()
+        release = _noted(answer)
         if release in cached:
             return _cached(cached[release], _gone)
     try:
@@ -260,12 +275,12 @@ def _from_version(spec: str) -> Kernel:
             _store_unpacked(Path(scratch), to)
 
     kernel = _cached(key, build)
-    (notes / release).write_text(key)
+    _note(notes / release, key)
     for old in notes.glob("answer-*"):
-        if old.read_text() == release:
-            old.unlink(missing_ok=True)
+        if _noted(old) in (release, ""):
+            cache.drop(old)
     stamps[1] = archive.stamp(_archive_folder())  # asking may have renewed its lists
-    (notes / f"answer-{cache.digest([spec, *stamps])}").write_text(release)
+    _note(notes / f"answer-{cache.digest([spec, *stamps])}", release)
     return kernel
 
 

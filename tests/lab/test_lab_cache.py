@@ -1,0 +1,140 @@
+"""The cache after a crashed host or a full disk: what is damaged is made again, with one line."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from itertools import cycle
+from pathlib import Path
+
+import pytest
+
+from kvmnest.lab import cache
+from kvmnest.lab.machine import Lab
+
+
+def zero(path: Path) -> None:
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def empty(path: Path) -> None:
+    os.truncate(path, 0)
+
+
+def junk(path: Path) -> None:
+    path.write_bytes(b"\xff\xfejunk\x00" * 9)
+
+
+def missing(path: Path) -> None:
+    path.unlink()
+
+
+def folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+DAMAGES = (zero, cut, empty, junk, missing, folder)
+
+
+@pytest.fixture
+def private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    forget()
+    return tmp_path / "kvmnest"
+
+
+def forget() -> None:
+    """As in a new process."""
+    cache._seen_whole.clear()
+
+
+def build(folder: Path) -> None:
+    (folder / "sub").mkdir()
+    (folder / "sub/small").write_bytes(b"small")
+    (folder / "large").write_bytes(os.urandom(1 << 20))
+
+
+@pytest.mark.parametrize("name", ["sub/small", "large", "manifest.json"])
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda f: f.__name__)
+def test_a_damaged_entry(
+    private: Path, capfd: pytest.CaptureFixture[str], damage: Callable[[Path], None], name: str
+) -> None:
+    entry = cache.entry("kind", "key", build)
+    damage(entry / name)
+    forget()
+    assert cache.entry("kind", "key", build) == entry
+    assert (entry / "sub/small").read_bytes() == b"small"
+    assert capfd.readouterr().err == f"kvmnest: {entry} is damaged, and made again\n"
+    forget()
+    cache.entry("kind", "key", lambda to: pytest.fail("it is whole"))
+    damage(entry / name)
+    forget()
+    assert cache.existing("kind", "key") is None
+    assert not entry.exists()
+
+
+@pytest.mark.parametrize("what", ["file", "dangling link"])
+def test_something_else_in_the_place_of_an_entry(private: Path, what: str) -> None:
+    place = cache.entry("kind", "key", build)
+    shutil.rmtree(place)
+    if what == "file":
+        place.write_bytes(b"x")
+    else:
+        place.symlink_to("/nonexistent")
+    forget()
+    assert cache.entry("kind", "key", build).is_dir()
+
+
+def test_a_build_that_fails_leaves_nothing(private: Path) -> None:
+    def broken(to: Path) -> None:
+        build(to)
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(cache.LabSetupError, match="no space left on the disk"):
+        cache.entry("kind", "key", broken)
+    assert list((private / "kind").iterdir()) == []
+
+
+@pytest.fixture
+def copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A copy of the parts of the real cache that a run uses, all there."""
+    Lab()
+    real, copy = cache.root(), tmp_path / "kvmnest"
+    used = ("archive", "boot", "debian", "kernels", "kvmnest", "modules", "python", "site")
+    kernel = Lab().kernel
+    for kind in used:
+        shutil.copytree(real / kind, copy / kind, symlinks=True)
+    for other in (copy / "kernels").iterdir():
+        if other.name != kernel.key:
+            shutil.rmtree(other)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    forget()
+    yield copy
+    forget()
+
+
+def test_every_file_of_a_real_cache(copied: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Whatever is damaged, the next run is prepared as before."""
+    before = Lab()
+    expected = (before.kernel.image(), before._files, [layer.read() for layer in before._layers])
+    kinds = cycle(DAMAGES)
+    entries = [*before._layers]
+    places = [before.kernel.folder, *(layer.path.parent for layer in entries)]
+    places += [*(copied / "modules").iterdir(), *(copied / "debian").iterdir()]
+    files = [f for place in places for f in ([place] if place.is_file() else place.rglob("*"))]
+    tried = 0
+    for path in sorted(f for f in files if f.is_file()):
+        if path.is_file():
+            next(kinds)(path)
+            tried += 1
+            forget()
+            again = Lab()
+            got = (again.kernel.image(), again._files, [layer.read() for layer in again._layers])
+            assert got == expected, path
+            assert "Traceback" not in capfd.readouterr().err
+    assert tried >= 12
