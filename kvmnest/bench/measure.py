@@ -116,7 +116,6 @@ def _nested(l1: L1) -> dict[str, float]:
         "VMREAD by itself": best(lambda: l1.vmread(fields[0])),
     }
     resume = l1.command("vmresume", {})
-    resume.regs = {}
     count = l1.payload["SLOT_COUNT"]
     found["entry and exit in a batch"] = best(lambda: l1.cpu.submit([resume] * count), count)
     return found

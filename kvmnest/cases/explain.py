@@ -103,7 +103,7 @@ def _objections(l1: Any) -> list[str]:
     """Which rules of VM entry object to the VMCS, if L1 has tried to enter it."""
     from kvmnest.vmx.outcome import EntryFailure, VMfailValid
 
-    ends = [end for text, end in l1.log if text.startswith(("vmlaunch", "vmresume"))]
+    ends = [end for command, end in l1.log if str(command).startswith(("vmlaunch", "vmresume"))]
     if not ends:
         return []
     try:
@@ -127,6 +127,6 @@ def _commands(l1: Any) -> list[str]:
         return []
     lines = [f"last commands of {len(log)}:"]
     for entry in log[-_LAST_COMMANDS:]:
-        text, outcome = entry if isinstance(entry, tuple) else (entry, "")
-        lines.append(f"  {text} -> {outcome!r}" if outcome != "" else f"  {text}")
+        command, outcome = entry if isinstance(entry, tuple) else (entry, "")
+        lines.append(f"  {command} -> {outcome!r}" if outcome != "" else f"  {command}")
     return lines

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from kvmnest.l1.cpu import GPRS, Command, Cpu, Result
+from kvmnest.l1.command import GPRS, LIST_ENTRY, Command, Kind, Result
+from kvmnest.l1.cpu import Cpu
 from kvmnest.vmx import EntryCtl, Field
 
 #: Bytes of code that are sent along: some four instructions.
@@ -30,14 +31,14 @@ class Recorder:
 
     def __call__(self, cpu: Cpu, results: Sequence[Result]) -> None:
         """Take the results of ``cpu.commands``."""
-        l1 = cpu.l1
-        listed = cpu.read_list(cpu.list_entries) if any(c.cs for c in cpu.commands) else []
-        for command, result in zip(cpu.commands, results, strict=False):
-            if command.op == l1.payload["OP_EXECUTE"]:
-                self._instruction(cpu, command, result)
+        lists = any(command.kind is Kind.LIST for command in cpu.commands)
+        listed = cpu.read_list(cpu.list_entries) if lists else []
+        for command, result in zip(cpu.commands, results, strict=True):
+            if command.kind is Kind.LIST:
+                first = (command.rip - cpu.list) // LIST_ENTRY.size
+                self._list(cpu, command, listed[first : first + command.frame.count])
             else:
-                first = (command.rip - cpu.list) // 24
-                self._list(cpu, command, listed[first : first + command.cs])
+                self._instruction(cpu, command, result)
 
     def _list(self, cpu: Cpu, command: Command, entries: Sequence[tuple[int, int, int]]) -> None:
         vmcs = cpu.vmcs
@@ -67,7 +68,7 @@ class Recorder:
         }
         if command.operand:
             event["operand"] = command.operand.hex()
-        if command.name.startswith(("vmlaunch", "vmresume")):
+        if command.kind is Kind.ENTRY:
             event["l2"] = self._code(cpu)
         self._send(event)
 

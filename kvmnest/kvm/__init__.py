@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from kvmnest.kvm.native import CData as CData
     from kvmnest.kvm.native import ffi as ffi
     from kvmnest.kvm.state import MsrList as MsrList
+    from kvmnest.kvm.state import TscOffset as TscOffset
     from kvmnest.kvm.system import Kvm as Kvm
     from kvmnest.kvm.vcpu import Vcpu as Vcpu
     from kvmnest.kvm.vm import Vm as Vm
@@ -30,6 +31,7 @@ _HOMES = {
     "KvmUnavailable": "errors",
     "Memory": "memory",
     "MsrList": "state",
+    "TscOffset": "state",
     "Vcpu": "vcpu",
     "Vm": "vm",
     "ffi": "native",

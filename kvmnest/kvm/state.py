@@ -38,6 +38,19 @@ class MsrList:
         self.batches = [ffi.new(pointer, {"nmsrs": len(p), "entries": p}) for p in parts]
 
 
+class TscOffset:
+    """An offset of the TSC in the form that KVM_SET_DEVICE_ATTR takes, for many writes."""
+
+    def __init__(self, offset: int) -> None:
+        self._value = ffi.new("uint64_t *", offset & (1 << 64) - 1)
+        self.request = _tsc_request(ioctls.SET_DEVICE_ATTR, self._value)
+
+
+def _tsc_request(row: ioctls.Ioctl, value: CData) -> CData:
+    address = int(ffi.cast("uintptr_t", value))
+    return ffi.new(row.pointer, [0, _TSC_CTRL, _TSC_OFFSET, address])
+
+
 class VcpuState(KvmObject):
     """Everything of a vCPU but running it (which ``Vcpu`` adds)."""
 
@@ -264,17 +277,14 @@ class VcpuState(KvmObject):
 
     def get_tsc_offset(self) -> int:
         """What KVM adds to the host's TSC, modulo 2**64."""
-        value = ffi.new("uint64_t *")
-        self._device_attr(ioctls.GET_DEVICE_ATTR, value)
+        row, value = ioctls.GET_DEVICE_ATTR, ffi.new("uint64_t *")
+        self.ioctl(row, _tsc_request(row, value))
         return int(value[0])
 
-    def set_tsc_offset(self, offset: int) -> None:
+    def set_tsc_offset(self, offset: int | TscOffset) -> None:
         """Set what KVM adds to the host's TSC, modulo 2**64."""
-        self._device_attr(ioctls.SET_DEVICE_ATTR, ffi.new("uint64_t *", offset & (1 << 64) - 1))
-
-    def _device_attr(self, row: ioctls.Ioctl, value: CData) -> None:
-        address = int(ffi.cast("uintptr_t", value))
-        self.ioctl(row, ffi.new(row.pointer, [0, _TSC_CTRL, _TSC_OFFSET, address]))
+        prepared = offset if isinstance(offset, TscOffset) else TscOffset(offset)
+        self.ioctl(ioctls.SET_DEVICE_ATTR, prepared.request)
 
     def kvmclock_ctrl(self) -> None:
         """Tell the guest's kvmclock that the VM was paused."""

@@ -1,8 +1,7 @@
 """L1: the bare-metal hypervisor in a VM, driven one instruction at a time."""
 
 from kvmnest.l1.baseline import L2Mode
-from kvmnest.l1.cpu import Mode
-from kvmnest.l1.execute import Shadow
+from kvmnest.l1.command import Mode, Shadow
 from kvmnest.l1.guest import L1
 from kvmnest.l1.lost import VmLost
 from kvmnest.l1.vmcs import Vmcs

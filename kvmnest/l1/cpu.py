@@ -2,81 +2,25 @@
 
 from __future__ import annotations
 
-import enum
 import functools
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from kvmnest.errors import HarnessError, PayloadError
-from kvmnest.kvm import exits
+from kvmnest.errors import HarnessError
+from kvmnest.kvm import Vcpu, exits
+from kvmnest.l1.command import GPRS, LIST_ENTRY, Command, Result, frames
 from kvmnest.l1.lost import VmLost
-from kvmnest.l1.payload import Payload
 
 if TYPE_CHECKING:
     from kvmnest.l1.machine import Machine
     from kvmnest.l1.vmcs import Vmcs
 
-#: General registers in the order of their encoding, which is the order of the slots.
-GPRS = (
-    *("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi"),
-    *("r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15"),
-)
-_INDEX = {name: index for index, name in enumerate(GPRS)}
-
-_IN = struct.Struct("<II7Q16Q")
-_OUT = struct.Struct("<8Q16Q")
 _SELECTORS = struct.Struct("<6H")
 _TABLE = struct.Struct("<HQ")
 _STATUS = struct.Struct("<I")
 _QUAD = struct.Struct("<Q")
-LIST_ENTRY = struct.Struct("<QQQ")
-
-#: RFLAGS with all six status flags set (CF, PF, AF, ZF, SF, OF): an instruction that should
-#: clear one and does not is noticed.
-ALL_STATUS_FLAGS = 0x8D5
-DEFAULT_RFLAGS = 0x2 | ALL_STATUS_FLAGS
-
-
-class Mode(enum.Enum):
-    """Code segment in which L1 executes an instruction."""
-
-    LONG = "64-bit mode"
-    COMPAT = "compatibility mode"
-
-
-@dataclass(slots=True)
-class Command:
-    """One entry of the command page; see ``payloads/abi.inc`` for the meaning of each part."""
-
-    op: int
-    rip: int
-    name: str
-    cs: int = 0
-    rflags: int = DEFAULT_RFLAGS
-    rsp: int = 0
-    ss: int = 0
-    ds: int = 0
-    cr2: int = 0
-    regs: dict[str, int] = field(default_factory=dict)
-    operand: bytes = b""
-
-
-@dataclass(slots=True)
-class Result:
-    """What the payload recorded for one command."""
-
-    status: int
-    regs: dict[str, int]
-    rip: int
-    cs: int
-    rflags: int
-    rsp: int
-    ss: int
-    vector: int
-    error: int
-    cr2: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,22 +39,6 @@ class HostLoads:
     idtr_base: int
 
 
-def check_layout(payload: Payload) -> None:
-    """Check that the packed formats above are the payload's layout; PayloadError if not."""
-    symbols = payload.symbols
-    order = ("OP", "STATUS", "RIP", "CS", "RFLAGS", "RSP", "SS", "DS", "CR2", "GPR")
-    offsets = [0, 4, 8, 16, 24, 32, 40, 48, 56, 64]
-    outs = ("RIP", "CS", "RFLAGS", "RSP", "SS", "VECTOR", "ERROR", "CR2", "GPR")
-    out = symbols["SLOT_OUT"]
-    right = (
-        [symbols[f"SLOT_{name}"] for name in order] == offsets
-        and [symbols[f"OUT_{name}"] for name in outs] == [out + 8 * i for i in range(9)]
-        and symbols["LIST_ENTRY_SIZE"] == LIST_ENTRY.size
-    )
-    if not right:
-        raise PayloadError("the payload's command slots differ from kvmnest/l1/cpu.py")
-
-
 def _packed(entries: Sequence[tuple[int, int]]) -> bytes:
     """Entries of the list page. A plain loop over one flat list: this is the hot path."""
     flat = [0] * (3 * len(entries))
@@ -120,8 +48,15 @@ def _packed(entries: Sequence[tuple[int, int]]) -> bytes:
 
 
 @functools.lru_cache(64)
-def _packed_reads(fields: tuple[int, ...]) -> bytes:
+def packed_reads(fields: tuple[int, ...]) -> bytes:
+    """Entries that read ``fields``, for ``Cpu.put_list``."""
     return _packed([(field, 0) for field in fields])
+
+
+@functools.cache
+def _values(count: int) -> struct.Struct:
+    """The values of ``count`` entries, without their fields and flags."""
+    return struct.Struct("<" + "8xQ8x" * count)
 
 
 class Cpu:
@@ -130,6 +65,8 @@ class Cpu:
     def __init__(self, l1: Machine, index: int) -> None:
         self.l1 = l1
         self.index = index
+        #: What its commands for the same instruction have in common.
+        self.frames = frames(index)
         payload = l1.payload
         self.block = payload[f"cpu{index}_block"]
         self.slots = payload[f"cpu{index}_slots"]
@@ -138,20 +75,24 @@ class Cpu:
         self._slot_size = payload["SLOT_SIZE"]
         self._slot_count = payload["SLOT_COUNT"]
         self._operand = payload["SLOT_OPERAND"]
-        self._out = payload["SLOT_OUT"]
         self._done_port = payload["PORT_DONE"]
         self._running = payload["STATUS_RUNNING"]
         self._count = self.block + payload["CPU_COUNT"]
+        self._slots_pointer = self.block + payload["CPU_SLOTS"]
+        self._memory = l1.memory.map
+        self.power_on()
+
+    def power_on(self) -> None:
+        """Forget all commands; the command loop starts at the first slot again."""
         self.commands: Sequence[Command] = ()
         #: True while a command waits for ``resume`` after an exit to userspace.
         self.suspended = False
         #: Address of the region that this vCPU's VMPTRLD made current.
         self.current: int | None = None
-        view = l1.memory.view
-        _QUAD.pack_into(view, self.block + payload["CPU_SLOTS"], self.slots)
+        _QUAD.pack_into(self._memory, self._slots_pointer, self.slots)
 
     @property
-    def vcpu(self) -> Any:
+    def vcpu(self) -> Vcpu:
         """The KVM vCPU; a new object after a round trip of the VM."""
         return self.l1._vcpus[self.index]
 
@@ -164,7 +105,7 @@ class Cpu:
         """Linear address of the 64 bytes for memory operands in a command slot."""
         return self.slots + slot * self._slot_size + self._operand
 
-    def submit(self, commands: Sequence[Command]) -> list[Result] | Any:
+    def submit(self, commands: Sequence[Command]) -> list[Result] | exits.Exit:
         """Run commands in one go; their results, or the KVM exit that came in between.
 
         Raises:
@@ -173,33 +114,25 @@ class Cpu:
         """
         if self.suspended:
             raise HarnessError(f"{self.commands[0].name} is suspended: call resume() first")
-        if len(commands) > self._slot_count:
-            raise HarnessError(f"{len(commands)} commands, a batch holds {self._slot_count}")
-        view = self.l1.memory.view
+        count = len(commands)
+        if count > self._slot_count:
+            raise HarnessError(f"{count} commands, a batch holds {self._slot_count}")
+        memory = self._memory
         address = self.slots
         for command in commands:
-            gprs = [0] * 16
-            for name, value in command.regs.items():
-                gprs[_INDEX[name]] = value & 0xFFFFFFFFFFFFFFFF
-            _IN.pack_into(
-                *(view, address, command.op, 0, command.rip, command.cs, command.rflags),
-                *(command.rsp, command.ss, command.ds, command.cr2, *gprs),
-            )
-            if command.operand:
-                start = address + self._operand
-                view[start : start + len(command.operand)] = command.operand
+            command.pack_into(memory, address)
             address += self._slot_size
-        _QUAD.pack_into(view, self._count, len(commands))
+        _QUAD.pack_into(memory, self._count, count)
         self.commands = commands
         return self._run()
 
-    def resume(self) -> list[Result] | Any:
+    def resume(self) -> list[Result] | exits.Exit:
         """Go on with commands that an exit to userspace had suspended."""
         if not self.suspended:
             raise HarnessError("nothing is suspended")
         return self._run()
 
-    def _run(self) -> list[Result] | Any:
+    def _run(self) -> list[Result] | exits.Exit:
         l1 = self.l1
         if l1.nested_roundtrip:
             # The time that a round trip takes is no time of the guest.
@@ -208,15 +141,9 @@ class Cpu:
         l1.arm_budget()
         self.suspended = True
         while True:
-            seen = self.vcpu.run()
-            if isinstance(seen, exits.IoExit):
-                if seen.port == self._done_port:
-                    self.suspended = False
-                    results = self._results()
-                    if l1.on_results is not None:
-                        l1.on_results(self, results)
-                    return results
-                return seen
+            seen = l1._vcpus[self.index].run_to_port(self._done_port)
+            if seen is None:
+                break
             if isinstance(seen, exits.IntrExit):
                 if l1.expired:
                     raise self.lost("hang", "the case's budget is used up")
@@ -228,6 +155,16 @@ class Cpu:
             if isinstance(seen, exits.FailEntryExit):
                 raise self.lost("failed entry", repr(seen))
             return seen
+        self.suspended = False
+        end = len(self.commands) * self._slot_size
+        raw = self._memory[self.slots : self.slots + end]
+        if end == self._slot_size:
+            results = [Result(raw, 0)]
+        else:
+            results = [Result(raw, at) for at in range(0, end, self._slot_size)]
+        if l1.on_results is not None:
+            l1.on_results(self, results)
+        return results
 
     def lost(self, kind: str, detail: str) -> VmLost:
         """Describe the end of this vCPU, with its registers and the command it was in."""
@@ -241,29 +178,17 @@ class Cpu:
     def running(self) -> str:
         """Name of the command that is running or ran last."""
         name = ""
-        view = self.l1.memory.view
         for slot, command in enumerate(self.commands):
-            (status,) = _STATUS.unpack_from(view, self.slots + slot * self._slot_size + 4)
+            (status,) = _STATUS.unpack_from(self._memory, self.slots + slot * self._slot_size + 4)
             if status:
                 name = command.name
             if status == self._running:
                 break
         return name
 
-    def _results(self) -> list[Result]:
-        view = self.l1.memory.view
-        results = []
-        address = self.slots
-        for _ in self.commands:
-            (status,) = _STATUS.unpack_from(view, address + 4)
-            out = _OUT.unpack_from(view, address + self._out)
-            results.append(Result(status, dict(zip(GPRS, out[8:], strict=True)), *out[:8]))
-            address += self._slot_size
-        return results
-
     def host_loads(self, slot: int = 0) -> HostLoads:
         """Return what the last VM exit loaded, as recorded by the payload at HOST_RIP."""
-        view, payload = self.l1.memory.view, self.l1.payload
+        view, payload = self._memory, self.l1.payload
         address = self.slots + slot * self._slot_size
         return HostLoads(
             *_SELECTORS.unpack_from(view, address + payload["OUT_SELECTORS"]),
@@ -273,24 +198,36 @@ class Cpu:
 
     def write_list(self, op: str, entries: Sequence[tuple[int, int]]) -> Command:
         """Put (field, value) pairs into the list page; the command that works through them."""
-        return self._put_list(op, _packed(entries))
+        return self.put_list(op, _packed(entries))
 
     def vmread_command(self, fields: tuple[int, ...]) -> Command:
         """Put fields to be read into the list page; ``read_list`` has their values afterwards."""
-        return self._put_list("OP_VMREAD_LIST", _packed_reads(fields))
+        return self.put_list("OP_VMREAD_LIST", packed_reads(fields))
 
-    def _put_list(self, op: str, packed: bytes) -> Command:
+    def put_list(self, op: str, packed: bytes) -> Command:
+        """Put packed entries into the list page; the command that works through them."""
         count = len(packed) // LIST_ENTRY.size
         if count > self.list_entries:
             raise HarnessError(f"{count} entries, a list holds {self.list_entries}")
-        self.l1.memory.view[self.list : self.list + len(packed)] = packed
-        return Command(self.l1.payload[op], self.list, op.removeprefix("OP_"), cs=count)
+        self._memory[self.list : self.list + len(packed)] = packed
+        return self.list_command(op, 0, count)
+
+    def list_command(self, op: str, first: int, count: int) -> Command:
+        """Return the command that works through ``count`` entries of the list page from ``first``.
+
+        ``op`` is OP_VMREAD_LIST or OP_VMWRITE_LIST.
+        """
+        return self.frames.list(op, self.list + first * LIST_ENTRY.size, count)
 
     def list_flags(self, count: int) -> tuple[int, ...]:
         """RFLAGS after each of the first ``count`` entries of the list page."""
-        return struct.unpack_from(f"<{3 * count}Q", self.l1.memory.view, self.list)[2::3]
+        return struct.unpack_from(f"<{3 * count}Q", self._memory, self.list)[2::3]
+
+    def list_values(self, count: int) -> tuple[int, ...]:
+        """Values of the first ``count`` entries of the list page."""
+        return _values(count).unpack_from(self._memory, self.list)
 
     def read_list(self, count: int) -> list[tuple[int, int, int]]:
         """Return the first ``count`` entries of the list page: key, value, RFLAGS."""
         end = self.list + count * LIST_ENTRY.size
-        return list(LIST_ENTRY.iter_unpack(self.l1.memory.view[self.list : end]))
+        return list(LIST_ENTRY.iter_unpack(self._memory[self.list : end]))

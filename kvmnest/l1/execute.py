@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import enum
-from typing import Any, TypedDict, Unpack
+from collections.abc import Mapping
+from typing import TypedDict, Unpack
 
 from kvmnest.errors import HarnessError
-from kvmnest.l1.cpu import DEFAULT_RFLAGS, Command, Cpu, Mode, Result
+from kvmnest.kvm.exits import Exit as KvmExit
+from kvmnest.l1.command import Command, Mode, Result, Shadow
+from kvmnest.l1.cpu import Cpu
 from kvmnest.l1.machine import Machine
 from kvmnest.vmx import Vector
+from kvmnest.vmx.numbers import enum_or_int
 from kvmnest.vmx.outcome import Fault, HostExit, Outcome, Succeed
-
-
-class Shadow(enum.Enum):
-    """What precedes the instruction by one: nothing, MOV to SS, or STI."""
-
-    NONE = ""
-    MOV_SS = "_movss"
-    STI = "_sti"
 
 
 class How(TypedDict, total=False):
@@ -26,7 +21,7 @@ class How(TypedDict, total=False):
     cpu: vCPU (default the first). cpl: 0 or 3. mode: code segment. shadow: blocking by MOV SS
     or by STI. rflags: before the instruction (default: all six status flags set). at: linear
     address of the memory operand, used as it is, instead of a place that kvmnest fills.
-    via_ss: address memory through SS. regs: general registers before the instruction.
+    via_ss: address memory through SS. regs: general registers before the instruction, and "cr2".
     rsp: the stack pointer before the instruction.
     """
 
@@ -51,11 +46,11 @@ class SystemInstructions(Machine):
     # --- one instruction, any ---
 
     def execute(
-        self, name: str, inputs: dict[str, int], operand: bytes = b"", **how: Unpack[How]
+        self, name: str, inputs: Mapping[str, int], operand: bytes = b"", **how: Unpack[How]
     ) -> Outcome:
         """Execute instruction ``name`` of ``payloads/insn.s`` with these registers."""
-        command = self.command(name, inputs, operand, **how)
-        return self._finish(how.get("cpu", self.cpu), command)
+        cpu, command = self._command(name, dict(inputs), operand, how)
+        return self._finish(cpu, command)
 
     def call(self, code: bytes, **how: Unpack[How]) -> Outcome:
         """Execute machine code in L1; it must not jump outside itself.
@@ -69,69 +64,62 @@ class SystemInstructions(Machine):
                 f"{len(code)} bytes of code, a snippet holds {2048 - len(self.done64)}"
             )
         self.write(address, code + self.done64)
-        command = self.command("nop", how.get("regs", {}), b"", **how)
-        command.rip, command.name = address, f"code {code.hex()}"
+        _, command = self._command("nop", {}, b"", how, bytes(code))
+        command.set_state(rip=address)
         return self._finish(cpu, command)
 
     def command(
-        self, name: str, inputs: dict[str, int], operand: bytes = b"", **how: Unpack[How]
+        self, name: str, inputs: Mapping[str, int], operand: bytes = b"", **how: Unpack[How]
     ) -> Command:
         """Return the command that ``execute`` would run, for a batch."""
-        cpl, mode = how.get("cpl", 0), how.get("mode", Mode.LONG)
-        shadow = how.get("shadow", Shadow.NONE)
-        via_ss = how.get("via_ss", False)
-        symbols = self.payload
-        prefix = "insn_" if mode is Mode.LONG else "insn32_"
-        label = f"{prefix}{name}{'_ss' if via_ss else ''}{shadow.value}"
-        code = {
-            (0, Mode.LONG): "SEL_CODE64",
-            (3, Mode.LONG): "SEL_USER_CODE64",
-            (0, Mode.COMPAT): "SEL_CODE32",
-            (3, Mode.COMPAT): "SEL_USER_CODE32",
-        }[cpl, mode]
-        data = symbols["SEL_USER_DATA" if cpl == 3 else "SEL_DATA"]
+        return self._command(name, dict(inputs), operand, how)[1]
+
+    def _command(
+        self,
+        name: str,
+        inputs: Mapping[str, int],
+        operand: bytes,
+        how: How,
+        code: bytes = b"",
+    ) -> tuple[Cpu, Command]:
+        if not how:
+            cpu = self.cpus[0]
+            return cpu, Command(cpu.frames.usual(name), inputs, operand, code)
         cpu = how.get("cpu", self.cpu)
-        at = how.get("at", cpu.operand_address())
-        registers = {"rbp" if via_ss else "rdi": at, **inputs, **how.get("regs", {})}
-        return Command(
-            op=symbols["OP_EXECUTE"],
-            rip=symbols[label],
-            name=name + shadow.value,
-            cs=symbols[code],
-            rflags=how.get("rflags", DEFAULT_RFLAGS),
-            rsp=how.get("rsp", symbols["snippet_stack_top"] - 2048 * cpu.index),
-            ss=data,
-            ds=symbols["SEL_USER_DATA"],
-            regs=registers,
-            operand=operand,
+        frame = cpu.frames.get(
+            name,
+            how.get("cpl", 0),
+            how.get("mode", Mode.LONG),
+            how.get("shadow", Shadow.NONE),
+            how.get("via_ss", False),
+            how.get("at"),
         )
+        command = Command(frame, {**inputs, **how.get("regs", {})}, operand, code)
+        command.set_state(rflags=how.get("rflags"), rsp=how.get("rsp"))
+        return cpu, command
 
     def _finish(self, cpu: Cpu, command: Command) -> Outcome:
-        seen = cpu.submit([command])
-        return self._note(command, self._plain(command, seen))
+        return self._note(command, self._plain(command, cpu.submit((command,))))
 
-    def _plain(self, command: Command, seen: Any) -> Outcome:
+    def _plain(self, command: Command, seen: list[Result] | KvmExit) -> Outcome:
         if not isinstance(seen, list):
             return HostExit(seen)
-        result: Result = seen[0]
-        fault = self._fault(command, result)
-        return fault or Succeed(regs=result.regs, rflags=result.rflags)
-
-    def _fault(self, command: Command, result: Result) -> Fault | None:
+        result = seen[0]
         if self.is_done(result.vector, result.rip):
-            return None
-        return Fault(
-            vector=known(Vector, result.vector),
+            return Succeed.made(result)
+        return self._fault(command, result)
+
+    def _fault(self, command: Command, result: Result) -> Fault:
+        return Fault.made(
+            result,
+            vector=enum_or_int(Vector, result.vector),
             error_code=result.error,
             cr2=result.cr2,
             rip=result.rip - command.rip,
-            regs=result.regs,
-            rflags=result.rflags,
         )
 
     def _note(self, command: Command, outcome: Outcome) -> Outcome:
-        regs = " ".join(f"{name}={value:#x}" for name, value in command.regs.items())
-        self.log.append((f"{command.name} {regs}", outcome))
+        self.log.append((command, outcome))
         return outcome
 
     # --- other instructions ---
@@ -151,7 +139,7 @@ class SystemInstructions(Machine):
         if isinstance(outcome, Succeed):
             regs = outcome.regs
             value = tuple(regs[name] for name in ("rax", "rbx", "rcx", "rdx"))
-            return Succeed(value, regs, outcome.rflags)
+            return outcome.with_value(value)
         return outcome
 
     def rdtsc(self, **how: Unpack[How]) -> Outcome:
@@ -195,16 +183,11 @@ class SystemInstructions(Machine):
 def _edx_eax(outcome: Outcome) -> Outcome:
     if isinstance(outcome, Succeed):
         low, high = outcome.regs["rax"] & 0xFFFFFFFF, outcome.regs["rdx"] & 0xFFFFFFFF
-        return Succeed(high << 32 | low, outcome.regs, outcome.rflags)
+        return outcome.with_value(high << 32 | low)
     return outcome
 
 
 def _rax(outcome: Outcome) -> Outcome:
     if isinstance(outcome, Succeed):
-        return Succeed(outcome.regs["rax"], outcome.regs, outcome.rflags)
+        return outcome.with_value(outcome.regs["rax"])
     return outcome
-
-
-def known(kind: type[enum.IntEnum], number: int) -> int:
-    """Return the member of an enumeration, or the bare number where it has none."""
-    return kind(number) if number in kind._value2member_map_ else number

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import struct
-from typing import Any, Unpack
+from typing import Unpack
 
-from kvmnest.l1.cpu import Command, Cpu, Mode, Result
-from kvmnest.l1.execute import How, SystemInstructions, known
+from kvmnest.kvm.exits import Exit as KvmExit
+from kvmnest.l1.command import Command, Kind, Mode, Result
+from kvmnest.l1.cpu import Cpu, packed_reads
+from kvmnest.l1.execute import How, SystemInstructions
 from kvmnest.vmx import ExitReason, Field, Rflags, VmxError
+from kvmnest.vmx.numbers import enum_or_int
 from kvmnest.vmx.outcome import (
     EntryFailure,
     Exit,
@@ -25,6 +28,7 @@ _CF, _ZF = int(Rflags.CF), int(Rflags.ZF)
 _STATUS_FLAGS = int(Rflags.CF | Rflags.PF | Rflags.AF | Rflags.ZF | Rflags.SF | Rflags.OF)
 
 #: Read after each VM exit; VM_INSTRUCTION_ERROR comes first, since a VMREAD that fails changes it.
+#: From EXIT_QUALIFICATION on in the order of the parts of ``Exit``.
 _EXIT_FIELDS = (
     Field.VM_INSTRUCTION_ERROR,
     Field.VM_EXIT_REASON,
@@ -39,12 +43,7 @@ _EXIT_FIELDS = (
     Field.GUEST_LINEAR_ADDRESS,
     Field.GUEST_PHYSICAL_ADDRESS,
 )
-
-
-_EXIT_NAMES: tuple[str, ...] = (
-    *("qualification", "rip", "length", "intr_info", "intr_error"),
-    *("idt_info", "idt_error", "info", "linear", "physical"),
-)
+_EXIT_LIST = packed_reads(_EXIT_FIELDS)
 
 
 class Instructions(SystemInstructions):
@@ -58,30 +57,28 @@ class Instructions(SystemInstructions):
         self, name: str, inputs: dict[str, int], operand: bytes = b"", **how: Unpack[How]
     ) -> Outcome:
         """Execute a VMX instruction and judge its flags (SDM, "Conventions")."""
-        cpu = how.get("cpu", self.cpu)
-        command = self.command(name, inputs, operand, **how)
-        seen = cpu.submit([command])
+        cpu, command = self._command(name, inputs, operand, how)
+        seen = cpu.submit((command,))
         if not isinstance(seen, list):
             return self._note(command, HostExit(seen))
         return self._note(command, self._judge(cpu, command, seen[0]))
 
     def _judge(self, cpu: Cpu, command: Command, result: Result) -> Outcome:
-        fault = self._fault(command, result)
-        if fault:
-            return fault
+        if not self.is_done(result.vector, result.rip):
+            return self._fault(command, result)
         flags = result.rflags & _STATUS_FLAGS
         if flags == 0:
-            return Succeed(regs=result.regs, rflags=result.rflags)
+            return Succeed.made(result)
         if flags == _CF:
-            return VMfailInvalid(rflags=result.rflags)
+            return VMfailInvalid.made(result)
         if flags == _ZF:
-            return VMfailValid(self.instruction_error(cpu), rflags=result.rflags)
+            return VMfailValid.made(result, error=self.instruction_error(cpu))
         return WrongFlags(flags)
 
     def instruction_error(self, cpu: Cpu) -> int:
         """Read the VM-instruction error field of the current VMCS."""
         ((_, value, _),) = self.vmread_list(cpu, (Field.VM_INSTRUCTION_ERROR,))
-        return known(VmxError, value)
+        return enum_or_int(VmxError, value)
 
     def vmread_list(self, cpu: Cpu, fields: tuple[int, ...]) -> list[tuple[int, int, int]]:
         """VMREAD several fields in one KVM_RUN: (field, value, RFLAGS) of each."""
@@ -121,7 +118,7 @@ class Instructions(SystemInstructions):
         at = how.get("at", how.get("cpu", self.cpu).operand_address())
         outcome = self._vmx("vmptrst", {}, b"\xa5" * 16 if "at" not in how else b"", **how)
         if isinstance(outcome, Succeed) and at < self.payload["RAM_SIZE"]:
-            return Succeed(self.read_int(at), outcome.regs, outcome.rflags)
+            return outcome.with_value(self.read_int(at))
         return outcome
 
     def vmread(self, field: int, *, memory: bool = False, **how: Unpack[How]) -> Outcome:
@@ -131,11 +128,11 @@ class Instructions(SystemInstructions):
         outcome = self._vmx(name, {"rax": field, "rdx": 0xA5A5A5A5A5A5A5A5}, **how)
         if not isinstance(outcome, Succeed):
             return outcome
-        value = outcome.regs["rdx"]
-        if memory:
-            at = how.get("at", how.get("cpu", self.cpu).operand_address())
-            value = self.read_int(at, 8 if how.get("mode", Mode.LONG) is Mode.LONG else 4)
-        return Succeed(value, outcome.regs, outcome.rflags)
+        if not memory:
+            return outcome.with_value(outcome.regs["rdx"])
+        at = how.get("at", how.get("cpu", self.cpu).operand_address())
+        size = 8 if how.get("mode", Mode.LONG) is Mode.LONG else 4
+        return outcome.with_value(self.read_int(at, size))
 
     def vmwrite(
         self, field: int, value: int, *, memory: bool = False, **how: Unpack[How]
@@ -178,42 +175,34 @@ class Instructions(SystemInstructions):
         return self._enter("vmresume", **how)
 
     def _enter(self, name: str, **how: Unpack[How]) -> Outcome:
-        cpu = how.get("cpu", self.cpu)
-        if cpu.vmcs is not None:
-            cpu.vmcs.flush(cpu)
-        command = self.command(name, {}, **how)
-        if "at" not in how:
-            command.regs = dict(how.get("regs", {}))
-        command.cr2 = command.regs.pop("cr2", 0)
-        reads = cpu.vmread_command(_EXIT_FIELDS)
-        return self._note(command, self._entered(cpu, cpu.submit([command, reads])))
+        cpu, command = self._command(name, {}, b"", how)
+        vmcs = cpu.vmcs
+        if vmcs is not None:
+            vmcs.flush(cpu)
+        reads = cpu.put_list("OP_VMREAD_LIST", _EXIT_LIST)
+        return self._note(command, self._entered(cpu, cpu.submit((command, reads))))
 
     def resume(self, cpu: Cpu | None = None) -> Outcome:
         """Go on after a ``HostExit`` and return what becomes of the suspended instruction."""
         cpu = cpu or self.cpu
-        command = cpu.commands[0]
         seen = cpu.resume()
-        if len(cpu.commands) == 2:
+        command = cpu.commands[0]
+        if command.kind is Kind.ENTRY:
             return self._note(command, self._entered(cpu, seen))
         return self._note(command, self._plain(command, seen))
 
-    def _entered(self, cpu: Cpu, seen: Any) -> Outcome:
+    def _entered(self, cpu: Cpu, seen: list[Result] | KvmExit) -> Outcome:
         if not isinstance(seen, list):
             return HostExit(seen)
-        result: Result = seen[0]
-        values = [value for _, value, _ in cpu.read_list(len(_EXIT_FIELDS))]
-        if result.status != self.payload["STATUS_VMEXIT"]:
+        result = seen[0]
+        values = cpu.list_values(len(_EXIT_FIELDS))
+        if result.status != self._vmexit:
             flags = result.rflags & _STATUS_FLAGS
-            if self.is_done(result.vector, result.rip) and flags == _ZF:
-                return VMfailValid(known(VmxError, values[0]), rflags=result.rflags)
+            if flags == _ZF and self.is_done(result.vector, result.rip):
+                return VMfailValid.made(result, error=enum_or_int(VmxError, values[0]))
             return self._judge(cpu, cpu.commands[0], result)
         reason = values[1]
         if reason & EXIT_REASON_ENTRY_FAILURE:
-            basic = reason & ~EXIT_REASON_ENTRY_FAILURE
-            return EntryFailure(known(ExitReason, basic), values[2], regs=result.regs)
-        return Exit(
-            known(ExitReason, reason),
-            **dict(zip(_EXIT_NAMES, values[2:], strict=True)),
-            regs=result.regs,
-            cr2=result.cr2,
-        )
+            basic = enum_or_int(ExitReason, reason & ~EXIT_REASON_ENTRY_FAILURE)
+            return EntryFailure.made(result, reason=basic, qualification=values[2])
+        return Exit.read(result, enum_or_int(ExitReason, reason), values[2:])

@@ -12,20 +12,19 @@ from typing import Any, Self
 
 from kvmnest.errors import HarnessError
 from kvmnest.kvm import Cap, Kvm, KvmMsrError, Memory, Vcpu, Vm
-from kvmnest.l1 import payload as payload_module
+from kvmnest.kvm.memory import Image
 from kvmnest.l1 import roundtrip
-from kvmnest.l1.cpu import Cpu, Result, check_layout
-from kvmnest.l1.payload import Payload
-from kvmnest.l1.roundtrip import VcpuState
+from kvmnest.l1.command import Result, checked_payload
+from kvmnest.l1.cpu import Cpu
+from kvmnest.l1.roundtrip import Rewind
 from kvmnest.l1.vmcs import Vmcs
 from kvmnest.vmx import Capabilities, Cr0, Cr4, Efer, FeatureControl, Field, Msr, Vector
-
-#: MSRs that describe what VMX can do, IA32_VMX_BASIC up to IA32_VMX_VMFUNC.
-VMX_MSRS = tuple(range(Msr.IA32_VMX_BASIC, Msr.IA32_VMX_VMFUNC + 1))
+from kvmnest.vmx.msrs import VMX_MSRS
 
 _CR0 = Cr0.PE | Cr0.MP | Cr0.ET | Cr0.NE | Cr0.WP | Cr0.PG
 _CR4 = Cr4.PAE | Cr4.OSFXSR | Cr4.OSXMMEXCPT
 _EFER = Efer.LME | Efer.LMA | Efer.NXE
+_GP = int(Vector.GP)
 _CPUID_1_ECX_VMX = 1 << 5
 #: Where ``alloc`` begins.
 _FIRST_FREE = 0x100000
@@ -39,13 +38,6 @@ def _capabilities(msrs: tuple[tuple[int, int], ...]) -> Capabilities:
 @functools.lru_cache(maxsize=2)
 def _vmx_msrs(kvm: Kvm) -> tuple[int, ...]:
     return tuple(sorted(set(kvm.msr_feature_index_list()) & set(VMX_MSRS)))
-
-
-@functools.cache
-def _payload_checked() -> Payload:
-    payload = payload_module.default()
-    check_layout(payload)
-    return payload
 
 
 class Machine:
@@ -79,12 +71,13 @@ class Machine:
         nested_roundtrip: bool = False,
     ) -> None:
         self.kvm = kvm
-        self.payload = _payload_checked()
+        self.payload = checked_payload()
         self.budget = budget
         self.irqchip = irqchip
         self.nested_roundtrip = nested_roundtrip
-        #: Commands since the VM was made, with their outcomes: (text, outcome).
-        self.log: deque[tuple[str, object]] = deque(maxlen=400)
+        #: Commands since the VM was made, with their outcomes: (command, outcome). The str of a
+        #: command names it and its registers.
+        self.log: deque[tuple[object, object]] = deque(maxlen=400)
         #: Called with the vCPU and the results of its commands after each batch, for tracing.
         self.on_results: Callable[[Cpu, list[Result]], None] | None = None
         self.expired = False
@@ -93,6 +86,8 @@ class Machine:
         self.vmcss: dict[int, Vmcs] = {}
         self._free = _FIRST_FREE
         self._cpuid = kvm.supported_cpuid()
+        self._vmexit = self.payload["STATUS_VMEXIT"]
+        self._done64, self._done32 = self.payload.code("done64"), self.payload.code("done32")
         self.has_vmx = bool(_cpuid_1_ecx(self._cpuid) & _CPUID_1_ECX_VMX)
         self._feature_control = feature_control if self.has_vmx else None
         self._vmxe = vmxe and self.has_vmx
@@ -103,7 +98,8 @@ class Machine:
         #: True once a case took hold of the VM or a vCPU itself: ``reset`` cannot know then
         #: what it changed.
         self.touched = False
-        self._powered_on: VcpuState | None = None
+        self._rewind: Rewind | None = None
+        self._image: Image | None = None
         self._enabled: list[tuple[Cap, int]] = []
         self._slots = [0]
         try:
@@ -196,6 +192,7 @@ class Machine:
         self._vcpus, self.cpus = [], []
         if hasattr(self, "_vm"):
             self._vm.close()
+        self._rewind = self._image = None
         self.memory.close()
 
     def __enter__(self) -> Self:
@@ -230,23 +227,21 @@ class Machine:
         if not self.resettable:
             raise HarnessError("this VM was changed in ways that a reset does not undo")
         self.stop_budget()
-        if self._powered_on is None:
+        if self._rewind is None or self._image is None:
             raise HarnessError("reset needs keep_state()")
-        vcpu, payload = self._vcpus[0], self.payload
-        # Leaving VMX operation comes first: other state is refused while L2 runs.
-        if self._powered_on.nested is not None:
-            vcpu.set_nested_state(self._powered_on.nested)
-        self.memory.write(0, payload.image)
-        self.memory.discard(payload["work_end"])
-        roundtrip.restore(vcpu, self._powered_on)
+        self._image.restore()
+        self.memory.discard(self.payload["work_end"])
+        self._rewind()
         self.log.clear()
         self.vmcss.clear()
-        self._caps, self._free = None, _FIRST_FREE
-        self.cpus = [Cpu(self, 0)]
+        self._free = _FIRST_FREE
+        self.cpus[0].power_on()
 
     def keep_state(self) -> None:
         """Remember the vCPU's state for ``reset``; to be called before the first command."""
-        self._powered_on = roundtrip.save(self, self._vcpus[0])
+        vcpu = self._vcpus[0]
+        self._rewind = Rewind(vcpu, roundtrip.save(self, vcpu))
+        self._image = Image(self.memory, self.payload.image)
 
     # --- the budget of a case ---
 
@@ -353,24 +348,17 @@ class Machine:
         except KvmMsrError:
             roundtrip.round_trip(self, msrs)
 
-    @functools.cached_property
+    @property
     def done64(self) -> bytes:
         """The instruction that ends a snippet of 64-bit code."""
-        return self.read(self.sym("done64"), self.sym("done64_end") - self.sym("done64"))
-
-    @functools.cached_property
-    def _done32(self) -> bytes:
-        return self.read(self.sym("done32"), self.sym("done32_end") - self.sym("done32"))
+        return self._done64
 
     def is_done(self, vector: int, rip: int) -> bool:
         """Tell whether a trap of L1 at ``rip`` is the end of a snippet."""
-        if vector != Vector.GP or rip >= self.payload["RAM_SIZE"]:
+        if vector != _GP:
             return False
-        view = self.memory.view
-        return (
-            view[rip : rip + len(self.done64)] == self.done64
-            or view[rip : rip + len(self._done32)] == self._done32
-        )
+        found = self.memory.map[rip : rip + len(self._done64)]
+        return found == self._done64 or found.startswith(self._done32)
 
     # --- the VMCS ---
 

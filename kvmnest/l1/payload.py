@@ -40,6 +40,14 @@ class Payload:
             memory[address : address + len(content)] = content
         return bytes(memory)
 
+    def code(self, name: str) -> bytes:
+        """Bytes from the label ``name`` to the label ``name_end``; PayloadError without one."""
+        start, end = self[name], self[f"{name}_end"]
+        for address, content in self.segments:
+            if address <= start <= end <= address + len(content):
+                return content[start - address : end - address]
+        raise PayloadError(f"the payload {self.path} does not hold what '{name}' names")
+
     def __getitem__(self, name: str) -> int:
         """Value of a constant or address of a label; PayloadError when there is none."""
         try:

@@ -6,13 +6,13 @@ to the vCPU's state like its registers; a header alone (VMXON without a current 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from kvmnest.kvm import Cap, Kvm, KvmError, MsrList, Vcpu
+from kvmnest.kvm import Cap, Kvm, KvmError, MsrList, TscOffset, Vcpu
+from kvmnest.vmx.msrs import VMX_MSRS
 
 if TYPE_CHECKING:
     from kvmnest.l1.machine import Machine
@@ -34,10 +34,37 @@ class VcpuState:
     nested: bytes | None
     tsc_offset: int | None
 
-    @cached_property
-    def msr_list(self) -> MsrList:
-        """The MSRs as the ioctl takes them; made once, since a reset restores a state often."""
-        return MsrList(self.msrs)
+
+class Rewind:
+    """Brings a vCPU back to an earlier state of it, outside VMX operation, again and again.
+
+    The arguments of the ioctls are made once. Capability MSRs stay: no guest can write them
+    (SDM, "VMX Capability Reporting Facility").
+    """
+
+    def __init__(self, state: VcpuState) -> None:
+        msrs = {index: value for index, value in state.msrs.items() if index not in VMX_MSRS}
+        tsc = None if state.tsc_offset is None else TscOffset(state.tsc_offset)
+        steps: list[tuple[Callable[[Vcpu, Any], object], Any]] = [
+            # Leaving VMX operation comes first: other state is refused while L2 runs.
+            (Vcpu.set_nested_state, state.nested),
+            (Vcpu.set_sregs, state.sregs),
+            (Vcpu.set_msrs, MsrList(msrs)),
+            (Vcpu.set_tsc_offset, tsc),
+            (Vcpu.set_xcrs, state.xcrs),
+            (Vcpu.set_xsave, state.xsave),
+            (Vcpu.set_lapic, state.lapic),
+            (Vcpu.set_mp_state, state.mp_state),
+            (Vcpu.set_regs, state.regs),
+            (Vcpu.set_vcpu_events, state.events),
+            (Vcpu.set_debugregs, state.debugregs),
+        ]
+        self._steps = [(step, value) for step, value in steps if value is not None]
+
+    def __call__(self, vcpu: Vcpu) -> None:
+        """Write the state; the vCPU may be another than it was read from. Raises KvmError."""
+        for step, value in self._steps:
+            step(vcpu, value)
 
 
 _migrated_msrs: WeakKeyDictionary[Kvm, list[int]] = WeakKeyDictionary()
@@ -68,7 +95,7 @@ def save(l1: Machine, vcpu: Vcpu) -> VcpuState:
 def restore(vcpu: Vcpu, state: VcpuState) -> None:
     """Write a vCPU's whole state into a fresh vCPU that has its CPUID already."""
     vcpu.set_sregs(state.sregs)
-    vcpu.set_msrs(state.msr_list)
+    vcpu.set_msrs(state.msrs)
     if state.tsc_offset is not None:
         vcpu.set_tsc_offset(state.tsc_offset)
     vcpu.set_xcrs(state.xcrs)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from kvmnest.errors import HarnessError
 from kvmnest.vmx import Field, Rflags
+from kvmnest.vmx.numbers import name_of
 
 if TYPE_CHECKING:
     from kvmnest.l1.cpu import Cpu
@@ -72,9 +73,15 @@ class Vmcs:
 
     def _write(self, cpu: Cpu, part: list[tuple[int, int]]) -> None:
         results = cpu.submit([cpu.write_list("OP_VMWRITE_LIST", part)])
+        if not isinstance(results, list):
+            raise HarnessError(f"VMWRITE ended with {results!r}")
         if results[0].status != self._l1.payload["STATUS_LIST_DONE"]:
             raise HarnessError(f"VMWRITE faulted with vector {results[0].vector}")
-        for number, rflags in enumerate(cpu.list_flags(len(part))):
+        flags = cpu.list_flags(len(part))
+        if not any(rflags & _FAILED for rflags in set(flags)):
+            self._written.update(part)
+            return
+        for number, rflags in enumerate(flags):
             if rflags & _FAILED:
                 self._written.update(part[:number])
                 field, value = part[number]
@@ -82,7 +89,6 @@ class Vmcs:
                 if rflags & _ZF:
                     error = str(self._l1.instruction_error(cpu))
                 raise HarnessError(f"VMWRITE of {field_name(field)} <- {value:#x} failed: {error}")
-        self._written.update(part)
 
     def rebase(self, *fields: Field) -> None:
         """Count the present values of these fields to the baseline."""
@@ -105,7 +111,7 @@ class Vmcs:
         return [
             (Field(field), self.baseline.get(Field(field)), value)
             for field, value in now.items()
-            if field in Field._value2member_map_ and self.baseline.get(Field(field)) != value
+            if name_of(Field, field) and self.baseline.get(Field(field)) != value
         ]
 
     def fields(self) -> Mapping[int, int]:
@@ -123,4 +129,4 @@ class Vmcs:
 
 def field_name(field: int) -> str:
     """Name of a field encoding, or its number."""
-    return Field(field).name if field in Field._value2member_map_ else f"field {field:#x}"
+    return name_of(Field, field) or f"field {field:#x}"

@@ -3,8 +3,8 @@
 import pytest
 
 from kvmnest.l1 import L1
-from kvmnest.l1.machine import VMX_MSRS
 from kvmnest.vmx import EntryCtl, ExitCtl, Field, Msr, PinCtl, ProcCtl, Vector
+from kvmnest.vmx.msrs import VMX_MSRS
 from kvmnest.vmx.outcome import Fault, Succeed
 
 pytestmark = [

@@ -8,9 +8,9 @@ import pytest
 
 from kvmnest.kvm import Cap, Kvm, KvmError
 from kvmnest.l1 import L1
-from kvmnest.l1.machine import VMX_MSRS
 from kvmnest.suite.support.cpuid import VMX, ClaimsVmx, WithoutVmx
 from kvmnest.vmx import Cr4, ExitReason, FeatureControl, Msr, Vector
+from kvmnest.vmx.msrs import VMX_MSRS
 from kvmnest.vmx.outcome import Exit, Fault, Succeed
 
 pytestmark = [

@@ -109,3 +109,7 @@ class Msr(enum.IntEnum):
     GS_BASE = 0xC0000101
     KERNEL_GS_BASE = 0xC0000102
     TSC_AUX = 0xC0000103
+
+
+#: MSRs that describe what VMX can do, IA32_VMX_BASIC to IA32_VMX_EXIT_CTLS2.
+VMX_MSRS = tuple(range(Msr.IA32_VMX_BASIC, Msr.IA32_VMX_EXIT_CTLS2 + 1))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from kvmnest.l1 import L1, Vmcs, VmLost
-from kvmnest.l1.cpu import LIST_ENTRY, Command, Result
+from kvmnest.l1.command import Command, Result
 from kvmnest.l1.vmcs import field_name
 from kvmnest.vmx import EXIT_REASON_ENTRY_FAILURE, Field, Rflags
 from kvmnest.vmx.outcome import EntryFailure, Exit, Outcome, VMfailValid
@@ -55,12 +55,10 @@ def end_so(
     commands: list[Command] = []
 
     def add_list(op: str, part: Sequence[tuple[int, int]]) -> None:
-        address = cpu.list + LIST_ENTRY.size * len(entries)
+        commands.append(cpu.list_command(op, len(entries), len(part)))
         entries.extend(part)
-        commands.append(Command(l1.payload[op], address, op, cs=len(part)))
 
     instruction = l1.command(enter, {})
-    instruction.regs = {}
     reads: list[int] = []
     before: dict[Field, int] = {}
     for changes, outcome in zip(cases, expected, strict=True):
