@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvmnest.known import same_parameter
+from kvmnest.kvm.cpuid import CPUID_1_ECX_VMX, leaf
 
 if TYPE_CHECKING:
     from kvmnest.kvm import Kvm
 
 PARAMETERS = Path("/sys/module/kvm_intel/parameters")
-
-_CPUID_1_ECX_VMX = 1 << 5
 
 
 @functools.cache
@@ -63,11 +62,7 @@ def params_text(params: dict[str, str]) -> str:
 
 def offers_vmx(kvm: Kvm) -> bool:
     """Whether KVM_GET_SUPPORTED_CPUID has VMX, which a guest needs for VMXON."""
-    cpuid = kvm.supported_cpuid()
-    for index in range(cpuid.nent):
-        if cpuid.entries[index].function == 1:
-            return bool(cpuid.entries[index].ecx & _CPUID_1_ECX_VMX)
-    return False
+    return bool(leaf(kvm.supported_cpuid(), 1).ecx & CPUID_1_ECX_VMX)
 
 
 def no_vmx_reason() -> str:

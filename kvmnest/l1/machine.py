@@ -12,6 +12,7 @@ from typing import Any, Self
 
 from kvmnest.errors import HarnessError
 from kvmnest.kvm import Cap, Kvm, KvmMsrError, Memory, Vcpu, Vm
+from kvmnest.kvm.cpuid import CPUID_1_ECX_VMX, leaf
 from kvmnest.kvm.memory import Image
 from kvmnest.l1 import roundtrip
 from kvmnest.l1.command import Result, checked_payload
@@ -25,7 +26,6 @@ _CR0 = Cr0.PE | Cr0.MP | Cr0.ET | Cr0.NE | Cr0.WP | Cr0.PG
 _CR4 = Cr4.PAE | Cr4.OSFXSR | Cr4.OSXMMEXCPT
 _EFER = Efer.LME | Efer.LMA | Efer.NXE
 _GP = int(Vector.GP)
-_CPUID_1_ECX_VMX = 1 << 5
 #: Where ``alloc`` begins.
 _FIRST_FREE = 0x100000
 
@@ -82,17 +82,20 @@ class Machine:
         self.on_results: Callable[[Cpu, list[Result]], None] | None = None
         self.expired = False
         self._armed = False
+        #: The handler of SIGALRM outside a case; None if it was not set from Python.
+        self._handler: Any = None
         #: VMCSs that have a baseline, by region address.
         self.vmcss: dict[int, Vmcs] = {}
         self._free = _FIRST_FREE
         self._cpuid = kvm.supported_cpuid()
         self._vmexit = self.payload["STATUS_VMEXIT"]
         self._done64, self._done32 = self.payload.code("done64"), self.payload.code("done32")
-        self.has_vmx = bool(_cpuid_1_ecx(self._cpuid) & _CPUID_1_ECX_VMX)
+        self.has_vmx = bool(leaf(self._cpuid, 1).ecx & CPUID_1_ECX_VMX)
         self._feature_control = feature_control if self.has_vmx else None
         self._vmxe = vmxe and self.has_vmx
         self.memory = Memory(self.payload["RAM_SIZE"])
         self.cpus: list[Cpu] = []
+        self._vm: Vm
         self._vcpus: list[Vcpu] = []
         self._caps: Capabilities | None = None
         #: True once a case took hold of the VM or a vCPU itself: ``reset`` cannot know then
@@ -231,7 +234,7 @@ class Machine:
             raise HarnessError("reset needs keep_state()")
         self._image.restore()
         self.memory.discard(self.payload["work_end"])
-        self._rewind()
+        self._rewind(self._vcpus[0])
         self.log.clear()
         self.vmcss.clear()
         self._free = _FIRST_FREE
@@ -239,8 +242,7 @@ class Machine:
 
     def keep_state(self) -> None:
         """Remember the vCPU's state for ``reset``; to be called before the first command."""
-        vcpu = self._vcpus[0]
-        self._rewind = Rewind(vcpu, roundtrip.save(self, vcpu))
+        self._rewind = Rewind(roundtrip.save(self, self._vcpus[0]))
         self._image = Image(self.memory, self.payload.image)
 
     # --- the budget of a case ---
@@ -250,7 +252,7 @@ class Machine:
         if self._armed or not self.budget or threading.current_thread() != threading.main_thread():
             return
         self._armed = True
-        signal.signal(signal.SIGALRM, self._expire)
+        self._handler = signal.signal(signal.SIGALRM, self._expire)
         # The timer repeats, since a signal that arrives just before KVM_RUN does not end it.
         signal.setitimer(signal.ITIMER_REAL, self.budget, 0.05)
 
@@ -265,7 +267,7 @@ class Machine:
         if self._armed:
             self._armed = False
             signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.signal(signal.SIGALRM, self._handler or signal.SIG_DFL)
 
     # --- what L1 has ---
 
@@ -386,13 +388,6 @@ class Machine:
         """Fields of the current VMCS that differ from the baseline: (field, baseline, now)."""
         vmcs = self.cpus[0].vmcs if self.cpus else None
         return vmcs.diff() if vmcs else []
-
-
-def _cpuid_1_ecx(cpuid: Any) -> int:
-    for index in range(cpuid.nent):
-        if cpuid.entries[index].function == 1:
-            return int(cpuid.entries[index].ecx)
-    return 0
 
 
 def _segment(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kvmnest.errors import HarnessError
+from kvmnest.kvm.cpuid import table
 from kvmnest.vmx import Capabilities, Cpu, Field, Rflags
 from kvmnest.vmx.fields import Kind
 from kvmnest.vmx.rules import EntryContext, Violation, check
@@ -26,17 +27,9 @@ def objections(l1: L1) -> list[Violation]:
     def memory(address: int, length: int) -> bytes | None:
         return l1.read(address, length) if address + length <= size else None
 
-    leaves = {
-        (entry.function, entry.index): (entry.eax, entry.ebx, entry.ecx, entry.edx)
-        for entry in _entries(l1)
-    }
+    leaves = table(l1.cpu.vcpu.get_cpuid())
     caps = Capabilities(l1.caps.msrs, Cpu.from_cpuid(leaves))
     return check(_values(l1), caps, memory, EntryContext(current_vmcs=l1.current))
-
-
-def _entries(l1: L1) -> list[Any]:
-    cpuid = l1._vcpus[0].get_cpuid()
-    return [cpuid.entries[number] for number in range(cpuid.nent)]
 
 
 def _values(l1: L1) -> dict[Field, int]:

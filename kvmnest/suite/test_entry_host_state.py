@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kvmnest.kvm import Kvm
+from kvmnest.kvm.cpuid import leaf
 from kvmnest.l1 import L1, L2Mode
 from kvmnest.suite.support.entries import (
     BAD_GUEST,
@@ -211,9 +212,7 @@ def test_64_bit_guest_of_32_bit_host(l1: L1) -> None:
 def test_cr4_bit_that_l1_cannot_set(kvm: Kvm) -> None:
     """A CR4 bit that MOV to CR4 refuses is refused in both areas, whatever CPUID says of it."""
     cpuid = kvm.supported_cpuid()
-    for index in range(cpuid.nent):
-        if cpuid.entries[index].function == 1:
-            cpuid.entries[index].ecx |= _CPUID_1_ECX_SMX
+    leaf(cpuid, 1).ecx |= _CPUID_1_ECX_SMX
     with L1(kvm) as l1:
         l1.vcpu.set_cpuid(cpuid)
         tries = entries(l1)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from kvmnest.kvm import Kvm
+from kvmnest.kvm.cpuid import leaf
 from kvmnest.l1 import L1, code
 from kvmnest.suite.support.guest import Guest, Masked
 from kvmnest.vmx import (
@@ -272,9 +273,7 @@ def test_xsetbv_at_cpl_3(l1: L1) -> None:
 def monitor_l1(kvm: Kvm, pytestconfig: pytest.Config) -> Iterator[L1]:
     """An L1 whose CPUID has MONITOR/MWAIT, which KVM does not offer by itself."""
     cpuid = kvm.supported_cpuid()
-    for index in range(cpuid.nent):
-        if cpuid.entries[index].function == 1:
-            cpuid.entries[index].ecx |= 1 << 3
+    leaf(cpuid, 1).ecx |= 1 << 3
     with L1(kvm, budget=pytestconfig.getoption("--kvmnest-budget")) as new:
         new.vcpu.set_cpuid(cpuid)
         yield new

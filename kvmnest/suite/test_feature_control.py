@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from kvmnest.kvm import Kvm, KvmMsrError
+from kvmnest.kvm.cpuid import CPUID_1_ECX_VMX
 from kvmnest.l1 import L1
-from kvmnest.suite.support.cpuid import VMX
 from kvmnest.vmx import Cr4, ExitReason, FeatureControl, Msr, Vector
 from kvmnest.vmx.outcome import Exit, Fault, Succeed
 
@@ -37,7 +37,7 @@ def test_vmxon_not_allowed(kvm: Kvm, value: FeatureControl) -> None:
     """VMXON gives #GP(0) unless the MSR is locked with "VMX outside SMX"; CPUID.VMX stays."""
     with L1(kvm, feature_control=value) as l1:
         assert l1.rdmsr(CONTROL) == Succeed(value)
-        assert l1.cpuid(1).value[2] & VMX
+        assert l1.cpuid(1).value[2] & CPUID_1_ECX_VMX
         assert l1.vmxon() == GP
         assert l1.vmxon(cpl=3) == GP
         # Still outside VMX operation.
@@ -134,9 +134,9 @@ def test_host_can_unlock(kvm: Kvm) -> None:
 @pytest.mark.sdm("Discovering Support for VMX")
 def test_cpuid_in_every_state(l1: L1) -> None:
     """CPUID.VMX is the same outside VMX operation, inside it, and at CPL 3."""
-    assert l1.cpuid(1).value[2] & VMX
+    assert l1.cpuid(1).value[2] & CPUID_1_ECX_VMX
     l1.enter_vmx()
-    assert l1.cpuid(1).value[2] & VMX
-    assert l1.cpuid(1, cpl=3).value[2] & VMX
+    assert l1.cpuid(1).value[2] & CPUID_1_ECX_VMX
+    assert l1.cpuid(1, cpl=3).value[2] & CPUID_1_ECX_VMX
     assert l1.vmxoff() == Succeed()
-    assert l1.cpuid(1).value[2] & VMX
+    assert l1.cpuid(1).value[2] & CPUID_1_ECX_VMX

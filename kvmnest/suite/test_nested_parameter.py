@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import pytest
 
 from kvmnest.kvm import Cap, Kvm, KvmError
+from kvmnest.kvm.cpuid import CPUID_1_ECX_VMX, leaf
 from kvmnest.l1 import L1
-from kvmnest.suite.support.cpuid import VMX, ClaimsVmx, WithoutVmx
+from kvmnest.suite.support.cpuid import ClaimsVmx, WithoutVmx
 from kvmnest.vmx import Cr4, ExitReason, FeatureControl, Msr, Vector
 from kvmnest.vmx.msrs import VMX_MSRS
 from kvmnest.vmx.outcome import Exit, Fault, Succeed
@@ -34,9 +35,7 @@ def hidden(kvm: Kvm) -> Iterator[L1]:
 
 
 def _ecx(kvm: Kvm) -> int:
-    cpuid = kvm.supported_cpuid()
-    leaves = [cpuid.entries[n] for n in range(cpuid.nent)]
-    return next(int(leaf.ecx) for leaf in leaves if leaf.function == 1)
+    return int(leaf(kvm.supported_cpuid(), 1).ecx)
 
 
 def expect_undefined(l1: L1) -> None:
@@ -61,7 +60,7 @@ def expect_undefined(l1: L1) -> None:
 @nested_on
 def test_kvm_offers_vmx(kvm: Kvm) -> None:
     """KVM_GET_SUPPORTED_CPUID has VMX, nested state has a size, the VMX MSRs can be asked for."""
-    assert _ecx(kvm) & VMX
+    assert _ecx(kvm) & CPUID_1_ECX_VMX
     assert kvm.check_extension(Cap.NESTED_STATE) >= 128
     features = set(kvm.msr_feature_index_list())
     assert set(range(Msr.IA32_VMX_BASIC, Msr.IA32_VMX_VMCS_ENUM + 1)) <= features
@@ -77,9 +76,9 @@ def test_l1_finds_vmx(l1: L1) -> None:
     for value in (cr4 & ~Cr4.VMXE, cr4 | Cr4.VMXE):
         assert l1.write_cr(4, value) == Succeed()
         assert l1.read_cr(4) == Succeed(value)
-        assert l1.cpuid(1).value[2] & VMX
+        assert l1.cpuid(1).value[2] & CPUID_1_ECX_VMX
     l1.enter_vmx()
-    assert l1.cpuid(1).value[2] & VMX
+    assert l1.cpuid(1).value[2] & CPUID_1_ECX_VMX
 
 
 @nested_on
@@ -121,7 +120,7 @@ def test_header_only_state(l1: L1) -> None:
 @pytest.mark.sdm("Enabling and Entering VMX Operation")
 def test_hidden_vmxe(hidden: L1) -> None:
     """Without CPUID.VMX setting CR4.VMXE gives #GP(0), and nothing changes."""
-    assert hidden.cpuid(1).value[2] & VMX == 0
+    assert hidden.cpuid(1).value[2] & CPUID_1_ECX_VMX == 0
     cr4 = hidden.read_cr(4).value
     assert not cr4 & Cr4.VMXE
     assert hidden.write_cr(4, cr4 | Cr4.VMXE) == GP
@@ -172,7 +171,7 @@ def test_hidden_vmxe_by_the_host(hidden: L1) -> None:
 @nested_off
 def test_off_kvm_offers_no_vmx(kvm: Kvm) -> None:
     """With nested=0 KVM offers neither CPUID.VMX nor VMX MSRs."""
-    assert _ecx(kvm) & VMX == 0
+    assert _ecx(kvm) & CPUID_1_ECX_VMX == 0
     assert not set(VMX_MSRS) & set(kvm.msr_feature_index_list())
 
 
@@ -180,7 +179,7 @@ def test_off_kvm_offers_no_vmx(kvm: Kvm) -> None:
 @pytest.mark.sdm("Enabling and Entering VMX Operation")
 def test_off_vmxe(l1: L1) -> None:
     """With nested=0 CPUID.VMX is 0 and CR4.VMXE cannot be set: #GP(0)."""
-    assert l1.cpuid(1).value[2] & VMX == 0
+    assert l1.cpuid(1).value[2] & CPUID_1_ECX_VMX == 0
     cr4 = l1.read_cr(4).value
     assert l1.write_cr(4, cr4 | Cr4.VMXE) == GP
     assert l1.read_cr(4) == Succeed(cr4)

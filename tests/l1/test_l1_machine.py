@@ -3,6 +3,8 @@
 What needs VT-x is covered by the suite in the lab.
 """
 
+import signal
+
 import pytest
 
 from kvmnest.errors import HarnessError
@@ -147,6 +149,56 @@ def test_reset_undoes_what_commands_did(kvm: Kvm) -> None:
         assert l1.read(page, 5) == bytes(5)
         assert l1.read(0x300000, 9) == bytes(9)
         assert l1.read_int(l1.sym("l1_pml4_pt") + 8 * 512) & 1
+
+
+def test_reset_after_a_round_trip(kvm: Kvm) -> None:
+    """The vCPU is another one then, and gets the same state."""
+    with L1(kvm) as l1:
+        l1.keep_state()
+        assert l1.wrmsr(0xC0000102, 0x1234) == Succeed()
+        l1.round_trip()
+        assert l1.rdmsr(0xC0000102) == Succeed(0x1234)
+        l1.reset()
+        assert l1.rdmsr(0xC0000102) == Succeed(0)
+
+
+def test_what_is_not_looked_at_is_of_its_own_command(l1: L1) -> None:
+    """Registers are unpacked when asked for, and later commands use the same slot."""
+    first = l1.execute("nop", {"rax": 1})
+    second = l1.execute("nop", {"rax": 2, "rbx": 3})
+    assert (first.regs["rax"], second.regs["rax"]) == (1, 2)
+    assert (first.regs["rbx"], second.regs["rbx"]) == (0, 3)
+    inputs = {"rax": 4}
+    l1.execute("nop", inputs)
+    inputs["rax"] = 5
+    assert "rax=0x4" in str(l1.log[-1][0])
+
+
+def test_the_state_of_one_command_is_not_left_for_the_next(l1: L1) -> None:
+    stack = l1.sym("snippet_stack_top") - 64
+    push = b"\x9c\x58"  # PUSHFQ; POP RAX
+    assert l1.call(push, rflags=0x2, rsp=stack).regs["rax"] & 0x8D5 == 0
+    seen = l1.call(push)
+    assert seen.regs["rax"] & 0x8D5 == 0x8D5
+    assert seen.regs["rsp"] != stack
+    load = b"\x48\x8b\x07"  # MOV RAX, [RDI]
+    assert l1.call(load, at=0x40000000) == Fault(Vector.PF, cr2=0x40000000)
+    assert l1.call(load) == Succeed()
+    assert l1.call(b"\x0f\x20\xd0", regs={"cr2": 0x5678}).regs["rax"] == 0x5678  # MOV RAX, CR2
+    assert l1.call(b"\x0f\x20\xd0").regs["rax"] == 0
+
+
+def test_the_handler_of_sigalrm_comes_back(kvm: Kvm) -> None:
+    """A host application's own handler outlives every case."""
+    before = signal.signal(signal.SIGALRM, lambda number, frame: None)
+    try:
+        ours = signal.getsignal(signal.SIGALRM)
+        with L1(kvm, budget=10) as l1:
+            assert l1.execute("nop", {}) == Succeed()
+            assert signal.getsignal(signal.SIGALRM) is not ours
+        assert signal.getsignal(signal.SIGALRM) is ours
+    finally:
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_pool_throws_away_what_reset_cannot_undo(kvm: Kvm) -> None:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from kvmnest.kvm import Kvm, Vcpu, Vm
+from kvmnest.kvm.cpuid import CPUID_1_ECX_VMX, leaf
 from kvmnest.l1 import L1
-
-#: CPUID.01H:ECX.VMX.
-VMX = 1 << 5
 
 
 class WithoutVmx(L1):
@@ -22,10 +20,8 @@ class WithoutVmx(L1):
         """Make a vCPU with or without VMX in CPUID."""
         vcpu = vm.create_vcpu(index)
         cpuid = self.kvm.supported_cpuid()
-        for number in range(cpuid.nent):
-            leaf = cpuid.entries[number]
-            if leaf.function == 1:
-                leaf.ecx = leaf.ecx | VMX if self.claimed else leaf.ecx & ~VMX
+        entry = leaf(cpuid, 1)
+        entry.ecx = entry.ecx | CPUID_1_ECX_VMX if self.claimed else entry.ecx & ~CPUID_1_ECX_VMX
         vcpu.set_cpuid(cpuid)
         return vcpu
 
