@@ -48,10 +48,17 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         description="Fetch Debian's source of Bochs (hash checked against the archive's signed"
         " index), mend its known faults, compile it for this CPU and keep it in the cache, where"
         " every verb that boots the lab finds it. An interrupted build goes on where it stopped.",
-        epilog="exit codes: 0 built or had been built, 3 cannot be built, 130 interrupted",
+        epilog="exit codes: 0 built or had been built, 1 see --check, 3 cannot be built,"
+        " 130 interrupted",
     )
     build.add_argument(
         "--smp", action="store_true", help="the variant for --cpus above 1, which is slower"
+    )
+    build.add_argument(
+        "--check",
+        action="store_true",
+        help="build nothing: exit 0 if there is nothing to build, since it was built or /dev/kvm"
+        " offers VMX to guests, else 1",
     )
     build.add_argument(
         "--jobs", type=int, metavar="N", help="compilers at once (default: one for each core)"
@@ -194,6 +201,10 @@ def _build(args: argparse.Namespace) -> int:
 
     if args.jobs is not None and args.jobs < 1:
         raise UsageError(f"--jobs must be at least 1, not {args.jobs}")
+    if args.check:
+        from kvmnest.results.environment import why_not_kvm
+
+        return int(bochs_build.built(args.smp) is None and bool(why_not_kvm()))
     show = _BuildProgress(sys.stdout)
     try:
         program = bochs_build.build(args.smp, show.line, show.progress, args.jobs)
