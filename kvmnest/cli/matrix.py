@@ -25,7 +25,15 @@ def add_parser(subparsers: Any) -> None:
         " 130 interrupted (the same command goes on)",
     )
     parser.add_argument("selected", nargs="*", metavar="CASE", help="cases (default: all)")
-    parser.add_argument("--kernels", nargs="+", required=True, metavar="SPEC", help="in order")
+    parser.add_argument(
+        "--kernels", nargs="+", metavar="SPEC", help="in order (default, with --cpu-models: 6.1)"
+    )
+    parser.add_argument(
+        "--cpu-models",
+        nargs="+",
+        metavar="NAME",
+        help="run each kernel on each of these CPUs of Bochs; all: on every one with VMX",
+    )
     parser.add_argument("-k", dest="keyword", default="", metavar="EXPR", help="as in pytest")
     parser.add_argument(
         "--setting",
@@ -78,6 +86,7 @@ def _run(options: argparse.Namespace) -> int:
     from kvmnest.matrix.table import lines
 
     _check(options)
+    models = _models(options)
     settings = [(), *(tuple(parameters(text.split(",")).items()) for text in options.setting)]
     _no_duplicates("--setting", settings[1:])
     # What a long run would end in is found before it.
@@ -98,7 +107,7 @@ def _run(options: argparse.Namespace) -> int:
         out.line,
         options.parts,
     )
-    documents = matrix.run(_cells(options.kernels, settings), engine)
+    documents = matrix.run(_cells(options.kernels, settings, models), engine)
     if options.json:
         write_file(options.json, json.dumps(as_json(documents), indent=1))
     if options.html:
@@ -128,13 +137,42 @@ class _Out:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _cells(kernels: Sequence[str], settings: Sequence[tuple[tuple[str, str], ...]]) -> list[Any]:
+def _cells(
+    kernels: Sequence[str],
+    settings: Sequence[tuple[tuple[str, str], ...]],
+    models: Sequence[str],
+) -> list[Any]:
     from kvmnest.matrix.cell import Cell
 
-    return [Cell(kernel, setting) for setting in settings for kernel in kernels]
+    return [
+        Cell(kernel, setting, model)
+        for model in models
+        for setting in settings
+        for kernel in kernels
+    ]
+
+
+def _models(options: argparse.Namespace) -> list[str]:
+    """The CPU models to run on, [""] if none is named. Raises UsageError, LabSetupError."""
+    from kvmnest.lab import bochs, cpu_models
+
+    names: list[str] = options.cpu_models or []
+    if not names:
+        return [""]
+    chosen = emulator(options)
+    if chosen.boot != "lab" or chosen.cpu_model:
+        given = "--cpu-model" if chosen.cpu_model else f"--boot {chosen.boot}"
+        raise UsageError(f"--cpu-models and {given} contradict each other")
+    found = bochs.locate(chosen.program)
+    if names == [cpu_models.ALL]:
+        return [model.name for model in cpu_models.usable(found.version, found.models)]
+    _no_duplicates("--cpu-models", names)
+    return [cpu_models.choose(name, found.version, found.models).name for name in names]
 
 
 def _check(options: argparse.Namespace) -> None:
+    from kvmnest.lab.kernels import DEFAULT_SPEC
+
     for name in ("jobs", "parts"):
         value = getattr(options, name)
         if value is not None and value < 1:
@@ -143,6 +181,10 @@ def _check(options: argparse.Namespace) -> None:
         raise UsageError("--jobs is for this machine: a scheduler's workers run one job each")
     if options.json and options.html and options.json.resolve() == options.html.resolve():
         raise UsageError(f"--json and --html both name {options.json}")
+    if not options.kernels:
+        if not options.cpu_models:
+            raise UsageError("--kernels or --cpu-models says what to run on")
+        options.kernels = [DEFAULT_SPEC]
     _no_duplicates("--kernels", options.kernels)
 
 

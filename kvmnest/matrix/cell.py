@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +25,17 @@ Document = dict[str, Any]
 
 @dataclass(frozen=True)
 class Cell:
-    """A kernel with parameters of its modules."""
+    """A kernel with parameters of its modules, on a CPU model of Bochs ("": the usual one)."""
 
     kernel: str
     params: tuple[tuple[str, str], ...] = ()
+    cpu_model: str = ""
 
     @property
     def name(self) -> str:
-        """For people: "6.1.0-56 ept=0"."""
-        return " ".join([self.kernel, *(f"{name}={value}" for name, value in self.params)])
+        """For people: "6.1.0-56 broadwell_ult ept=0"."""
+        settings = [f"{name}={value}" for name, value in self.params]
+        return " ".join([self.kernel, *([self.cpu_model] if self.cpu_model else []), *settings])
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Job:
         words = [self.cell.name, *self.selected, self.keyword, self.suite]
         if self.emulator.boot != BOCHS.boot:
             words.append(self.emulator.boot)
+        words += [word for word in (self.emulator.program, self.emulator.cpu_model) if word]
         if self.parts > 1:
             words.append(f"part {self.part} of {self.parts}")
         return f"{cache.digest(words)[:16]}.json"
@@ -102,8 +105,11 @@ def run_job(job: Job, path: Path, stopped: Callable[[], bool] = lambda: False) -
     reporter = _Reporter(Run(job.emulator.boot, options=options), path, stopped)
     try:
         arguments = job.arguments()
+        emulator = job.emulator
+        if job.cell.cpu_model:
+            emulator = replace(emulator, cpu_model=job.cell.cpu_model)
         target = LabTarget(
-            kernel=job.cell.kernel, kvm_params=dict(job.cell.params), emulator=job.emulator
+            kernel=job.cell.kernel, kvm_params=dict(job.cell.params), emulator=emulator
         )
         reporter.run.emulator = target.emulator
         # A selection that is too small for so many labs has fewer parts than were asked for.
