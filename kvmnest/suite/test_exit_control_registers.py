@@ -139,6 +139,7 @@ def test_write_of_own_bits(l1: L1) -> None:
         assert guest.vmcs.read(Field.GUEST_CR0, Field.GUEST_CR4) == wanted
 
 
+@pytest.mark.needs(Cr4.SMEP)
 def test_smep(l1: L1) -> None:
     """CR4.SMEP that L2 sets is in force at once: its own code lies in user pages."""
     guest = Guest(l1)

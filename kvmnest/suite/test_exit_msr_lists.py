@@ -44,6 +44,7 @@ def _stored(l1: L1, where: int, count: int) -> list[tuple[int, int]]:
     ]
 
 
+@pytest.mark.needs(EntryCtl.LOAD_EFER, EntryCtl.LOAD_PAT, ExitCtl.LOAD_EFER, ExitCtl.LOAD_PAT)
 def test_store_gives_l2s_values(l1: L1) -> None:
     """Values are those at the exit, before host state is loaded; the index half stays."""
     guest = _guest(l1, EntryCtl.LOAD_EFER, EntryCtl.LOAD_PAT, ExitCtl.LOAD_EFER, ExitCtl.LOAD_PAT)

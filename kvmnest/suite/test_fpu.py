@@ -28,6 +28,9 @@ LOAD_YMM3 = b"\xc5\xfc\x10\x1f"  # VMOVUPS YMM3, [RDI]
 STORE_YMM3 = b"\xc5\xfc\x11\x1f"  # VMOVUPS [RDI], YMM3
 OUT_80 = code.out8(0x80)
 
+# Bits of XCR0.
+X87, SSE, AVX = 1 << 0, 1 << 1, 1 << 2
+
 #: Bytes of the FXSAVE image that an FXRSTOR of it gives back: without the reserved ones.
 _IMAGE = 160 + 256
 
@@ -198,35 +201,41 @@ def _enable_xsave(l1: L1, guest: Guest, xcr0: int) -> int:
     return guest.vmcs[Field.GUEST_CR4] | Cr4.OSXSAVE
 
 
+@pytest.mark.needs(Cr4.OSXSAVE)
 @pytest.mark.series(15)
 @pytest.mark.sdm("Instructions That Cause VM Exits Unconditionally")
 def test_xcr0_is_shared(l1: L1) -> None:
     """XCR0 is not switched: L2 reads L1's; its XSETBV exits and L1 does it."""
     guest = Guest(l1)
-    cr4 = _enable_xsave(l1, guest, 3)
+    cr4 = _enable_xsave(l1, guest, X87)
     seen = guest.run(code.XGETBV, {"rcx": 0}, GUEST_CR4=cr4)
     assert seen == Succeed()
-    assert (seen.regs["rdx"], seen.regs["rax"]) == (0, 3)
-    seen = guest.run(code.XSETBV + code.XGETBV, {"rcx": 0, "rax": 7, "rdx": 0})
+    assert (seen.regs["rdx"], seen.regs["rax"]) == (0, X87)
+    seen = guest.run(code.XSETBV + code.XGETBV, {"rcx": 0, "rax": X87 | SSE, "rdx": 0})
     assert seen == guest.exit(ExitReason.XSETBV, 3)
-    assert l1.xgetbv() == Succeed(3)
-    assert l1.xsetbv(7) == Succeed()
+    assert l1.xgetbv() == Succeed(X87)
+    assert l1.xsetbv(X87 | SSE) == Succeed()
     seen = guest.go_on(skip=3)
     assert seen == Succeed()
-    assert (seen.regs["rdx"], seen.regs["rax"]) == (0, 7)
+    assert (seen.regs["rdx"], seen.regs["rax"]) == (0, X87 | SSE)
     # Without CR4.OSXSAVE in L2 the instructions do not exist for it.
     cr4 &= ~Cr4.OSXSAVE
     assert guest.run(code.XGETBV, {"rcx": 0}, GUEST_CR4=cr4) == Fault(Vector.UD, 0, rip=0)
     # L1 keeps its own CR4.OSXSAVE.
-    assert l1.xgetbv() == Succeed(7)
+    assert l1.xgetbv() == Succeed(X87 | SSE)
 
 
+@pytest.mark.needs(Cr4.OSXSAVE)
 @pytest.mark.series(15)
 @pytest.mark.sdm("Saving and Loading Non-Register State")
 def test_ymm_registers_both_ways(l1: L1) -> None:
     """The upper halves of the YMM registers survive entries, exits and trips to userspace."""
     guest = Guest(l1)
-    cr4 = _enable_xsave(l1, guest, 7)
+    outcome = l1.cpuid(0xD)
+    assert isinstance(outcome, Succeed)
+    if not outcome.value[0] & AVX:
+        pytest.skip("needs XCR0.AVX: CPUID.(EAX=0DH,ECX=0H):EAX allows only 0")
+    cr4 = _enable_xsave(l1, guest, X87 | SSE | AVX)
     data = l1.sym("l2_data")
     mine, theirs = bytes(range(32)), bytes(range(0x80, 0xA0))
     l1.write(data, mine + theirs + bytes(64))

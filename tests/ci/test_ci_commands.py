@@ -89,7 +89,8 @@ def test_without_a_compiler_the_lab_uses_debians(clone: Path, no_compiler: dict[
     """One clear line says what that leaves out, and the run is done."""
     done = run_in(clone, no_compiler, ["ci/conformance", "-k", CASE])
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stderr == ""
+    # Nothing is cached, so what the lab tells of the archive is there too.
+    assert "Bochs" not in done.stderr
     told = [line for line in done.stdout.splitlines() if "Debian's older Bochs" in line]
     assert len(told) == 1
     assert "configuring of Bochs failed" in told[0]
