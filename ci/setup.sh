@@ -133,7 +133,7 @@ setup() {
     fi
     echo "${0##*/}: installing kvmnest into .venv"
     rm -f "$stamp"
-    run_quietly "pip install" "$python" -m pip install -q -e ".${extras:+[$extras]}"
+    run_quietly "pip install" "$python" -m pip install -q -e ".[${extras:-disassembly}]"
     echo "$key $extras" >"$stamp"
 }
 

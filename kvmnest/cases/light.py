@@ -242,6 +242,7 @@ class Runner:
             text = str(error)
         else:
             text = rewrite.traceback_text(error, case.function.__code__)
+            text = explain.without_addresses(text)
         return {
             "outcome": verdict.kind(error, when),
             "summary": verdict.summary(error),

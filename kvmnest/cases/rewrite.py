@@ -53,7 +53,7 @@ def _call_reprcompare(
     """Explain the first comparison of a chain that does not hold."""
     failed = next((i for i, result in enumerate(results) if not result), len(results) - 1)
     left, right = each_obj[failed : failed + 2]
-    if ops[failed] == "==" and (explain.is_outcome(left) or explain.is_outcome(right)):
+    if ops[failed] == "==" and explain.explains(left, right):
         lines = (line.replace("\n", "\\n") for line in explain.compare(left, right))
         return "\n~".join(lines).replace("%", "%%")
     return expls[failed]

@@ -25,6 +25,9 @@ class Memory:
         self._map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self.view = memoryview(self._map)
 
+    def __repr__(self) -> str:
+        return f"<Memory of {self.size:#x} bytes>"
+
     @property
     def address(self) -> int:
         """Address in this process, for KVM. Raises ValueError after close()."""

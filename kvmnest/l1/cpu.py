@@ -91,6 +91,9 @@ class Cpu:
         self.current: int | None = None
         _QUAD.pack_into(self._memory, self._slots_pointer, self.slots)
 
+    def __repr__(self) -> str:
+        return f"<vCPU {self.index} of L1>"
+
     @property
     def vcpu(self) -> Vcpu:
         """The KVM vCPU; a new object after a round trip of the VM."""

@@ -114,6 +114,10 @@ class Machine:
             self.close()
             raise
 
+    def __repr__(self) -> str:
+        count = len(self.cpus)
+        return f"<L1, {count} {'vCPU' if count == 1 else 'vCPUs'}>"
+
     # --- life ---
 
     def create_vm(self) -> Vm:

@@ -32,6 +32,9 @@ class Payload:
     symbols: dict[str, int]
     build_id: str
 
+    def __repr__(self) -> str:
+        return f"<Payload {self.path}>"
+
     @functools.cached_property
     def image(self) -> bytes:
         """Memory from address 0 to ``work_end`` as it is before the first command."""

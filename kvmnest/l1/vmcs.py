@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from kvmnest.errors import HarnessError
 from kvmnest.vmx import Field, Rflags
@@ -16,6 +16,21 @@ if TYPE_CHECKING:
 #: Plain integers: this is the hot path, and flag enumerations are slow.
 _ZF = int(Rflags.ZF)
 _FAILED = int(Rflags.CF | Rflags.ZF)
+
+
+class FieldValue(int):
+    """What VMREAD gave: a number that knows its field, for what a failed assertion says."""
+
+    field: int
+
+    def __new__(cls, field: int, value: int) -> Self:
+        """The value of a field encoding."""
+        made = super().__new__(cls, value)
+        made.field = field
+        return made
+
+    def __repr__(self) -> str:
+        return hex(self)
 
 
 class Vmcs:
@@ -32,6 +47,9 @@ class Vmcs:
         self.baseline = dict(baseline)
         self._pending: dict[int, int] = dict(self.baseline)  # type: ignore[arg-type]
         self._written: dict[int, int] = {}
+
+    def __repr__(self) -> str:
+        return f"<VMCS at {self.address:#x}>"
 
     def __setitem__(self, field: int, value: int) -> None:
         """Set a field, to be written before the next entry."""
@@ -56,7 +74,7 @@ class Vmcs:
         for field, value, rflags in self._l1.vmread_list(self._l1.cpu, fields):
             if rflags & _FAILED:
                 raise HarnessError(f"VMREAD of {field_name(field)} failed")
-            values.append(value)
+            values.append(FieldValue(field, value))
         return tuple(values)
 
     def flush(self, cpu: Cpu | None = None) -> None:

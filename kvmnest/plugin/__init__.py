@@ -25,6 +25,8 @@ pytest.register_assert_rewrite(policy.SUITE, policy.REPRODUCERS)
 __all__ = ["kvm", "l1", "l1_pool", "vm"]
 
 STREAM: pytest.StashKey[EventStream] = pytest.StashKey()
+#: Whether the test that runs now uses kvmnest, so that numbers are explained in hexadecimal.
+OURS: pytest.StashKey[bool] = pytest.StashKey()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -126,6 +128,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip what cannot run here, before any fixture of the case is made."""
+    item.config.stash[OURS] = policy.ships(item) or policy.uses_kvmnest(item)
     policy.require(item)
 
 
@@ -150,11 +153,15 @@ def pytest_runtest_makereport(
     return judge(item, call, report)
 
 
-def pytest_assertrepr_compare(op: str, left: object, right: object) -> list[str] | None:
-    """Explain ``==`` between outcomes; the outcome that came from L1 stands on the left."""
+def pytest_assertrepr_compare(
+    config: pytest.Config, op: str, left: object, right: object
+) -> list[str] | None:
+    """Explain ``==`` between outcomes and numbers; what came from L1 stands on the left."""
     from kvmnest.cases import explain
 
-    if op == "==" and (explain.is_outcome(left) or explain.is_outcome(right)):
+    if op != "==" or not explain.explains(left, right):
+        return None
+    if config.stash.get(OURS, False) or explain.is_outcome(left) or explain.is_outcome(right):
         return explain.compare(left, right)
     return None
 

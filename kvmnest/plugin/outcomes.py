@@ -30,6 +30,7 @@ def judge(item: pytest.Item, call: pytest.CallInfo[None], report: Any) -> pytest
             setattr(report, KIND, "failed")
             setattr(report, SUMMARY, report.longrepr)
     elif report.failed and call.excinfo is not None and _ours(item):
+        from kvmnest import disassembly
         from kvmnest.cases import explain
 
         setattr(report, KIND, verdict.kind(call.excinfo.value, call.when))
@@ -39,7 +40,8 @@ def judge(item: pytest.Item, call: pytest.CallInfo[None], report: Any) -> pytest
         direct = not item.config.getoption("--kvmnest-events")
         rerun = f"pytest {shlex.quote(item.nodeid)}" if direct else ""
         values = getattr(item, "funcargs", {}).values()
-        report.sections.append(("kvmnest", explain.context(values, rerun)))
+        context = explain.context(values, rerun)
+        report.sections.append(("kvmnest", disassembly.expand(context) if direct else context))
     return report  # type: ignore[no-any-return]
 
 

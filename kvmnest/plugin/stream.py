@@ -10,6 +10,7 @@ import pytest
 
 import kvmnest
 from kvmnest import host
+from kvmnest.cases import explain
 from kvmnest.cases.events import EventWriter
 from kvmnest.plugin import policy
 from kvmnest.plugin.outcomes import KIND, RAISED, SUMMARY, skip_reason
@@ -91,6 +92,7 @@ class EventStream:
         text = report.longreprtext
         for name, content in report.sections:
             text += f"\n{content}" if name == "kvmnest" else f"\n--- {name} ---\n{content}"
+        text = explain.without_addresses(text)
         if first:
             case["summary"] = getattr(report, SUMMARY, "") or text.partition("\n")[0]
             case["raised"] = getattr(report, RAISED, "")

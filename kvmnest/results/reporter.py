@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from kvmnest import known
+from kvmnest import disassembly, known
 from kvmnest.cases.events import DamagedEvent, Event
 from kvmnest.errors import HarnessError
 from kvmnest.results.jsonfile import JsonFile
@@ -135,7 +135,7 @@ class Reporter:
                 sdm=event["sdm"],
                 outcome=event["outcome"],
                 seconds=round(seconds, 6),
-                detail=event["detail"],
+                detail=disassembly.expand(event["detail"]),
                 summary=event.get("summary", ""),
             )
         )

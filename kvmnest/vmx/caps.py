@@ -65,6 +65,9 @@ class Capabilities:
     msrs: Mapping[int, int]
     cpu: Cpu = field(default_factory=Cpu)
 
+    def __repr__(self) -> str:
+        return f"<Capabilities of {len(self.msrs)} MSRs>"
+
     @classmethod
     def from_msrs(cls, msrs: Mapping[int, int], cpu: Cpu | None = None) -> Capabilities:
         """Take the VMX MSRs (480H to 493H) out of ``msrs``; other indices are ignored.

@@ -212,6 +212,8 @@ class Fault(Outcome):
 class Exit(Outcome):
     """A VM exit from L2, with the exit-information fields of the VMCS and L2's RIP.
 
+    The repr of an exit that came from L1, with every field, leaves out those that are 0.
+
     ``intr_info`` and ``intr_error`` are the VM-exit interruption fields, ``idt_info`` and
     ``idt_error`` the IDT-vectoring ones, ``length`` and ``info`` the instruction's length and
     information; ``linear`` and ``physical`` the guest addresses.
@@ -240,6 +242,13 @@ class Exit(Outcome):
         values = self.__dict__.pop("_values", None)
         if values is not None:
             self.__dict__.update(zip(self._names[1:], values, strict=False))
+
+    def __repr__(self) -> str:
+        stated = [(item.name, getattr(self, item.name)) for item in fields(self) if item.compare]
+        if all(value is not ANY for _, value in stated):
+            stated = [stated[0], *((name, value) for name, value in stated[1:] if value)]
+        parts = [f"{name}={_show(value)}" for name, value in stated if value is not ANY]
+        return f"Exit({', '.join(parts)})"
 
 
 class EntryFailure(Outcome):

@@ -71,7 +71,7 @@ def test_unlike():
     assert "kernel " in out
     assert "kvm_intel" in out
     assert "rerun: pytest test_sample.py::test_wrong" in out
-    assert "qualification: 0x10, expected 0x13" in out
+    assert "Exit of CR_ACCESS: qualification: got 0x10, expected 0x13" in out
     assert "CR_ACCESS (28), MOV CR0 to rax" in out
     assert "got VMfailValid(5: " in out
     # Header: what decides over results.

@@ -26,6 +26,9 @@ class Apic:
         assert l1.wrmsr(Msr.X2APIC_SIVR, _ENABLED) == Succeed()
         l1.write_int(l1.cpu.block + l1.sym("CPU_EOI"), l1.sym("EOI_X2APIC"))
 
+    def __repr__(self) -> str:
+        return "<Apic of L1's first vCPU>"
+
     def send(self, vector: int) -> None:
         """Send an interrupt to L1 itself; it waits, since L1 runs with RFLAGS.IF clear."""
         assert self.l1.wrmsr(Msr.X2APIC_SELF_IPI, vector) == Succeed()

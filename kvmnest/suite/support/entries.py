@@ -70,6 +70,9 @@ class Entries:
         self.vmcs = l1.vmcs
         self.launched = False
 
+    def __repr__(self) -> str:
+        return f"<Entries of {self.vmcs!r}>"
+
     def __call__(self, changes: Changes, **regs: int) -> Outcome:
         """Enter with these fields; L2's general registers are ``regs``."""
         known = self.vmcs.fields()

@@ -78,6 +78,9 @@ class Window:
             self._entries = {3: l1.sym("ept_pml4_pdpt") + 8, 2: pd, 1: pt}
         self.levels = tuple(sorted(self._entries))
 
+    def __repr__(self) -> str:
+        return f"<Window of L2 at {self.linear:#x}>"
+
     def _table(self, address: int, entries: list[int]) -> None:
         self.l1.write(address, struct.pack(f"<{len(entries)}Q", *entries))
 

@@ -103,6 +103,9 @@ class Guest:
         self._segments: dict[Field, int] = {}
         self.on(*flags)
 
+    def __repr__(self) -> str:
+        return f"<Guest in {self.mode.name.lower()} mode>"
+
     # --- controls ---
 
     def on(self, *flags: enum.IntFlag) -> None:

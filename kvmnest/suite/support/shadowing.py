@@ -37,6 +37,9 @@ class Shadowing:
         # The guest's own VMCS is written before another one becomes current.
         vmcs.flush()
 
+    def __repr__(self) -> str:
+        return f"<Shadowing with the shadow VMCS at {self.region:#x}>"
+
     def exits(self, reads: Iterable[int], writes: Iterable[int]) -> None:
         """Let VMREAD and VMWRITE of exactly these fields exit."""
         for name, fields in (("vmread_bitmap", reads), ("vmwrite_bitmap", writes)):
