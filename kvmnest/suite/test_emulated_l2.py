@@ -5,14 +5,12 @@ it is a string I/O instruction, and, with ``kvm.force_emulation_prefix=1``, behi
 UD2 "kvm". What L2 and L1 see must not depend on who executes.
 """
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 
 from kvmnest.kvm.exits import IO_OUT, IoExit, MmioExit
 from kvmnest.l1 import L1, code
 from kvmnest.suite.support.bitmaps import set_io_bitmaps
+from kvmnest.suite.support.emulation import PREFIX, forced
 from kvmnest.suite.support.guest import Guest
 from kvmnest.vmx import ExitReason, IoQualification, Proc2Ctl, ProcCtl, Vector
 from kvmnest.vmx.outcome import Fault, HostExit, Outcome, Succeed
@@ -22,34 +20,13 @@ pytestmark = [
     pytest.mark.sdm("Instructions That Cause VM Exits Conditionally"),
 ]
 
-PARAMETER = Path("/sys/module/kvm/parameters/force_emulation_prefix")
-PREFIX = b"\x0f\x0bkvm"
+__all__ = ["forced"]
+
 PORT = 0x3F8
 SGDT = b"\x0f\x01\x07"  # SGDT [RDI]
 STR = b"\x0f\x00\xc8"  # STR EAX
 #: A guest-physical address without memory.
 NOWHERE = 0x10000000
-
-
-@pytest.fixture
-def forced(pytestconfig: pytest.Config) -> Iterator[bytes]:
-    """The prefix that sends an instruction to KVM's emulator.
-
-    The parameter is switched on for the case if the kernel is ours: not on this machine's own.
-    """
-    if not PARAMETER.exists():
-        pytest.skip("needs kvm.force_emulation_prefix=1: this kernel has no such parameter")
-    before = PARAMETER.read_text(encoding="ascii").strip()
-    if before in ("0", "N"):
-        if pytestconfig.getoption("--kvmnest-target") == "kvm":
-            pytest.skip(f"needs kvm.force_emulation_prefix=1: it is {before}")
-        try:
-            PARAMETER.write_text("1", encoding="ascii")
-        except OSError as error:
-            pytest.skip(f"needs kvm.force_emulation_prefix=1: it is {before}, {error.strerror}")
-    yield PREFIX
-    if before in ("0", "N"):
-        PARAMETER.write_text(before, encoding="ascii")
 
 
 def _run(guest: Guest, instruction: bytes, **regs: int) -> Outcome:
