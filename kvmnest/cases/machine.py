@@ -32,8 +32,9 @@ class Machine:
     def caps(self) -> Capabilities:
         """VMX capabilities that KVM offers to guests. Raises ValueError without VMX."""
         from kvmnest.vmx import Capabilities
+        from kvmnest.vmx.msrs import VMX_MSRS
 
-        indices = [i for i in self.kvm.msr_feature_index_list() if 0x480 <= i <= 0x493]
+        indices = [i for i in self.kvm.msr_feature_index_list() if i in VMX_MSRS]
         # A vCPU's own MSRs: some controls depend on its CPUID ("enable XSAVES/XRSTORS" does).
         with self.kvm.create_vm() as vm, vm.create_vcpu() as vcpu:
             vcpu.set_cpuid(self.kvm.supported_cpuid())

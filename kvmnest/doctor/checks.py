@@ -16,6 +16,7 @@ from kvmnest.kvm import Cap, Kvm, KvmUnavailable
 from kvmnest.lab import cache, kernels, tools
 from kvmnest.lab.errors import LabSetupError
 from kvmnest.vmx import Capabilities, FeatureControl, Msr, PinCtl, Proc2Ctl, ProcCtl
+from kvmnest.vmx.msrs import VMX_MSRS
 
 OK, WARNING, BAD = "ok", "warning", "bad"
 
@@ -122,7 +123,7 @@ def _kvm_checks() -> Iterator[Check]:
             return
         yield Check("VMX for guests", OK, "KVM_GET_SUPPORTED_CPUID has VMX")
         caps = Capabilities.from_msrs(
-            kvm.feature_msrs([i for i in kvm.msr_feature_index_list() if 0x480 <= i <= 0x493])
+            kvm.feature_msrs([i for i in kvm.msr_feature_index_list() if i in VMX_MSRS])
         )
         absent = [flag.name or "" for flag in _FEATURES if not caps.supports(flag)]
         text = f"without {', '.join(absent)}" if absent else f"all {len(_FEATURES)} looked for"

@@ -22,6 +22,7 @@ from kvmnest.vmx import (
     Proc2Ctl,
     ProcCtl,
 )
+from kvmnest.vmx.registers import PAT_RESET
 
 
 class L2Mode(enum.Enum):
@@ -34,8 +35,6 @@ class L2Mode(enum.Enum):
     REAL = "real"
 
 
-#: Reset value of IA32_PAT (SDM, "Page Attribute Table (PAT)").
-PAT_RESET = 0x0007040600070406
 #: Access rights of an unusable segment.
 UNUSABLE = 0x10000
 

@@ -15,6 +15,7 @@ from typing import Any
 from kvmnest.errors import PayloadError
 from kvmnest.l1 import payload as payload_module
 from kvmnest.l1.payload import Payload
+from kvmnest.vmx.registers import STATUS_FLAGS
 
 #: General registers in the order of their encoding, which is the order of the slots.
 GPRS = (
@@ -39,10 +40,8 @@ _OFFSET = {name: _GPR + 8 * index for index, name in enumerate(GPRS)} | {"cr2": 
 #: An entry of a list of VMREADs or VMWRITEs: field, value, RFLAGS.
 LIST_ENTRY = struct.Struct("<QQQ")
 
-#: RFLAGS with all six status flags set (CF, PF, AF, ZF, SF, OF): an instruction that should
-#: clear one and does not is noticed.
-ALL_STATUS_FLAGS = 0x8D5
-DEFAULT_RFLAGS = 0x2 | ALL_STATUS_FLAGS
+#: All six status flags are set: an instruction that should clear one and does not is noticed.
+DEFAULT_RFLAGS = 0x2 | STATUS_FLAGS
 
 
 class Mode(enum.Enum):

@@ -22,10 +22,10 @@ from kvmnest.vmx.outcome import (
     WrongFlags,
 )
 from kvmnest.vmx.reasons import EXIT_REASON_ENTRY_FAILURE
+from kvmnest.vmx.registers import STATUS_FLAGS
 
 #: Plain integers: this is the hot path, and flag enumerations are slow.
 _CF, _ZF = int(Rflags.CF), int(Rflags.ZF)
-_STATUS_FLAGS = int(Rflags.CF | Rflags.PF | Rflags.AF | Rflags.ZF | Rflags.SF | Rflags.OF)
 
 #: Read after each VM exit; VM_INSTRUCTION_ERROR comes first, since a VMREAD that fails changes it.
 #: From EXIT_QUALIFICATION on in the order of the parts of ``Exit``.
@@ -66,7 +66,7 @@ class Instructions(SystemInstructions):
     def _judge(self, cpu: Cpu, command: Command, result: Result) -> Outcome:
         if not self.is_done(result.vector, result.rip):
             return self._fault(command, result)
-        flags = result.rflags & _STATUS_FLAGS
+        flags = result.rflags & STATUS_FLAGS
         if flags == 0:
             return Succeed.made(result)
         if flags == _CF:
@@ -197,7 +197,7 @@ class Instructions(SystemInstructions):
         result = seen[0]
         values = cpu.list_values(len(_EXIT_FIELDS))
         if result.status != self._vmexit:
-            flags = result.rflags & _STATUS_FLAGS
+            flags = result.rflags & STATUS_FLAGS
             if flags == _ZF and self.is_done(result.vector, result.rip):
                 return VMfailValid.made(result, error=enum_or_int(VmxError, values[0]))
             return self._judge(cpu, cpu.commands[0], result)

@@ -32,6 +32,7 @@ from kvmnest.vmx import (
 )
 from kvmnest.vmx.capinfo import BasicInfo, MiscInfo
 from kvmnest.vmx.outcome import Exit, Fault, Succeed, VMfailInvalid, VMfailValid
+from kvmnest.vmx.registers import PAT_RESET
 
 pytestmark = [
     pytest.mark.series(6),
@@ -258,7 +259,7 @@ def test_control_taken_away(l1: L1) -> None:
         assert not l1.caps.supports(flag)
         l1.launchable()
         tries = Entries(l1)
-        pat = {Field.GUEST_IA32_PAT: 0x0007040600070406}
+        pat = {Field.GUEST_IA32_PAT: PAT_RESET}
         assert tries({**pat, **tries.using(flag)}) == BAD_CONTROL, flag
         assert tries({}) == tries.vmcall(), flag
         assert l1.vmxoff() == Succeed()

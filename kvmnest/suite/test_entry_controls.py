@@ -11,7 +11,6 @@ from kvmnest.l1 import L1
 from kvmnest.suite.support.batch import Changes
 from kvmnest.suite.support.entries import (
     BAD_CONTROL,
-    WORDS,
     Entries,
     bad_pages,
     each,
@@ -20,6 +19,7 @@ from kvmnest.suite.support.entries import (
     expect_refused,
 )
 from kvmnest.vmx import EntryCtl, ExitCtl, ExitReason, Field, PinCtl, Proc2Ctl, ProcCtl
+from kvmnest.vmx.control_fields import FIELD_OF
 from kvmnest.vmx.outcome import Exit
 
 pytestmark = [pytest.mark.series(14), pytest.mark.sdm("VM-Execution Control Fields")]
@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.series(14), pytest.mark.sdm("VM-Execution Control Fiel
 
 def _changed_bits(tries: Entries, kind: type[enum.IntFlag]) -> tuple[list[int], list[int]]:
     """Values of a control word with one bit wrong: a must-be-1 bit 0, a must-be-0 bit 1."""
-    caps, field = tries.l1.caps, WORDS[kind]
+    caps, field = tries.l1.caps, FIELD_OF[kind]
     value = tries.vmcs.fields()[field]
     must, may = caps.must_be_one(kind), caps.may_be_one(kind)
     cleared = [value & ~(1 << bit) for bit in range(32) if must >> bit & 1]
@@ -55,14 +55,14 @@ def test_reserved_bits(l1: L1, kind: type[enum.IntFlag]) -> None:
     tries.vmcs.update(tries.using(Proc2Ctl(0)))
     cleared, extra = _changed_bits(tries, kind)
     assert cleared or kind is Proc2Ctl
-    expect_refused(tries, BAD_CONTROL, each(WORDS[kind], cleared + extra))
+    expect_refused(tries, BAD_CONTROL, each(FIELD_OF[kind], cleared + extra))
 
 
 @pytest.mark.parametrize("kind", [PinCtl, ProcCtl, ExitCtl, EntryCtl], ids=lambda k: k.__name__)
 def test_all_bits_at_once(l1: L1, kind: type[enum.IntFlag]) -> None:
     """Words of all zeros and all ones are refused."""
     tries = entries(l1)
-    expect_refused(tries, BAD_CONTROL, each(WORDS[kind], [0, 0xFFFFFFFF]))
+    expect_refused(tries, BAD_CONTROL, each(FIELD_OF[kind], [0, 0xFFFFFFFF]))
 
 
 def test_secondary_controls_need_their_activation(l1: L1) -> None:
@@ -112,7 +112,7 @@ def test_default_settings_are_accepted(l1: L1) -> None:
     known = tries.vmcs.fields()
     for kind, bits in defaults.items():
         assert bits & ~l1.caps.may_be_one(kind) == 0, kind.__name__
-        expect_accepted(tries, [{WORDS[kind]: known[WORDS[kind]] | bits}])
+        expect_accepted(tries, [{FIELD_OF[kind]: known[FIELD_OF[kind]] | bits}])
 
 
 # --- CR3 targets ---

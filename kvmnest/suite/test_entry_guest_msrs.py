@@ -28,6 +28,7 @@ from kvmnest.vmx import (
     intr_info,
 )
 from kvmnest.vmx.outcome import Exit, Succeed
+from kvmnest.vmx.registers import PAT_RESET
 
 pytestmark = [
     pytest.mark.series(14),
@@ -91,7 +92,7 @@ def test_pat(l1: L1) -> None:
     tries = entries(l1)
     load = tries.using(EntryCtl.LOAD_PAT)
     expect_refused(tries, BAD_GUEST, each(Field.GUEST_IA32_PAT, BAD_PATS, load))
-    good = [0x0007040600070406 & ~(0xFF << 56) | kind << 56 for kind in (0, 1, 4, 5, 6, 7)]
+    good = [PAT_RESET & ~(0xFF << 56) | kind << 56 for kind in (0, 1, 4, 5, 6, 7)]
     expect_accepted(tries, each(Field.GUEST_IA32_PAT, good, load))
     expect_accepted(tries, each(Field.GUEST_IA32_PAT, [*BAD_PATS[:3], _ALL]))
 

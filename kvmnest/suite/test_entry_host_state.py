@@ -21,6 +21,7 @@ from kvmnest.suite.support.entries import (
 )
 from kvmnest.vmx import Cr0, Cr4, Efer, EntryCtl, ExitCtl, Field
 from kvmnest.vmx.outcome import Succeed
+from kvmnest.vmx.registers import PAT_RESET
 
 pytestmark = [
     pytest.mark.series(14),
@@ -84,7 +85,7 @@ def test_pat(l1: L1) -> None:
     tries = entries(l1)
     load = tries.using(ExitCtl.LOAD_PAT)
     expect_refused(tries, BAD_HOST, each(Field.HOST_IA32_PAT, BAD_PATS, load))
-    good = [0x0007040600070406 & ~(0xFF << 56) | kind << 56 for kind in (0, 1, 4, 5, 6, 7)]
+    good = [PAT_RESET & ~(0xFF << 56) | kind << 56 for kind in (0, 1, 4, 5, 6, 7)]
     expect_accepted(tries, each(Field.HOST_IA32_PAT, good, load))
     expect_accepted(tries, each(Field.HOST_IA32_PAT, BAD_PATS[:3]))
 

@@ -24,6 +24,7 @@ from kvmnest.vmx import (
     Rflags,
 )
 from kvmnest.vmx.outcome import Fault, Succeed
+from kvmnest.vmx.registers import PAT_RESET, STATUS_FLAGS
 
 pytestmark = [
     pytest.mark.series(18),
@@ -261,7 +262,7 @@ def _open_msrs(guest: Guest) -> int:
 def test_pat_loaded(l1: L1, leave: Leave) -> None:
     """With "load IA32_PAT" the PAT is the host-state area's."""
     guest = Guest(l1, ExitCtl.LOAD_PAT, EntryCtl.LOAD_PAT)
-    for host in (0x0007040600070406, 0, 0x0606060606060606, 0x0706050401000106):
+    for host in (PAT_RESET, 0, 0x0606060606060606, 0x0706050401000106):
         guest.vmcs[Field.GUEST_IA32_PAT] = 0x0505050505050505
         guest.vmcs[Field.HOST_IA32_PAT] = host
         leave(guest)
@@ -275,7 +276,7 @@ def test_pat_kept(l1: L1) -> None:
     guest = Guest(l1, EntryCtl.LOAD_PAT)
     guest.off(ExitCtl.LOAD_PAT)
     guest.vmcs[Field.HOST_IA32_PAT] = 0x0606060606060606
-    for value in (0x0505050505050505, 0x0007040600070406):
+    for value in (0x0505050505050505, PAT_RESET):
         assert guest.run(code.NOP, GUEST_IA32_PAT=value) == Succeed()
         assert l1.rdmsr(Msr.PAT) == Succeed(value)
 
@@ -298,7 +299,7 @@ def test_perf_global_ctrl(l1: L1) -> None:
 def test_rflags_rip_rsp(l1: L1, leave: Leave) -> None:
     """RFLAGS is 2, whatever L1 and L2 had in it; RIP and RSP are the host-state area's."""
     guest = Guest(l1)
-    everything = 0x2 | 0x8D5 | Rflags.DF | Rflags.IF | Rflags.IOPL | Rflags.AC | Rflags.ID
+    everything = 0x2 | STATUS_FLAGS | Rflags.DF | Rflags.IF | Rflags.IOPL | Rflags.AC | Rflags.ID
     leave(guest)
     assert _out(l1, "RFLAGS") == 0x2
     assert _out(l1, "RSP") == guest.vmcs[Field.HOST_RSP]

@@ -7,6 +7,7 @@ from kvmnest.suite.support.bitmaps import MSR_PARTS, set_msr_bitmap
 from kvmnest.suite.support.guest import Guest
 from kvmnest.vmx import EntryCtl, ExitCtl, ExitReason, Field, Msr, ProcCtl, Vector
 from kvmnest.vmx.outcome import Exit, Fault, Outcome, Succeed
+from kvmnest.vmx.registers import PAT_RESET
 
 pytestmark = [
     pytest.mark.series(19),
@@ -170,7 +171,7 @@ def test_pat(l1: L1) -> None:
     """IA32_PAT is saved and loaded by its controls, and shared without them."""
     guest = Guest(l1, ProcCtl.USE_MSR_BITMAPS)
     set_msr_bitmap(l1)
-    old, new = 0x0007040600070406, 0x0006060606060606
+    old, new = PAT_RESET, 0x0006060606060606
     guest.on(ExitCtl.SAVE_PAT, ExitCtl.LOAD_PAT, EntryCtl.LOAD_PAT)
     assert _access(guest, Msr.PAT, True, new) == Succeed()
     assert guest.vmcs.read(Field.GUEST_IA32_PAT) == (new,)

@@ -23,6 +23,7 @@ from kvmnest.vmx import (
     Rflags,
 )
 from kvmnest.vmx.outcome import Exit, Succeed
+from kvmnest.vmx.registers import STATUS_FLAGS
 
 pytestmark = [pytest.mark.series(18), pytest.mark.sdm("Saving Guest State")]
 
@@ -91,7 +92,12 @@ def test_rip_rsp_rflags(l1: L1) -> None:
     """RIP is the exiting instruction's, RSP and RFLAGS are as before it."""
     guest = Guest(l1)
     rsp = l1.sym("l2_stack_top")
-    for flags in (0x2, 0x2 | 0x8D5, 0x2 | Rflags.DF | Rflags.IF | Rflags.ID, 0x3002 | Rflags.AC):
+    for flags in (
+        0x2,
+        0x2 | STATUS_FLAGS,
+        0x2 | Rflags.DF | Rflags.IF | Rflags.ID,
+        0x3002 | Rflags.AC,
+    ):
         # PUSH RAX; POPFQ; PUSH RAX
         seen = guest.run(PUSH_POPFQ + b"\x50", {"rax": flags})
         assert seen == Succeed()

@@ -9,8 +9,9 @@ import pytest
 from kvmnest.l1 import L1
 from kvmnest.suite.support.entries import not_canonical
 from kvmnest.suite.support.operands import Memory
-from kvmnest.vmx import Field, Msr, Rflags, Vector
+from kvmnest.vmx import Field, Msr, Vector
 from kvmnest.vmx.outcome import Fault, Succeed
+from kvmnest.vmx.registers import STATUS_FLAGS
 
 SDM_READ = "VMREAD - Read Field from Virtual-Machine Control Structure"
 SDM_WRITE = "VMWRITE - Write Field to Virtual-Machine Control Structure"
@@ -24,7 +25,6 @@ GPRS = (
 RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI = range(8)
 FS, GS = 4, 5
 OPCODES = {"vmread": b"\x0f\x78", "vmwrite": b"\x0f\x79"}
-STATUS = int(Rflags.CF | Rflags.PF | Rflags.AF | Rflags.ZF | Rflags.SF | Rflags.OF)
 #: A field that hypervisors emulate themselves, and one that they may leave to the processor.
 FIELDS = (Field.HOST_IA32_SYSENTER_ESP, Field.GUEST_RSP)
 VALUE = 0x1122334455667788
@@ -47,7 +47,7 @@ def check_operand(
     how[GPRS[register]] = field
     seen = l1.call(text, regs=how, rsp=regs.get("rsp", l1.sym("snippet_stack_top")))
     assert seen == Succeed(), what
-    assert seen.rflags & STATUS == 0, what
+    assert seen.rflags & STATUS_FLAGS == 0, what
     if name == "vmread":
         assert l1.read_int(address) == VALUE ^ 1, what
     else:
@@ -184,7 +184,7 @@ def test_register_operands(l1: L1, name: str) -> None:
         # The stack pointer is free here: the snippet does not use it.
         seen = l1.call(text, regs=regs, rsp=rsp)
         assert seen == Succeed(), f"operand {operand}, field {number}"
-        assert seen.rflags & STATUS == 0
+        assert seen.rflags & STATUS_FLAGS == 0
         if name == "vmwrite":
             assert l1.vmread(field) == Succeed(0x7000), f"operand {operand}, field {number}"
         elif operand != RSP:
@@ -208,11 +208,11 @@ def test_fault_comes_before_any_effect(l1: L1, field: Field) -> None:
     """A VMREAD to an unmapped address faults at its own RIP with its flags as they were."""
     l1.launchable().flush()
     text = Memory(base=RDI, displacement=8).encode(OPCODES["vmread"], RDX)
-    for rflags in (2, 2 | STATUS):
+    for rflags in (2, 2 | STATUS_FLAGS):
         regs = {"rdi": 0x40000118, "rdx": int(field)}
         seen = l1.call(b"\x90" + text, regs=regs, rflags=rflags)
         assert seen == Fault(Vector.PF, error_code=2, cr2=0x40000120, rip=1)
-        assert seen.rflags & STATUS == rflags & STATUS
+        assert seen.rflags & STATUS_FLAGS == rflags & STATUS_FLAGS
 
 
 @pytest.mark.sdm("VMPTRST - Store Pointer to Virtual-Machine Control Structure")
@@ -241,7 +241,7 @@ def test_vmcs_pointer_operands(l1: L1) -> None:
         text = memory.encode(b"\x0f\xc7", 7)
         seen = l1.call(text, regs=regs, rsp=rsp)
         assert seen == Succeed(), str(memory)
-        assert seen.rflags & STATUS == 0
+        assert seen.rflags & STATUS_FLAGS == 0
         assert l1.read_int(address) == other, str(memory)
         assert l1.vmptrld(vmcs.address) == Succeed()
     assert l1.wrmsr(Msr.FS_BASE, 0) == Succeed()

@@ -6,6 +6,7 @@ import pytest
 
 from kvmnest.l1 import L1
 from kvmnest.vmx import ExitReason, Field, Kind, Misc, Msr, Vector, VmxError, Width
+from kvmnest.vmx.numbers import name_of
 from kvmnest.vmx.outcome import Exit, Fault, Succeed, VMfailValid
 
 pytestmark = [
@@ -55,7 +56,7 @@ def _readable(l1: L1, encodings: list[int]) -> list[int]:
 
 
 def _names(encodings: list[int]) -> list[str]:
-    return [Field(e & ~1).name if e & ~1 in Field._value2member_map_ else hex(e) for e in encodings]
+    return [name_of(Field, e & ~1) or hex(e) for e in encodings]
 
 
 @EACH_WIDTH

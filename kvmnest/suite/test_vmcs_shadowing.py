@@ -13,7 +13,6 @@ from kvmnest.suite.support.shadowing import (
     READ,
     READ_MEMORY,
     SHADOW,
-    STATUS,
     WRITE,
     WRITE_MEMORY,
     Shadowing,
@@ -32,6 +31,7 @@ from kvmnest.vmx import (
     Width,
 )
 from kvmnest.vmx.outcome import Exit, Fault, Succeed, VMfailInvalid, VMfailValid
+from kvmnest.vmx.registers import STATUS_FLAGS
 
 pytestmark = [
     pytest.mark.series(13),
@@ -325,7 +325,7 @@ def test_flags_of_l2(l1: L1) -> None:
         seen = shadowing.guest.run(
             text + FLAGS,
             {"rax": Field.GUEST_RSP, "rbx": 1},
-            GUEST_RFLAGS=2 | STATUS | direction,
+            GUEST_RFLAGS=2 | STATUS_FLAGS | direction,
         )
         assert seen == Succeed()
         assert seen.regs["r15"] == 2 | direction

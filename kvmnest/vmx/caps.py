@@ -25,7 +25,7 @@ from kvmnest.vmx.controls import (
     VmFunc,
 )
 from kvmnest.vmx.fields import Field
-from kvmnest.vmx.msrs import Msr
+from kvmnest.vmx.msrs import VMX_MSRS, Msr
 from kvmnest.vmx.registers import Cr0, Cr4
 
 FlagT = TypeVar("FlagT", bound=enum.IntFlag)
@@ -74,7 +74,7 @@ class Capabilities:
 
         Raises ValueError when IA32_VMX_BASIC is missing: the processor then has no VMX.
         """
-        kept = {int(index): value for index, value in msrs.items() if 0x480 <= index <= 0x493}
+        kept = {int(index): value for index, value in msrs.items() if index in VMX_MSRS}
         if not kept.get(Msr.IA32_VMX_BASIC.value):
             raise ValueError("IA32_VMX_BASIC (480H) is missing or 0: no VMX here")
         return cls(kept, cpu or Cpu())

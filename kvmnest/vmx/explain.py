@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 
-from kvmnest.vmx.controls import EntryCtl, Exit2Ctl, ExitCtl, PinCtl, Proc2Ctl, Proc3Ctl, ProcCtl
+from kvmnest.vmx.control_fields import FIELD_OF
 from kvmnest.vmx.errors import VmxError
 from kvmnest.vmx.exitinfo import (
     GPR_NAMES,
@@ -81,13 +81,7 @@ _MEMORY_OPERAND = frozenset(
 )
 
 _FLAG_FIELDS: dict[Field, type[enum.IntFlag]] = {
-    Field.PIN_BASED_VM_EXEC_CONTROL: PinCtl,
-    Field.CPU_BASED_VM_EXEC_CONTROL: ProcCtl,
-    Field.SECONDARY_VM_EXEC_CONTROL: Proc2Ctl,
-    Field.TERTIARY_VM_EXEC_CONTROL: Proc3Ctl,
-    Field.VM_EXIT_CONTROLS: ExitCtl,
-    Field.SECONDARY_VM_EXIT_CONTROLS: Exit2Ctl,
-    Field.VM_ENTRY_CONTROLS: EntryCtl,
+    **{field: kind for kind, field in FIELD_OF.items()},
     Field.GUEST_CR0: Cr0,
     Field.HOST_CR0: Cr0,
     Field.CR0_READ_SHADOW: Cr0,

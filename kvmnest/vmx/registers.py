@@ -92,6 +92,14 @@ class Rflags(enum.IntFlag):
     ID = 1 << 21
 
 
+#: CF, PF, AF, ZF, SF and OF, which each VMX instruction sets or clears (SDM, "Conventions"). A
+#: plain integer: flag enumerations are slow, and every command looks at it.
+STATUS_FLAGS = 0x8D5
+
+#: Reset value of IA32_PAT (SDM, "Page Attribute Table (PAT)").
+PAT_RESET = 0x0007040600070406
+
+
 class Dr6(enum.IntFlag):
     """DR6; RESERVED1 are the bits that read as 1. BLD and RTM are 0 when they report."""
 

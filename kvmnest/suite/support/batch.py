@@ -9,10 +9,10 @@ from kvmnest.l1.command import Command, Result
 from kvmnest.l1.vmcs import field_name
 from kvmnest.vmx import EXIT_REASON_ENTRY_FAILURE, Field, Rflags
 from kvmnest.vmx.outcome import EntryFailure, Exit, Outcome, VMfailValid
+from kvmnest.vmx.registers import STATUS_FLAGS
 
 Changes = Mapping[Field, int]
 
-_STATUS_FLAGS = Rflags.CF | Rflags.PF | Rflags.AF | Rflags.ZF | Rflags.SF | Rflags.OF
 _FAILED = Rflags.CF | Rflags.ZF
 #: Commands for one entry: write fields, enter, read fields.
 _STEPS = 3
@@ -112,7 +112,7 @@ def _is(l1: L1, outcome: Outcome, result: Result, values: list[int]) -> bool:
     exited = result.status == l1.payload["STATUS_VMEXIT"]
     if isinstance(outcome, VMfailValid):
         done = l1.is_done(result.vector, result.rip)
-        failed = result.rflags & _STATUS_FLAGS == Rflags.ZF
+        failed = result.rflags & STATUS_FLAGS == Rflags.ZF
         return not exited and done and failed and values[0] == outcome.error
     if isinstance(outcome, EntryFailure):
         reason = EXIT_REASON_ENTRY_FAILURE | outcome.reason

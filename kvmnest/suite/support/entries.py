@@ -10,17 +10,15 @@ import pytest
 from kvmnest.l1 import L1, L2Mode
 from kvmnest.suite.support.batch import Changes, batch_size, describe, end_so
 from kvmnest.vmx import (
-    EntryCtl,
-    ExitCtl,
     ExitReason,
     Field,
-    PinCtl,
     Proc2Ctl,
-    Proc3Ctl,
     ProcCtl,
     VmxError,
 )
+from kvmnest.vmx.control_fields import FIELD_OF
 from kvmnest.vmx.outcome import EntryFailure, Exit, HostExit, Outcome, Succeed, VMfailValid
+from kvmnest.vmx.registers import PAT_RESET
 
 #: A check on the VM-execution, VM-exit or VM-entry controls failed.
 BAD_CONTROL = VMfailValid(VmxError.ENTRY_INVALID_CONTROL_FIELD)
@@ -30,7 +28,7 @@ BAD_HOST = VMfailValid(VmxError.ENTRY_INVALID_HOST_STATE_FIELD)
 BAD_GUEST = EntryFailure(ExitReason.INVALID_GUEST_STATE, qualification=0)
 #: IA32_PAT with a byte that is no memory type, each byte in turn.
 BAD_PATS = tuple(
-    0x0007040600070406 & ~(0xFF << 8 * byte) | bad << 8 * byte
+    PAT_RESET & ~(0xFF << 8 * byte) | bad << 8 * byte
     for byte in range(8)
     for bad in ((2, 3) if byte else (2, 3, 8, 0x46, 0x80, 0xFF))
 )
@@ -46,16 +44,6 @@ EPT_OR_NOT = pytest.mark.parametrize(
 
 #: How many unexpected outcomes a failure lists.
 _SHOWN = 8
-
-#: The field that holds each kind of controls.
-WORDS: dict[type[enum.IntFlag], Field] = {
-    PinCtl: Field.PIN_BASED_VM_EXEC_CONTROL,
-    ProcCtl: Field.CPU_BASED_VM_EXEC_CONTROL,
-    Proc2Ctl: Field.SECONDARY_VM_EXEC_CONTROL,
-    Proc3Ctl: Field.TERTIARY_VM_EXEC_CONTROL,
-    ExitCtl: Field.VM_EXIT_CONTROLS,
-    EntryCtl: Field.VM_ENTRY_CONTROLS,
-}
 
 
 class Entries:
@@ -123,10 +111,10 @@ class Entries:
         if any(isinstance(flag, Proc2Ctl) for flag in flags):
             extra.append(ProcCtl.ACTIVATE_SECONDARY_CONTROLS)
         for flag in (*flags, *extra):
-            field = WORDS[type(flag)]
+            field = FIELD_OF[type(flag)]
             words[field] = words.get(field, known.get(field, 0)) | flag.value
         if without is not None:
-            field = WORDS[type(without)]
+            field = FIELD_OF[type(without)]
             words[field] = words.get(field, known.get(field, 0)) & ~without.value
         return words
 

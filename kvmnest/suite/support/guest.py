@@ -9,26 +9,18 @@ from typing import Any
 from kvmnest.l1 import L1, L2Mode
 from kvmnest.vmx import (
     AccessRights,
-    EntryCtl,
-    ExitCtl,
     ExitReason,
     Field,
     IntrType,
-    PinCtl,
     Proc2Ctl,
     ProcCtl,
     Vector,
     intr_info,
 )
+from kvmnest.vmx.control_fields import FIELD_OF
+from kvmnest.vmx.numbers import enum_or_int
 from kvmnest.vmx.outcome import Exit, Fault, Outcome, Succeed
 
-_FIELD_OF = {
-    PinCtl: Field.PIN_BASED_VM_EXEC_CONTROL,
-    ProcCtl: Field.CPU_BASED_VM_EXEC_CONTROL,
-    Proc2Ctl: Field.SECONDARY_VM_EXEC_CONTROL,
-    ExitCtl: Field.VM_EXIT_CONTROLS,
-    EntryCtl: Field.VM_ENTRY_CONTROLS,
-}
 #: Guest state that each run starts from, since the run before may have changed it.
 _FRESH = (
     *(Field.GUEST_RSP, Field.GUEST_RFLAGS, Field.GUEST_INTERRUPTIBILITY_INFO),
@@ -113,12 +105,12 @@ class Guest:
         for flag in flags:
             if isinstance(flag, Proc2Ctl):
                 self.on(ProcCtl.ACTIVATE_SECONDARY_CONTROLS)
-            self.vmcs.set_bits(_FIELD_OF[type(flag)], flag)
+            self.vmcs.set_bits(FIELD_OF[type(flag)], flag)
 
     def off(self, *flags: enum.IntFlag) -> None:
         """Clear VM-execution, VM-exit and VM-entry controls."""
         for flag in flags:
-            self.vmcs.clear_bits(_FIELD_OF[type(flag)], flag)
+            self.vmcs.clear_bits(FIELD_OF[type(flag)], flag)
 
     def set_cpl(self, cpl: int) -> None:
         """Let L2 (in 64-bit mode) start at this privilege level."""
@@ -174,7 +166,7 @@ class Guest:
         if seen.rip == self.l1.sym(report):
             vector, error, rip = self.l1.l2_frame(3, word)
             return Fault(
-                Vector(vector) if vector in Vector._value2member_map_ else vector,
+                enum_or_int(Vector, vector),
                 error_code=error,
                 cr2=seen.cr2,
                 rip=rip - self.start,

@@ -6,8 +6,9 @@ from collections.abc import Iterable
 
 from kvmnest.l1 import L1
 from kvmnest.suite.support.guest import Guest
-from kvmnest.vmx import Field, Proc2Ctl, Rflags
+from kvmnest.vmx import Field, Proc2Ctl
 from kvmnest.vmx.outcome import Outcome, Succeed
+from kvmnest.vmx.registers import STATUS_FLAGS
 
 #: VMREAD RBX, RAX and VMWRITE RAX, RBX: the field in RAX, the value in RBX.
 READ = b"\x0f\x78\xc3"
@@ -17,7 +18,6 @@ READ_MEMORY = b"\x0f\x78\x07"
 WRITE_MEMORY = b"\x0f\x79\x07"
 #: PUSHFQ; POP R15 behind an instruction tells its flags.
 FLAGS = b"\x9c\x41\x5f"
-STATUS = int(Rflags.CF | Rflags.PF | Rflags.AF | Rflags.ZF | Rflags.SF | Rflags.OF)
 SHADOW = 1 << 31
 
 
@@ -77,14 +77,16 @@ class Shadowing:
 
     def read(self, field: int) -> Outcome:
         """VMREAD in L2: value in RBX, flags in R15."""
-        return self.guest.run(READ + FLAGS, {"rax": field}, GUEST_RFLAGS=2 | STATUS)
+        return self.guest.run(READ + FLAGS, {"rax": field}, GUEST_RFLAGS=2 | STATUS_FLAGS)
 
     def write(self, field: int, value: int) -> Outcome:
         """VMWRITE in L2: flags in R15."""
-        return self.guest.run(WRITE + FLAGS, {"rax": field, "rbx": value}, GUEST_RFLAGS=2 | STATUS)
+        return self.guest.run(
+            WRITE + FLAGS, {"rax": field, "rbx": value}, GUEST_RFLAGS=2 | STATUS_FLAGS
+        )
 
 
 def flags(seen: Outcome) -> int:
     """Status flags that an instruction of L2 left."""
     assert seen == Succeed()
-    return int(seen.regs["r15"]) & STATUS
+    return int(seen.regs["r15"]) & STATUS_FLAGS
