@@ -35,8 +35,8 @@ command:
         je      op_vmread_list
         cmp     $OP_VMWRITE_LIST, %eax
         je      op_vmwrite_list
-        cmp     $OP_RDMSR_LIST, %eax
-        je      op_rdmsr_list
+        movl    $STATUS_BAD_OP, SLOT_STATUS(%rbx)
+        jmp     command_next
 list_done:
         movl    $STATUS_LIST_DONE, SLOT_STATUS(%rbx)
         jmp     command_next
@@ -74,8 +74,8 @@ op_execute:
 # Lists are loops of one instruction, so that writing a whole VMCS takes one KVM_RUN.
         .macro  LIST name:req, body:req
 \name:
-        mov     SLOT_RIP(%rbx), %rsi
-        mov     SLOT_CS(%rbx), %rcx
+        mov     SLOT_LIST(%rbx), %rsi
+        mov     SLOT_LIST_COUNT(%rbx), %rcx
         test    %rcx, %rcx
         jz      list_done
 1:      mov     (%rsi), %rax
@@ -88,4 +88,3 @@ op_execute:
 
 LIST op_vmread_list,  "vmread %rax, %rdx; pushfq; popq 16(%rsi); mov %rdx, 8(%rsi)"
 LIST op_vmwrite_list, "mov 8(%rsi), %rdx; vmwrite %rdx, %rax; pushfq; popq 16(%rsi)"
-LIST op_rdmsr_list, "mov %rcx, %rdi; mov %eax, %ecx; rdmsr; mov %eax, 8(%rsi); mov %edx, 12(%rsi); mov %rdi, %rcx"

@@ -32,13 +32,6 @@ L2 l2_registers
         vmcall
         jmp     l2_registers
 
-L2 l2_spin
-        jmp     l2_spin
-
-L2 l2_hlt
-        hlt
-        jmp     l2_hlt
-
         .code32
 L2 l2_vmcall32
         vmcall

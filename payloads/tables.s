@@ -13,7 +13,7 @@ l1_gdt:
         .quad   0x00cffb000000ffff      # SEL_USER_CODE32
         .quad   0x00cff3000000ffff      # SEL_USER_DATA
         .quad   0x00affb000000ffff      # SEL_USER_CODE64
-        .quad   0x000f9b000000ffff      # SEL_CODE16
+        .quad   0                       # no selector; the others keep their numbers
         .macro  SYSTEM_DESCRIPTOR label:req, type:req, limit:req
         .word   \limit, \label
         .byte   0, \type, 0, 0

@@ -302,6 +302,7 @@ def _check_layout(payload: Payload) -> None:
     outs = ("RIP", "CS", "RFLAGS", "RSP", "SS", "VECTOR", "ERROR", "CR2", "GPR")
     right = (
         [symbols[f"SLOT_{name}"] for name in order] == offsets
+        and [symbols["SLOT_LIST"], symbols["SLOT_LIST_COUNT"]] == offsets[2:4]
         and symbols["SLOT_OUT"] == _OUT
         and [symbols[f"OUT_{name}"] for name in outs] == [_OUT + 8 * i for i in range(9)]
         and symbols["LIST_ENTRY_SIZE"] == LIST_ENTRY.size

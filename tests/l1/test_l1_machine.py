@@ -11,6 +11,7 @@ from kvmnest.errors import HarnessError
 from kvmnest.kvm import Kvm
 from kvmnest.kvm.exits import IoExit
 from kvmnest.l1 import L1, Mode, Shadow, VmLost, code
+from kvmnest.l1.command import Command, Frame, Kind
 from kvmnest.l1.pool import L1Pool
 from kvmnest.vmx import Vector
 from kvmnest.vmx.outcome import Fault, HostExit, Succeed
@@ -118,6 +119,17 @@ def test_alloc(l1: L1) -> None:
     assert l1.read(first, 4096) == bytes(4096)
     with pytest.raises(HarnessError, match="used up"):
         l1.alloc(2000)
+
+
+@pytest.mark.parametrize("op", [0, 4, 5, 0xFFFFFFFF])
+def test_an_unknown_operation_says_so_and_does_nothing(l1: L1, op: int) -> None:
+    """Also in a batch: the commands around it run."""
+    nop = l1.command("nop", {})
+    unknown = Command(Frame(Kind.PLAIN, "unknown", op, 0x1234), {})
+    results = l1.cpu.submit([nop, unknown, nop])
+    assert isinstance(results, list)
+    trap, bad = l1.sym("STATUS_TRAP"), l1.sym("STATUS_BAD_OP")
+    assert [result.status for result in results] == [trap, bad, trap]
 
 
 def test_too_long_code(l1: L1) -> None:
