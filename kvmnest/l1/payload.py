@@ -15,7 +15,7 @@ from kvmnest.errors import PayloadError
 from kvmnest.l1 import build
 
 #: The meaning of the mailbox that this package speaks; abi.inc holds the payload's side.
-ABI_VERSION = 1
+ABI_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -109,13 +109,14 @@ def load(path: Path = build.ELF) -> Payload:
 def default() -> Payload:
     """Return the package's own payload, read once a process.
 
-    In a checkout it is built when it is missing or older than its sources.
+    In a checkout it is built when it is missing, unusable (of an earlier ABI, say) or older than
+    its sources.
     """
     wanted = build.source_hash()
     if wanted is None:
         return load()
-    if build.ELF.exists():
+    try:
         payload = load()
-        if payload.build_id == wanted:
-            return payload
-    return load(build.build())
+    except PayloadError:
+        return load(build.build())
+    return payload if payload.build_id == wanted else load(build.build())

@@ -7,6 +7,7 @@ import pytest
 
 from kvmnest.errors import PayloadError
 from kvmnest.l1 import build, payload
+from kvmnest.l1.payload import ABI_VERSION
 
 
 @pytest.fixture
@@ -67,6 +68,35 @@ def test_changed_payload_is_built_again(
     payload.default.cache_clear()
 
 
+@pytest.mark.parametrize("content", [b"", b"no ELF file at all", "ABI"])
+def test_unusable_payload_is_built_again(
+    content: bytes | str, sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a pull that raised the ABI's version: the old file must not be in the way."""
+    elf = tmp_path / "l1.elf"
+    if isinstance(content, bytes):
+        elf.write_bytes(content)
+    else:
+        other = tmp_path / "other"
+        shutil.copytree(sources, other)
+        text = (other / "abi.inc").read_text()
+        (other / "abi.inc").write_text(
+            text.replace(f"ABI_VERSION,            {ABI_VERSION}", "ABI_VERSION,            99")
+        )
+        build.build(elf, other)
+        with pytest.raises(PayloadError, match="payload ABI 99"):
+            payload.load(elf)
+    monkeypatch.setattr(build, "ELF", elf)
+    monkeypatch.setattr(build.source_hash, "__defaults__", (sources,))
+    monkeypatch.setattr(build.build, "__defaults__", (elf, sources))
+    monkeypatch.setattr(payload.load, "__defaults__", (elf,))
+    payload.default.cache_clear()
+    try:
+        assert payload.default().build_id == build.source_hash(sources)
+    finally:
+        payload.default.cache_clear()
+
+
 def test_missing(tmp_path: Path) -> None:
     with pytest.raises(PayloadError, match=r"no payload at .*; run 'python -m kvmnest.l1.build'"):
         payload.load(tmp_path / "none.elf")
@@ -89,11 +119,11 @@ def test_not_elf(tmp_path: Path) -> None:
 
 def test_other_abi(sources: Path, tmp_path: Path) -> None:
     text = (sources / "abi.inc").read_text()
-    changed = text.replace("ABI_VERSION,            1", "ABI_VERSION,            99")
+    changed = text.replace(f"ABI_VERSION,            {ABI_VERSION}", "ABI_VERSION,            99")
     assert changed != text
     (sources / "abi.inc").write_text(changed)
     elf = build.build(tmp_path / "abi.elf", sources)
-    with pytest.raises(PayloadError, match="payload ABI 99, kvmnest needs 1"):
+    with pytest.raises(PayloadError, match=f"payload ABI 99, kvmnest needs {ABI_VERSION}"):
         payload.load(elf)
 
 
