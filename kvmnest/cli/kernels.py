@@ -15,8 +15,9 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "kernels",
         help="list the kernels that the lab can boot; fetch or forget some",
-        description="Kernels of Debian's archive (stable, security, backports), installed on this"
-        " machine, or in the lab's cache. Each release is a SPEC for --kernel.",
+        description="Kernels of Debian's archive (all suites that have amd64 kernels), installed on"
+        " this machine, or in the lab's cache. Each release is a SPEC for --kernel; newest is the"
+        " newest that was released, rc the newest release candidate.",
         usage="kvmnest kernels [--all] [--json] | kvmnest kernels fetch SPEC... |"
         " kvmnest kernels forget RELEASE...",
         epilog="exit codes: 0 done, 2 usage, 3 apt cannot be asked or a kernel not be fetched",
@@ -53,5 +54,5 @@ def run(options: argparse.Namespace) -> int:
         origin = f"{', '.join(entry.suites)}  {entry.version}" if entry.version else "not in Debian"
         size = f"{entry.size / 1e6:4.0f} MB" if entry.size and not here else ""
         print(f"{here:9}  {entry.release:{width}}  {size:7}  {origin}")
-    print("also: a .deb, a folder with bzImage or vmlinux and modules, a kernel build tree")
+    print("also: .deb files, a folder with bzImage or vmlinux and modules, a kernel build tree")
     return 0

@@ -80,7 +80,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 def add_options(parser: argparse.ArgumentParser, boots: Sequence[str] = ("lab", "qemu")) -> None:
     """Options that say what to boot, and where; shared by all verbs that boot kernels."""
     parser.add_argument(
-        "--kernel", metavar="SPEC", help="Debian version (6.1.0-56, 6.12), .deb, or folder"
+        "--kernel",
+        metavar="SPEC",
+        help="Debian version (6.1.0-56, 6.12, newest, rc), .deb files (A.deb,B.deb), or folder",
     )
     parser.add_argument("--kvm-modules", metavar="DIR", help="take kvm*.ko from DIR")
     parser.add_argument(

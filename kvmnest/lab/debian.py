@@ -182,8 +182,8 @@ def _offer(
     name, depends = image["Package"], image.get("Depends", "")
     if re.search(r"\blinux-image-\d", depends):  # a name for the newest one of a series
         return None
-    wanted = [image] if not _PARTS.search(depends) else []
-    for part, version in _PARTS.findall(depends):
+    wanted = [image] if not parts(depends) else []
+    for part, version in parts(depends):
         record = known.get(part, {})
         if record.get("Version") != version:
             return None
@@ -218,13 +218,33 @@ def records(output: bytes) -> Iterator[dict[str, str]]:
         yield {key: value.strip() for key, sep, value in parts if sep}
 
 
+def parts(depends: str) -> list[tuple[str, str]]:
+    """The packages (name, version) that hold the kernel of an image package, if it does not."""
+    return _PARTS.findall(depends)
+
+
 def unpack(deb: Path, folder: Path) -> None:
-    """Extract a .deb into ``folder``. Raises KernelSpecError if it is corrupt."""
-    program = tools.find("dpkg-deb")
-    done = subprocess.run([program, "-x", str(deb), str(folder)], capture_output=True, check=False)
+    """Extract a .deb into ``folder``.
+
+    Raises KernelSpecError if it is corrupt, LabSetupError if the disk is full.
+    """
+    _dpkg_deb(deb, "-x", str(deb), str(folder))
+
+
+def control(deb: Path) -> dict[str, str]:
+    """Fields of the control file of a .deb. Raises KernelSpecError if it is corrupt."""
+    return next(records(_dpkg_deb(deb, "-f", str(deb))), {})
+
+
+def _dpkg_deb(deb: Path, *arguments: str) -> bytes:
+    command = [tools.find("dpkg-deb"), *arguments]
+    done = subprocess.run(command, capture_output=True, check=False)
     if done.returncode:
         lines = done.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
+        if any("No space left on device" in line for line in lines):
+            raise LabSetupError(f"no space left on the disk while unpacking {deb.name}")
         raise KernelSpecError(f"{deb} is not a usable Debian package: {lines[-1]}")
+    return done.stdout
 
 
 def fetch(apt: Apt, release: str, target: Path) -> None:

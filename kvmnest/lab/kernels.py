@@ -1,8 +1,9 @@
 """Turn a kernel SPEC into a kernel that the lab can boot, from the cache when it can.
 
 A SPEC is a Debian version (``6.1.0-56``, ``6.12``, ``6.1.0-56-cloud-amd64``), ``newest`` or ``rc``,
-the release of a kernel installed here, a ``.deb`` file, or a directory: an unpacked package, a
-kernel build tree, or simply a folder with a bzImage or vmlinux and kvm modules.
+the release of a kernel installed here, a ``.deb`` file or several (``A.deb,B.deb``), or a
+directory: an unpacked package, .deb files, a kernel build tree, or simply a folder with a bzImage
+or vmlinux and kvm modules.
 """
 
 import contextlib
@@ -12,11 +13,11 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from kvmnest.lab import archive, cache, debian, modules
+from kvmnest.lab import archive, cache, debian, modules, packages
 from kvmnest.lab.decompress import vmlinux_of
 from kvmnest.lab.errors import KernelSpecError, LabSetupError
 from kvmnest.lab.image import KernelImage, flatten
@@ -27,6 +28,7 @@ _KEPT_KERNELS = 24  # some 60 MB each: a ladder of kernels is asked again and ag
 _DAY = 86_400.0
 _FORMAT = 1
 _BANNER = re.compile(rb"Linux version (\S+) \(")
+_OLDEST = (5, 10)  # KVM lets user space filter and answer MSRs since then
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,15 @@ def _release_in(image: bytes, vmlinux: bytes) -> str:
     return banner[1].decode(errors="replace") if banner else "unknown"
 
 
+def _refuse_old(kernel_file: Path, release: str) -> None:
+    numbers = re.match(r"(\d+)\.(\d+)", release)
+    if numbers and (int(numbers[1]), int(numbers[2])) < _OLDEST:
+        oldest = ".".join(map(str, _OLDEST))
+        raise KernelSpecError(
+            f"{kernel_file} is Linux {release}; kvmnest needs the KVM of {oldest} or later"
+        )
+
+
 def _store(
     kernel_file: Path, found: Mapping[str, Path], builtin: frozenset[str], folder: Path
 ) -> None:
@@ -77,6 +88,8 @@ def _store(
         image = flatten(vmlinux, setup)
     except KernelSpecError as e:
         raise KernelSpecError(f"{kernel_file}: {e}") from e
+    release = _release_in(raw, vmlinux)
+    _refuse_old(kernel_file, release)
     kept = folder / "modules"
     kept.mkdir()
     for name in MODULES:
@@ -84,7 +97,7 @@ def _store(
             for module in modules.load_order([name], found, builtin, str(kernel_file.parent)):
                 shutil.copyfile(module.path, kept / module.path.name)
     meta = {
-        "release": _release_in(raw, vmlinux),
+        "release": release,
         "image": (image.base, image.end, image.entry),
         "builtin": sorted(builtin),
     }
@@ -93,7 +106,7 @@ def _store(
     (folder / "meta").write_bytes(marshal.dumps(meta))
 
 
-def _kernel_file(folder: Path) -> Path:
+def _kernel_in(folder: Path) -> Path | None:
     candidates = [
         folder / "arch/x86/boot/bzImage",
         folder / "bzImage",
@@ -103,10 +116,14 @@ def _kernel_file(folder: Path) -> Path:
         *sorted(folder.glob("lib/modules/*/vmlinuz")),
         folder / "vmlinux",
     ]
-    for path in candidates:
-        if path.is_file():
-            return path
-    raise KernelSpecError(f"{folder} holds no bzImage, vmlinuz or vmlinux")
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def _kernel_file(folder: Path) -> Path:
+    found = _kernel_in(folder)
+    if found is None:
+        raise KernelSpecError(f"{folder} holds no bzImage, vmlinuz or vmlinux")
+    return found
 
 
 def _from_folder(folder: Path) -> Kernel:
@@ -156,17 +173,19 @@ def _cached(key: str, build: Callable[[Path], None]) -> Kernel:
     return _load(cache.entry("kernels", key, build, keep=_KEPT_KERNELS))
 
 
-def _from_deb(deb: Path) -> Kernel:
-    key = cache.digest([_FORMAT, deb.read_bytes()])
+def _from_debs(debs: Sequence[Path]) -> Kernel:
+    key = cache.digest([_FORMAT, *(deb.read_bytes() for deb in debs)])
 
     def build(to: Path) -> None:
         with tempfile.TemporaryDirectory(prefix="kvmnest-") as scratch:
-            debian.unpack(deb, Path(scratch))
+            for deb in debs:
+                debian.unpack(deb, Path(scratch))
             try:
                 _store_unpacked(Path(scratch), to)
             except KernelSpecError as e:
                 # The package is what the user knows, not where it was unpacked.
-                raise KernelSpecError(f"{deb}: {str(e).replace(scratch, 'it')}") from e
+                names = ", ".join(map(str, debs))
+                raise KernelSpecError(f"{names}: {str(e).replace(scratch, 'it')}") from e
 
     return _cached(key, build)
 
@@ -296,11 +315,11 @@ def resolve(spec: str | None = None) -> Kernel:
     """
     spec = spec or DEFAULT_SPEC
     path = Path(spec)
-    if spec.endswith(".deb"):
-        if not path.is_file():
-            raise KernelSpecError(f"{spec}: no such file")
-        return _from_deb(path)
+    if debs := packages.named(spec):
+        return _from_debs(debs)
     if path.is_dir():
+        if _kernel_in(path) is None and (debs := packages.inside(path)):
+            return _from_debs(debs)
         return _from_folder(path)
     if spec in installed_releases():
         return _from_installed(spec)
