@@ -63,8 +63,9 @@ def build_modules(edits: Sequence[Edit], release: str) -> Path:
         for name in _MODULES:
             (folder / name).write_bytes(modules.lean(built / _KVM / name))
 
-    if (cache.root() / "kvm-modules" / key).is_dir():
-        return cache.entry("kvm-modules", key, lambda folder: None, keep=_KEPT_BUILDS)
+    kept = cache.existing("kvm-modules", key)
+    if kept is not None:
+        return kept
     base = _base(kernel)
     if not edits:
         return cache.entry("kvm-modules", key, lambda to: keep(to, base), keep=_KEPT_BUILDS)

@@ -22,9 +22,14 @@ from pathlib import Path
 
 from kvmnest.lab.errors import LabSetupError
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _KEEP = 6  # entries of one kind; the oldest used go first
 _MANIFEST = "manifest.json"
 _MOST_LISTED = 64  # files; the trees that kernels are built in are not checked
+# MiB on the disk that one entry takes, rounded up, and those of a kind that is not listed.
+_ROOM = {"kernels": 80, "booted": 200, "loaded": 200, "kernel-sources": 200, "kvm-trees": 100}
+_ROOM_OF_OTHERS = 30
+_ROOM_UNPACKED = 500  # the packages of a kernel
 _SAMPLE, _SAMPLES = 4096, 64  # of larger files so many places of so many bytes are checked
 
 
@@ -68,9 +73,25 @@ def locked(name: str) -> Iterator[None]:
 
 def describe(error: OSError, doing: str) -> str:
     """One line for an OSError while ``doing`` something; a full disk is named as such."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in _FULL:
         return f"no space left on the disk while {doing}: {error.filename or ''}".rstrip(": ")
     return f"{doing}: {error.strerror or error}" + (f": {error.filename}" if error.filename else "")
+
+
+def _no_room(kind: str, error: OSError) -> str:
+    """One line for an entry that a full disk has no room for: how much it takes, and where."""
+    places = (
+        (root(), _ROOM.get(kind, _ROOM_OF_OTHERS), "XDG_CACHE_HOME"),
+        (Path(tempfile.gettempdir()), _ROOM_UNPACKED, "TMPDIR"),
+    )
+    for place, needed, variable in places:
+        free = shutil.disk_usage(place).free >> 20
+        if free < needed:
+            return (
+                f"no space left on the disk: {place} has {free} MiB free, {kind} needs {needed} MiB"
+                f" ({variable} names another place)"
+            )
+    return describe(error, f"preparing {kind} in the cache")
 
 
 def entry(kind: str, key: str, build: Callable[[Path], None], *, keep: int = _KEEP) -> Path:
@@ -96,8 +117,12 @@ def existing(kind: str, key: str) -> Path | None:
     """Directory of entry ``key`` if it is there and whole; it counts as used."""
     folder = root() / kind / key
     if not is_whole(folder):
-        _drop_damaged(folder)
-        return None
+        if not os.path.lexists(folder):
+            return None
+        with locked(kind):  # another run may have put it there just now
+            if not is_whole(folder):
+                _drop_damaged(folder)
+                return None
     with contextlib.suppress(OSError):
         os.utime(folder)
     return folder
@@ -180,7 +205,10 @@ def _make(final: Path, build: Callable[[Path], None], keep: int) -> None:
             shutil.rmtree(work, ignore_errors=True)
             raise
     except OSError as e:
-        raise LabSetupError(describe(e, f"preparing {final.parent.name} in the cache")) from e
+        kind = final.parent.name
+        if e.errno in _FULL:
+            raise LabSetupError(_no_room(kind, e)) from e
+        raise LabSetupError(describe(e, f"preparing {kind} in the cache")) from e
 
 
 def _expire(folder: Path, keep: int) -> None:

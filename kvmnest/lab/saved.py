@@ -2,6 +2,7 @@
 
 import marshal
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,9 +48,9 @@ class _Saver:
 
         try:
             cache.entry(step.kind, step.key, build, keep=_KEPT)
-        except LabSetupError as e:  # a full disk: this run can do without
-            raise SnapshotError(str(e)) from e
-        if not mailbox:  # another run of the same lab was faster
+        except LabSetupError as e:  # this run can do without, and the next boots from cold
+            print(f"kvmnest: this boot is not kept: {e}", file=sys.stderr, flush=True)
+        if not mailbox:  # or another run of the same lab was faster
             mailbox.extend(snapshot.find_mailbox(pid, mark, MAILBOX_PAGES))
         snapshot.fill_mailbox(pid, mailbox, step.mail)
 

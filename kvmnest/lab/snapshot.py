@@ -9,6 +9,7 @@ addresses, open files); if one does not hold the caller boots from cold.
 
 import contextlib
 import ctypes
+import errno
 import functools
 import marshal
 import mmap
@@ -159,7 +160,8 @@ def find_mailbox(pid: int, mark: bytes, pages: int) -> list[int]:
 def take(pid: int, folder: Path, mark: bytes, pages: int) -> list[int]:
     """Save process ``pid`` into ``folder`` and let it run on.
 
-    Returns where the guest's mailbox lies, as ``find_mailbox`` does. Raises SnapshotError.
+    Returns where the guest's mailbox lies, as ``find_mailbox`` does. Raises SnapshotError, and
+    OSError if ``folder``'s disk is full: the process runs on.
     """
     try:
         with Stopped(pid) as process:
@@ -187,6 +189,8 @@ def take(pid: int, folder: Path, mark: bytes, pages: int) -> list[int]:
             }
         (folder / "state").write_bytes(marshal.dumps(state))
     except OSError as e:
+        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
         raise SnapshotError(str(e)) from e
     return mailbox
 

@@ -138,3 +138,46 @@ def test_every_file_of_a_real_cache(copied: Path, capfd: pytest.CaptureFixture[s
             assert got == expected, path
             assert "Traceback" not in capfd.readouterr().err
     assert tried >= 12
+
+
+def test_an_entry_that_another_run_makes_meanwhile(
+    private: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It was not there at the first look; nothing is damaged, and nothing dropped."""
+    real, looks = cache.is_whole, []
+
+    def is_whole(folder: Path) -> bool:
+        if not looks:
+            looks.append(folder)
+            cache.entry("kind", "key", build)
+            return False
+        return real(folder)
+
+    monkeypatch.setattr(cache, "is_whole", is_whole)
+    found = cache.existing("kind", "key")
+    assert found is not None
+    assert (found / "large").is_file()
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("full", "message"),
+    [
+        ("cache", r"kvmnest has 1 MiB free, kernels needs 80 MiB \(XDG_CACHE_HOME names"),
+        ("temporary", r" has 1 MiB free, kernels needs 500 MiB \(TMPDIR names"),
+        ("neither", "no space left on the disk while preparing kernels"),
+    ],
+)
+def test_how_much_is_needed_and_where(
+    private: Path, monkeypatch: pytest.MonkeyPatch, full: str, message: str
+) -> None:
+    def usage(place: Path) -> shutil._ntuple_diskusage:
+        little = full == ("cache" if Path(place).name == "kvmnest" else "temporary")
+        return shutil._ntuple_diskusage(1 << 40, 0, 1 << 20 if little else 1 << 40)
+
+    def broken(to: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    with pytest.raises(cache.LabSetupError, match=message):
+        cache.entry("kernels", "key", broken)
