@@ -131,15 +131,15 @@ def _hash(apt: debian.Apt, package: str, release: str) -> str:
 def _noted(release: str) -> KernelSource | None:
     """The source in the cache that an earlier call prepared."""
     try:
-        key = (cache.root() / "kernel-releases" / release).read_text()
-    except OSError:
+        key = (cache.root() / "kernel-releases" / release).read_text(encoding="ascii")
+        folder = cache.root() / "kernel-sources" / key
+        if not cache.is_whole(folder):
+            return None
+        headers = folder / "usr/src" / f"linux-headers-{release}"
+        version = (folder / "version").read_text()
+        settings = (headers / ".kernelvariables").read_text()
+    except (OSError, ValueError):  # not there, or damaged
         return None
-    folder = cache.root() / "kernel-sources" / key
-    if not (folder / "version").is_file():
-        return None
-    headers = folder / "usr/src" / f"linux-headers-{release}"
-    version = (folder / "version").read_text()
-    settings = (headers / ".kernelvariables").read_text()
     compiler = build_tools.compiler(settings)
     return KernelSource(release, version, headers, folder / "tree", compiler, key)
 

@@ -280,7 +280,7 @@ def _from_version(spec: str) -> Kernel:
     except LabSetupError as e:
         release = debian.match(spec, cached) or ""
         if not release:
-            raise KernelSpecError(f"no kernel {spec} in the cache, and {e}") from e
+            raise LabSetupError(f"no kernel {spec} in the cache, and {e}") from e
         return _cached(cached[release], _gone)
     release = debian.match(spec, known) or ""
     if not release:

@@ -138,3 +138,20 @@ def test_an_installed_kernel_that_cannot_be_read(tmp_path: Path) -> None:
 
     with pytest.raises(KernelSpecError, match=r"vmlinuz-6\.1\.0-x cannot be read: .*run as root"):
         kernels._from_installed("6.1.0-x", Denied(tmp_path))
+
+
+def test_an_archive_out_of_reach_is_no_wrong_usage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: list[str]
+) -> None:
+    """Exit code 3: the same command works once there is a connection."""
+
+    def no_system() -> debian.Apt:
+        raise LabSetupError("apt knows no kernel")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(kernels.debian.Apt, "offers", property(lambda self: no_system()))
+    with pytest.raises(
+        LabSetupError, match=r"no kernel 6\.1 in the cache, and .*no connection"
+    ) as e:
+        kernels.resolve("6.1")
+    assert e.value.exit_code == 3

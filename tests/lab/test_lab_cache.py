@@ -1,5 +1,7 @@
 """The cache after a crashed host or a full disk: what is damaged is made again, with one line."""
 
+import importlib.util
+import marshal
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -8,8 +10,12 @@ from pathlib import Path
 
 import pytest
 
+import kvmnest
+from kvmnest.kernel import build as kernel_build
+from kvmnest.kernel import source
 from kvmnest.lab import cache
 from kvmnest.lab.machine import Lab
+from kvmnest.results import collect
 
 
 def zero(path: Path) -> None:
@@ -181,3 +187,50 @@ def test_how_much_is_needed_and_where(
     monkeypatch.setattr(shutil, "disk_usage", usage)
     with pytest.raises(cache.LabSetupError, match=message):
         cache.entry("kernels", "key", broken)
+
+
+@pytest.mark.parametrize(
+    "note", [b"", b"\x00" * 32, b"\xff\xfe", b"a" * 5000, b"../..", b"0" * 32], ids=repr
+)
+def test_a_damaged_note_of_a_source(private: Path, note: bytes) -> None:
+    """The sources are fetched again, instead of a traceback."""
+    cache.root()
+    (private / "kernel-releases").mkdir()
+    (private / "kernel-releases/7.3.4").write_bytes(note)
+    assert source._noted("7.3.4") is None
+
+
+@pytest.mark.parametrize("damage", [zero, cut, empty, junk], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("light", [False, True])
+def test_damaged_code_that_pytest_keeps(
+    private: Path, light: bool, damage: Callable[[Path], None]
+) -> None:
+    base = Path(kvmnest.__file__).parent / "suite"
+    module = next(path for path in sorted(base.glob("test_*.py")))
+    name = Path(importlib.util.cache_from_source(module.name)).name.removesuffix(".pyc")
+    kept = cache.root() / "pycache" / base.relative_to("/") / f"{name}-pytest-8.0.0.pyc"
+    kept.parent.mkdir(parents=True)
+    code = compile("1", str(module), "exec")
+    kept.write_bytes(bytes(16) + marshal.dumps(code))
+    assert len(collect.rewritten(light=light)) == 1
+    damage(kept)
+    assert collect.rewritten(light=light) == {}
+    assert not kept.exists()
+
+
+def test_modules_that_were_built_are_built_again(
+    private: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A damaged pair is not taken for a pair without files."""
+    kernel = source.KernelSource("7.3.4", "1", tmp_path, tmp_path, "gcc", "key")
+    built = tmp_path / "built"
+    (built / "arch/x86/kvm").mkdir(parents=True)
+    for name in ("kvm.ko", "kvm-intel.ko"):
+        (built / "arch/x86/kvm" / name).write_bytes(b"module")
+    monkeypatch.setattr(kernel_build.source, "prepare", lambda release: kernel)
+    monkeypatch.setattr(kernel_build, "_base", lambda kernel: built)
+    monkeypatch.setattr(kernel_build.modules, "lean", Path.read_bytes)
+    folder = kernel_build.build_modules([], "7.3.4")
+    cut(folder / "kvm.ko")
+    forget()
+    assert (kernel_build.build_modules([], "7.3.4") / "kvm.ko").read_bytes() == b"module"
