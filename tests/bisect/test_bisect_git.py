@@ -25,10 +25,16 @@ def git(folder, *arguments):
     return done.stdout.strip()
 
 
+@pytest.fixture(params=["6.1", "newest"])
+def kernel(request):
+    """SPEC of the kernel whose source the history is of."""
+    return request.param
+
+
 @pytest.fixture
-def history(tmp_path):
+def history(tmp_path, kernel):
     """A work tree with COMMITS commits; one brings a bug, one does not compile."""
-    release = kernels.resolve().release
+    release = kernels.resolve(kernel).release
     folder = tmp_path / "linux"
     shutil.copytree(source.prepare(release).tree, folder)
     mutant = next(m for m in catalogue.load() if m.id == "resume-clear")
@@ -38,7 +44,10 @@ def history(tmp_path):
         subject = f"comment {number}"
         text = nested.read_text()
         if number == PLANTED:
-            text, subject = mutant.edit.apply(text), "KVM: nVMX: relax the launch-state check"
+            text, subject = (
+                mutant.edit_for(release).apply(text),
+                "KVM: nVMX: relax the launch-state check",
+            )
         if number == BROKEN_BUILD:
             text += "\n#error not yet\n"
         if number == BROKEN_BUILD + 1:
@@ -49,12 +58,12 @@ def history(tmp_path):
     return folder
 
 
-def test_the_planted_bug_is_found(history, capsys):
-    build = f"{sys.executable} -m kvmnest build . out"
+def test_the_planted_bug_is_found(history, kernel, capsys):
+    build = f"{sys.executable} -m kvmnest build . out --kernel {kernel}"
     code = main(
         [
             *("bisect", "--git", str(history), "--good", f"HEAD~{COMMITS - 1}", "--bad", "HEAD"),
-            *("--build", build, "--kernel", "6.1", "--kvm-modules", "out"),
+            *("--build", build, "--kernel", kernel, "--kvm-modules", "out"),
             *("--case", "test_vmlaunch_vmresume.py::test_vmresume_of_clear_vmcs"),
         ]
     )
@@ -68,6 +77,7 @@ def test_the_planted_bug_is_found(history, capsys):
     assert not Repository(history).bisecting
 
 
+@pytest.mark.parametrize("kernel", ["6.1"], indirect=True)
 def test_a_commit_that_does_not_compile_is_one_line(history, capsys):
     git(history, "checkout", "-q", f"HEAD~{COMMITS - 1 - BROKEN_BUILD}")
     assert main(["build", str(history), str(history / "out")]) == 1

@@ -13,6 +13,7 @@ from kvmnest.kernel import build
 from kvmnest.kernel.edits import Edit, EditError
 from kvmnest.lab import kernels
 from kvmnest.lab.errors import LabSetupError
+from kvmnest.mutants import catalogue
 
 pytestmark = [
     pytest.mark.slow,
@@ -29,15 +30,17 @@ def release() -> str:
     return kernels.resolve(None).release
 
 
+@pytest.mark.parametrize("kernel", ["6.1", "newest"])
 def test_detected_then_remembered(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, kernel: str
 ) -> None:
     state, report = tmp_path / "state.json", tmp_path / "report.json"
-    arguments = ["mutants", "--only", "vmxon-cpl3,ibpb-nested-exit", "--state", str(state)]
+    only = ["--only", "vmxon-cpl3,ibpb-nested-exit"]
+    arguments = ["mutants", *only, "--kernel", kernel, "--state", str(state)]
     assert main([*arguments, "--json", str(report)]) == 0
     said = capsys.readouterr().out
     assert "vmxon-cpl3: detected test_vmxon.py::" in said
-    assert "2 mutants of 6.1" in said
+    assert f"2 mutants of {kernels.resolve(kernel).release}: " in said
     assert ": 1 detected, 1 masked" in said
     document = json.loads(report.read_text())
     assert document["totals"] == {"detected": 1, "missed": 0, "masked": 1, "does not apply": 0}
@@ -55,6 +58,14 @@ def test_nothing_is_built_twice(release: str, monkeypatch: pytest.MonkeyPatch) -
     assert sorted(path.name for path in first.iterdir()) == ["kvm-intel.ko", "kvm.ko"]
     monkeypatch.setattr("kvmnest.kernel.build._make", None)
     assert build.build_modules([edit], release) == first
+
+
+@pytest.mark.parametrize("kernel", ["6.1", "newest"])
+def test_every_edit_fits_the_kernel(kernel: str) -> None:
+    kernel_release = kernels.resolve(kernel).release
+    edits = [mutant.edit_for(kernel_release) for mutant in catalogue.load()]
+    assert len(edits) >= 129
+    build.check_edits(edits, kernel_release)
 
 
 def test_edits_that_cannot_be_built(release: str) -> None:
@@ -77,7 +88,7 @@ def test_cases_that_fail_on_the_unmodified_modules_are_not_used(
     broken = Edit(NESTED, "handle_vmxon", "if (vmx_get_cpl(vcpu)) {", "if (0) {")
     folder = build.build_modules([broken], release)
     monkeypatch.setattr("kvmnest.mutants.score.build_modules", lambda *_: folder)
-    from kvmnest.mutants import catalogue, record, score
+    from kvmnest.mutants import record, score
 
     results = record.load(tmp_path / "state.json", release)
     lines: list[str] = []
