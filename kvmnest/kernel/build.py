@@ -20,7 +20,7 @@ from pathlib import Path
 from kvmnest.errors import KvmnestError
 from kvmnest.kernel import source
 from kvmnest.kernel.edits import Edit, apply_all
-from kvmnest.lab import cache, modules
+from kvmnest.lab import cache, modules, tools
 from kvmnest.lab.errors import LabSetupError
 
 _FORMAT = 2
@@ -202,6 +202,7 @@ def _make(kernel: source.KernelSource, tree: Path) -> None:
         stderr=subprocess.PIPE,
         env=environment,
         start_new_session=True,
+        preexec_fn=tools.die_with_parent(),
     )
     _running.add(process)
     try:

@@ -12,6 +12,7 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+from kvmnest.lab import tools
 from kvmnest.lab.errors import LabSetupError
 
 #: Those that building a module runs, each with the program proper where the name is but a
@@ -23,7 +24,6 @@ _TOOLS = {
 }
 _LIBRARIES = ("libc6", "libelf1t64", "zlib1g", "libzstd1")
 _LIBRARY_FOLDER = "usr/lib/x86_64-linux-gnu"
-_PACKAGES = {"ld": "binutils", "objcopy": "binutils", "xz": "xz-utils"}
 
 
 def require_programs(release: str) -> None:
@@ -32,7 +32,7 @@ def require_programs(release: str) -> None:
     if not shutil.which("gcc"):
         missing.insert(0, "gcc")
     if missing:
-        packages = sorted({_PACKAGES.get(name, name) for name in missing})
+        packages = sorted({tools.package(name) for name in missing})
         raise LabSetupError(
             f"building KVM for {release} needs {', '.join(missing)}:"
             f" apt-get install {' '.join(packages)}"
@@ -56,15 +56,15 @@ def make_runnable(folder: Path, unpack: Callable[[str, Path], None]) -> None:
 
     ``unpack`` puts the content of a package into a folder.
     """
-    (tools,) = (folder / "usr/lib").glob("linux-kbuild-*")
-    if not any(map(_why_not, _programs(tools))):
+    (kbuild,) = (folder / "usr/lib").glob("linux-kbuild-*")
+    if not any(map(_why_not, _programs(kbuild))):
         return
     libraries = folder / "libraries"
     for package in _LIBRARIES:
         unpack(package, libraries)
     for name, proper in _TOOLS.items():
-        path = tools / name
-        program = tools / proper
+        path = kbuild / name
+        program = kbuild / proper
         if not proper or not program.is_file():
             program = path.with_name(f"{path.name}.program")
             path.rename(program)
@@ -80,13 +80,13 @@ def make_runnable(folder: Path, unpack: Callable[[str, Path], None]) -> None:
         path.chmod(0o755)
 
 
-def _programs(tools: Path) -> list[Path]:
+def _programs(folder: Path) -> list[Path]:
     """What to start to see whether the tools do: scripts of ours, else the programs proper."""
     found = []
     for name, proper in _TOOLS.items():
-        path = tools / name
+        path = folder / name
         ours = path.read_bytes().startswith(b"#!")
-        found.append(path if ours or not (tools / proper).is_file() else tools / proper)
+        found.append(path if ours or not (folder / proper).is_file() else folder / proper)
     return found
 
 
