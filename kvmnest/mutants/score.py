@@ -188,6 +188,8 @@ class Scorer:
             if found is None:
                 what = "the cases it names" if self.first_only else "the suite"
                 text = f"no failure in {what} ({ran} cases)"
+                if not ran:
+                    text = "each case that it names fails or is skipped on the unmodified modules"
                 scope = self._scope(mutant)
                 score = Score(record.MISSED, key, scope, text=text, ran=ran, seconds=seconds)
             else:

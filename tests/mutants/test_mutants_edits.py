@@ -1,5 +1,6 @@
 """Edits of C sources, and that every entry of the catalogue is well formed."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from kvmnest.kernel.edits import (
     text_for,
 )
 from kvmnest.mutants import catalogue
+from kvmnest.mutants.record import DETECTED, MISSED
 
 SOURCE = """\
 static int first(int a);
@@ -122,6 +124,20 @@ def test_the_catalogue() -> None:
             assert one.expression.split() != one.replacement.split(), mutant.id
         assert mutant.masked or mutant.cases, f"{mutant.id} names no case"
         assert "hash" not in mutant.origin or mutant.origin["subject"]
+
+
+@pytest.mark.parametrize("name", ["mutants-detected.json", "mutants-detected-7.3.json"])
+def test_the_tables_of_what_was_noticed(name: str) -> None:
+    """Each mutant is in the table, detected by a case of the suite or with a reason."""
+    table = json.loads((catalogue.MUTANTS_FILE.parent / name).read_text())
+    rows = {row["id"]: row for row in table["mutants"]}
+    assert set(rows) == {mutant.id for mutant in catalogue.load()}
+    assert table["totals"]["does not apply"] == 0
+    assert table["totals"]["detected"] >= 100
+    for mutant in catalogue.load():
+        row = rows[mutant.id]
+        assert row["case"] if row["verdict"] == DETECTED else row["text"], mutant.id
+        assert row["verdict"] != MISSED or mutant.missed, f"{mutant.id} is missed without a reason"
 
 
 def test_patterns_of_cases() -> None:
