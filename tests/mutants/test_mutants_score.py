@@ -55,7 +55,7 @@ def test_detected_then_remembered(
 def test_nothing_is_built_twice(release: str, monkeypatch: pytest.MonkeyPatch) -> None:
     edit = Edit(NESTED, "handle_vmxon", "if (vmx_get_cpl(vcpu)) {", "if (0) {")
     first = build.build_modules([edit], release)
-    assert sorted(path.name for path in first.iterdir()) == ["kvm-intel.ko", "kvm.ko"]
+    assert sorted(path.name for path in first.glob("*.ko")) == ["kvm-intel.ko", "kvm.ko"]
     monkeypatch.setattr("kvmnest.kernel.build._make", None)
     assert build.build_modules([edit], release) == first
 
