@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from kvmnest.lab import DEFAULT_KERNEL
+
 
 def add_parser(subparsers: Any) -> None:
     """Add the verb."""
@@ -20,7 +22,9 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("tree", type=Path, metavar="TREE")
     parser.add_argument("to", type=Path, metavar="DIR")
-    parser.add_argument("--kernel", metavar="SPEC", help="Debian version (default: 6.1)")
+    parser.add_argument(
+        "--kernel", metavar="SPEC", help=f"Debian version (default: {DEFAULT_KERNEL})"
+    )
 
 
 def run(options: argparse.Namespace) -> int:

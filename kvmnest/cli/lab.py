@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from kvmnest.errors import UsageError
+from kvmnest.lab import DEFAULT_KERNEL
 
 if TYPE_CHECKING:
     from kvmnest.lab.bochs_build import Progress
@@ -72,7 +73,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         epilog="exit codes: 0 listed, 2 usage, 3 no emulator can be used, 130 interrupted",
     )
     emulators.add_argument("--bochs", metavar="PATH", help="a Bochs of yours")
-    emulators.add_argument("--kernel", metavar="SPEC", help="the kernel to ask (default: 6.1)")
+    emulators.add_argument(
+        "--kernel", metavar="SPEC", help=f"the kernel to ask (default: {DEFAULT_KERNEL})"
+    )
     emulators.add_argument("--no-boot", action="store_true", help="names of the models only")
     emulators.add_argument("--json", action="store_true", help="print a JSON document")
 

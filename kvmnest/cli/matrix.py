@@ -13,6 +13,7 @@ from typing import Any
 
 from kvmnest.cli.lab import add_emulator_options, emulator, parameters
 from kvmnest.errors import UsageError
+from kvmnest.lab import DEFAULT_KERNEL
 
 
 def add_parser(subparsers: Any) -> None:
@@ -26,7 +27,10 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("selected", nargs="*", metavar="CASE", help="cases (default: all)")
     parser.add_argument(
-        "--kernels", nargs="+", metavar="SPEC", help="in order (default, with --cpu-models: 6.1)"
+        "--kernels",
+        nargs="+",
+        metavar="SPEC",
+        help=f"in order (default, with --cpu-models: {DEFAULT_KERNEL})",
     )
     parser.add_argument(
         "--cpu-models",
@@ -171,8 +175,6 @@ def _models(options: argparse.Namespace) -> list[str]:
 
 
 def _check(options: argparse.Namespace) -> None:
-    from kvmnest.lab.kernels import DEFAULT_SPEC
-
     for name in ("jobs", "parts"):
         value = getattr(options, name)
         if value is not None and value < 1:
@@ -184,7 +186,7 @@ def _check(options: argparse.Namespace) -> None:
     if not options.kernels:
         if not options.cpu_models:
             raise UsageError("--kernels or --cpu-models says what to run on")
-        options.kernels = [DEFAULT_SPEC]
+        options.kernels = [DEFAULT_KERNEL]
     _no_duplicates("--kernels", options.kernels)
 
 

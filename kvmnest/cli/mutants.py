@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kvmnest.errors import UsageError
+from kvmnest.lab import DEFAULT_KERNEL
 
 
 def add_parser(subparsers: Any) -> None:
@@ -40,7 +41,9 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--state", type=Path, metavar="FILE", help="where results are kept")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the detection table")
-    parser.add_argument("--kernel", metavar="SPEC", help="Debian version (default: 6.1)")
+    parser.add_argument(
+        "--kernel", metavar="SPEC", help=f"Debian version (default: {DEFAULT_KERNEL})"
+    )
     parser.add_argument("--bochs", metavar="PATH", help="the Bochs to use")
     parser.add_argument("--cpu-model", metavar="NAME", help="the CPU that Bochs emulates")
 

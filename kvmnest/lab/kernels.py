@@ -17,12 +17,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from kvmnest.lab import archive, cache, debian, modules, packages
+from kvmnest.lab import DEFAULT_KERNEL, archive, cache, debian, modules, packages
 from kvmnest.lab.decompress import vmlinux_of
 from kvmnest.lab.errors import KernelSpecError, LabSetupError
 from kvmnest.lab.image import KernelImage, flatten
 
-DEFAULT_SPEC = "6.1"
 MODULES = ("kvm", "kvm_intel")
 _KEPT_KERNELS = 24  # some 60 MB each: a ladder of kernels is asked again and again
 _DAY = 86_400.0
@@ -308,12 +307,12 @@ def _gone(_: Path) -> None:
 
 
 def resolve(spec: str | None = None) -> Kernel:
-    """Find and prepare the kernel that ``spec`` names (default: Debian's newest 6.1).
+    """Find and prepare the kernel that ``spec`` names (default: DEFAULT_KERNEL).
 
     Raises KernelSpecError if it names nothing usable, LabSetupError if a tool is missing or the
     package cannot be fetched.
     """
-    spec = spec or DEFAULT_SPEC
+    spec = spec or DEFAULT_KERNEL
     path = Path(spec)
     if debs := packages.named(spec):
         return _from_debs(debs)

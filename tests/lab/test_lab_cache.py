@@ -4,6 +4,7 @@ import importlib.util
 import marshal
 import os
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from itertools import cycle
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import kvmnest
 from kvmnest.kernel import build as kernel_build
 from kvmnest.kernel import source
-from kvmnest.lab import cache
+from kvmnest.lab import cache, saved, snapshot
 from kvmnest.lab.machine import Lab
 from kvmnest.results import collect
 
@@ -190,7 +191,9 @@ def test_how_much_is_needed_and_where(
 
 
 @pytest.mark.parametrize(
-    "note", [b"", b"\x00" * 32, b"\xff\xfe", b"a" * 5000, b"../..", b"0" * 32], ids=repr
+    "note",
+    [b"", bytes(32), b"\xff\xfe", b"a" * 5000, b"../..", b"0" * 32],
+    ids=["empty", "zeroed", "junk", "long", "elsewhere", "unknown"],
 )
 def test_a_damaged_note_of_a_source(private: Path, note: bytes) -> None:
     """The sources are fetched again, instead of a traceback."""
@@ -234,3 +237,44 @@ def test_modules_that_were_built_are_built_again(
     cut(folder / "kvm.ko")
     forget()
     assert (kernel_build.build_modules([], "7.3.4") / "kvm.ko").read_bytes() == b"module"
+
+
+def test_a_snapshot_for_which_there_is_no_room(tmp_path: Path) -> None:
+    """The process that was to be saved runs on, and the error says that the disk is full."""
+    (tmp_path / "memory").symlink_to("/dev/full")
+    with subprocess.Popen(["sh", "-c", "while :; do :; done"]) as child:
+        try:
+            with pytest.raises(OSError, match="No space left"):
+                snapshot.take(child.pid, tmp_path, b"mark of a mailbox", 1)
+            assert Path(f"/proc/{child.pid}/stat").read_text().split()[2] == "R"
+        finally:
+            child.kill()
+
+
+def test_a_boot_that_cannot_be_kept_goes_on(
+    private: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The waiting guest gets its mail, and one line says why the next run boots from cold."""
+    mailed = []
+
+    def take(*_: object) -> list[int]:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(snapshot, "take", take)
+    monkeypatch.setattr(snapshot, "find_mailbox", lambda pid, mark, pages: [7])
+    monkeypatch.setattr(snapshot, "fill_mailbox", lambda *what: mailed.append(what))
+
+    class Process:
+        pid = 42
+
+    steps = [saved._Step("booted", "key", b"load"), saved._Step("loaded", "key", b"job")]
+    waiting = saved._Saver(Process(), steps)  # type: ignore[arg-type]
+    waiting(b"mark")
+    waiting(b"mark")
+    assert mailed == [(42, [7], b"load"), (42, [7], b"job")]
+    lines = capfd.readouterr().err.splitlines()
+    assert [line.startswith("kvmnest: this boot is not kept: no space left") for line in lines] == [
+        True,
+        True,
+    ]
+    assert list((private / "booted").iterdir()) == []
