@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvmnest.cli.lab import add_options, emulator, first_given, parameters
+from kvmnest.cli.numbers import seconds
 from kvmnest.errors import KvmnestError, UsageError
 
 if TYPE_CHECKING:
@@ -43,7 +44,10 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--git", type=Path, metavar="DIR", help="bisect commits of this work tree")
     parser.add_argument("--build", metavar="CMD", help="command that builds a commit, run in DIR")
     parser.add_argument(
-        "--build-limit", type=float, metavar="SECONDS", help="a build that takes longer has failed"
+        "--build-limit",
+        type=seconds,
+        metavar="SECONDS",
+        help="a build that takes longer has failed",
     )
     parser.add_argument("--repeat", type=int, default=1, metavar="N", help="runs that must agree")
     parser.add_argument(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kvmnest.cli.lab import add_options, emulator, parameters, use_host
+from kvmnest.cli.numbers import seconds
 from kvmnest.errors import HarnessError, UsageError
 
 
@@ -27,7 +28,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--target", choices=("auto", "kvm", "lab"), default="auto")
     parser.add_argument("--seed", type=int, metavar="S", help="(default: a random one, printed)")
     parser.add_argument("--cases", type=int, metavar="N", help="how many (default: 1000)")
-    parser.add_argument("--seconds", type=float, metavar="N", help="stop after this time")
+    parser.add_argument("--seconds", type=seconds, metavar="N", help="stop after this time")
     parser.add_argument("--jobs", type=int, metavar="N", help="labs at once (default: the cores)")
     parser.add_argument("--journal", type=Path, metavar="FILE", help="where cases are noted")
     parser.add_argument(

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from kvmnest.cli.numbers import seconds
 from kvmnest.errors import UsageError
 from kvmnest.lab import DEFAULT_KERNEL
 
@@ -32,12 +33,12 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("--cpus", type=int, default=1, metavar="N", help="CPUs of the guest")
     parser.add_argument(
         "--idle-limit",
-        type=float,
+        type=seconds,
         default=120,
         metavar="SECONDS",
         help="give up after so long without output (default 120)",
     )
-    parser.add_argument("--limit", type=float, metavar="SECONDS", help="give up after so long")
+    parser.add_argument("--limit", type=seconds, metavar="SECONDS", help="give up after so long")
     parser.add_argument(
         "--cold", action="store_true", help="boot anew, do not continue from a saved boot"
     )
@@ -156,6 +157,10 @@ def parameters(settings: list[str]) -> dict[str, str]:
         name, equals, value = setting.partition("=")
         if not (name and equals) or not value or any(c.isspace() for c in setting):
             raise UsageError(f"--kvm-param {setting!r}: expected NAME=VALUE")
+        if "," in value and "=" in value:
+            raise UsageError(
+                f"--kvm-param {setting!r}: one parameter each (--kvm-param {name}=...)"
+            )
         found[name] = value
     return found
 

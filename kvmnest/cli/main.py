@@ -3,28 +3,43 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import pkgutil
 import sys
+import tempfile
+import traceback
 from collections.abc import Sequence
 from importlib import import_module
+from typing import NoReturn
 
 import kvmnest
 from kvmnest import cli
-from kvmnest.errors import KvmnestError
+from kvmnest.errors import HarnessError, KvmnestError, UsageError
 
 INTERRUPTED = 130
+# Errors of a name that the user gave, not of the machine.
+_BAD_NAMES = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
 
 
 def verbs() -> list[str]:
-    """Names of all verbs: the modules of ``kvmnest.cli`` but this one."""
+    """Names of all verbs: the modules of ``kvmnest.cli`` that add a parser."""
     found = (module.name for module in pkgutil.iter_modules(cli.__path__))
-    return sorted(name for name in found if name != "main" and not name.startswith("_"))
+    helpers = ("main", "numbers")
+    return sorted(name for name in found if name not in helpers and not name.startswith("_"))
+
+
+class _Parser(argparse.ArgumentParser):
+    """Tells a wrong argument in one line, without the usage of all others."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UsageError."""
+        raise UsageError(f"{message} ({self.prog} --help lists what there is)")
 
 
 def parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     """Build the parser, with the verb of ``argv`` only if there is one (imports are slow)."""
-    top = argparse.ArgumentParser(
+    top = _Parser(
         prog="kvmnest", description="Test nested VMX of KVM with a bare-metal L1 driven by Python."
     )
     top.add_argument("--version", action="version", version=f"kvmnest {kvmnest.__version__}")
@@ -38,23 +53,72 @@ def parser(argv: Sequence[str]) -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line; returns the exit code. Usage errors of argparse exit with 2."""
+    """Run a command line; returns the exit code.
+
+    Never 1 for an error: to whoever asks, that says that a case failed.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    _prepare_streams()
     try:
         known = parser(arguments).parse_args(arguments)
         code: int = import_module(f"kvmnest.cli.{known.verb}").run(known)
         sys.stdout.flush()
         return code
     except KvmnestError as error:
-        print(f"kvmnest: {error}", file=sys.stderr)
-        return error.exit_code
+        return _tell(error)
     except KeyboardInterrupt:
         print("kvmnest: interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader of a pipe left, as head does; the interpreter's own flush must not complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 128 + 13
+    except OSError as error:
+        if error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            _drop_output()
+            return _tell(HarnessError(f"cannot write the output: {error.strerror}"))
+        if error.filename is not None and error.errno in _BAD_NAMES:
+            name = os.fsdecode(error.filename)
+            shown = name if len(name) < 200 else f"{name[:100]}... ({len(name)} characters)"
+            return _tell(UsageError(f"{shown}: {error.strerror}"))
+        return _unforeseen(error)
+    except Exception as error:
+        return _unforeseen(error)
+
+
+def _tell(error: KvmnestError) -> int:
+    print(f"kvmnest: {error}", file=sys.stderr)
+    return error.exit_code
+
+
+def _prepare_streams() -> None:
+    """Make any text printable, and a stream that the caller closed no error."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _drop_output() -> None:
+    """What the interpreter flushes at its end must not complain once more."""
+    with open(os.devnull, "wb") as null:
+        os.dup2(null.fileno(), sys.stdout.fileno())
+
+
+def _unforeseen(error: BaseException) -> int:
+    """One line for a defect of ours, with the traceback in a file."""
+    text = "".join(traceback.format_exception(error))
+    where = text
+    try:
+        file, path = tempfile.mkstemp(prefix="kvmnest-traceback-", suffix=".txt")
+        with open(file, "w", encoding="utf-8", errors="backslashreplace") as out:
+            out.write(text)
+        where = f"(traceback in {path})"
+    except OSError:
+        pass
+    summary = traceback.format_exception_only(error)[-1].strip().replace("\n", " ")
+    return _tell(HarnessError(f"a defect of kvmnest: {summary} {where}"))
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def run(options: argparse.Namespace) -> int:
         if verb == "new":
             _new(name)
         else:
-            _show(corpus.select([name]))
+            _show(name)
     return 0
 
 
@@ -147,9 +147,17 @@ def _entry(each: Reproducer, shown: Sequence[Shown]) -> dict[str, Any]:
     }
 
 
-def _show(reproducers: list[Reproducer]) -> None:
-    for each in reproducers:
-        print(f"# {each.path}\n{each.path.read_text(encoding='utf-8')}", end="")
+def _show(name: str) -> None:
+    """Print scripts; a file of the user is not executed for that."""
+    from kvmnest.repro import corpus
+
+    files = [Path(name)] if corpus.is_file(name) else [e.path for e in corpus.select([name])]
+    for path in files:
+        try:
+            print(f"# {path}\n{path.read_text(encoding='utf-8')}", end="")
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise UsageError(f"cannot read {path}: {reason}") from error
 
 
 def _new(bug_id: str) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from kvmnest.cli.lab import add_options as add_lab_options
 from kvmnest.cli.lab import emulator, lab_only, parameters
+from kvmnest.cli.numbers import seconds
 from kvmnest.errors import HarnessError, KvmnestError, UsageError
 from kvmnest.results.environment import require_kvm, why_not_kvm
 from kvmnest.results.lab_target import LabTarget
@@ -34,7 +35,7 @@ def add_parser(subparsers: Any) -> None:
         "run",
         help="run the conformance suite, or some cases of it",
         description="Run the conformance suite, or the cases and test files named.",
-        epilog=f"{_CODES} error, 4 nothing ran, 130 interrupted",
+        epilog=f"{_CODES} error, 4 nothing ran, 130 and 143 after SIGINT and SIGTERM",
     )
     parser.add_argument("selected", nargs="*", metavar="CASE|PATH", help="ids or files to run")
     parser.add_argument(
@@ -64,7 +65,7 @@ def add_parser(subparsers: Any) -> None:
     how.add_argument("--shuffle", type=int, metavar="SEED", help="run in a seeded random order")
     how.add_argument(
         "--budget",
-        type=float,
+        type=seconds,
         default=5.0,
         metavar="SECONDS",
         help="time after which a vCPU that does not come back counts as hung (default: 5)",
@@ -88,10 +89,10 @@ def run(options: argparse.Namespace) -> int:
     if options.jobs is not None and options.jobs < 1:
         raise UsageError(f"--jobs must be at least 1, not {options.jobs}")
     for path in (options.html, options.ktap):
+        if path and path.is_dir():
+            raise UsageError(f"cannot write {path}: it is a directory")
         if path and not os.access(path.parent, os.W_OK):
             raise UsageError(f"cannot write {path}: {path.parent} is not a writable directory")
-    if options.budget <= 0:
-        raise UsageError(f"--budget must be above 0, not {options.budget:g}")
     progress = Progress(sys.stdout, quiet=options.quiet)
     target = _target(options, progress)
     again = _rerun_prefix(options, "kvm" if target.name == "kvm" else "lab")

@@ -65,7 +65,7 @@ def test_usage_errors_of_the_parser(arguments):
         (("test_no_such.py::test_a",), "no such case, file or directory"),
         (("--target", "kvm", "--kernel", "6.1"), "--kernel needs --target lab"),
         (("--target", "kvm", "--kvm-param", "ept=0"), "--kvm-param needs --target lab"),
-        (("--budget", "0"), "--budget must be above 0"),
+        (("--budget", "0"), "--budget: must be a number of seconds above 0, not 0"),
         (("--kvm-param", "ept"), "expected NAME=VALUE"),
     ],
 )
