@@ -78,7 +78,7 @@ class LabMachine:
             nonlocal output
             output = (output + data)[-4096:]
 
-        lines = LineEvents(on_event)
+        lines = LineEvents(on_event, _event)
         lab = self._make()
         try:
             status = lab.run(
@@ -96,6 +96,17 @@ class LabMachine:
         if status > 0:
             raise HarnessError(f"the lab: {_last_line(output)}")
         return f"killed by signal {-status} in the lab" if status else ""
+
+
+def _event(line: bytes) -> dict[str, Any]:
+    """One line of the executor, see kvmnest.fuzz.execute. Raises HarnessError if it is none."""
+    try:
+        event = json.loads(line)
+    except (ValueError, RecursionError):
+        event = None
+    if not isinstance(event, dict):
+        raise HarnessError(f"damaged event from the cases' process: {line[:200]!r}")
+    return event
 
 
 class LocalMachine:
@@ -120,7 +131,7 @@ class LocalMachine:
                     stderr=output,
                     start_new_session=True,
                 )
-                lines = LineEvents(on_event)
+                lines = LineEvents(on_event, _event)
                 try:
                     hung = self._follow(process, reader, lines)
                 finally:

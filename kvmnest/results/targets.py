@@ -182,14 +182,20 @@ class _Streams:
 
 
 class LineEvents:
-    """Splits a byte stream into JSON lines; a last line without its end is dropped."""
+    """Splits a byte stream into lines, which ``read`` makes events; one without its end is dropped.
 
-    def __init__(self, on_event: OnEvent) -> None:
+    Args:
+        on_event: gets each event.
+        read: raises HarnessError for a line that is no event.
+    """
+
+    def __init__(self, on_event: OnEvent, read: Callable[[bytes], dict[str, Any]] = parse) -> None:
         self._on_event = on_event
+        self._read = read
         self._pending = b""
 
     def feed(self, data: bytes) -> None:
-        """Take bytes. Raises DamagedEvent for a line that is no event."""
+        """Take bytes. Raises what ``read`` raises (DamagedEvent)."""
         *lines, self._pending = (self._pending + data).split(b"\n")
         for line in lines:
-            self._on_event(parse(line))
+            self._on_event(self._read(line))
