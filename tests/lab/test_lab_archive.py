@@ -1,7 +1,10 @@
 """Which kernels can be had: Debian's archive through apt, installed ones, the cache."""
 
+import contextlib
 import os
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -155,3 +158,55 @@ def test_an_archive_out_of_reach_is_no_wrong_usage(
     ) as e:
         kernels.resolve("6.1")
     assert e.value.exit_code == 3
+
+
+def test_a_suite_that_left_the_archive(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The others are read; one line says that something is read, and nothing else is said."""
+    monkeypatch.setattr(archive, "_SUITES", ("bookworm", "bookworm-gone", "gone"))
+    monkeypatch.setattr(archive, "_SECURITY", ("bookworm-security", "gone-security"))
+    offers = archive.ask(tmp_path / "archive").offers
+    assert {suite for offer in offers.values() for suite in offer.suites} == {
+        "bookworm",
+        "bookworm-security",
+    }
+    assert "gone" not in (tmp_path / "archive/sources.list").read_text()
+    assert capfd.readouterr().err.count("\n") == 1
+
+
+def test_an_archive_without_a_stable_suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mirror that has none of them is told as apt tells it, once."""
+    monkeypatch.setattr(archive, "_SUITES", ("gone",))
+    monkeypatch.setattr(archive, "_SECURITY", ())
+    with pytest.raises(LabSetupError, match=r"apt-get update failed: .*gone") as e:
+        archive.ask(tmp_path / "archive")
+    assert "\n" not in str(e.value)
+
+
+def _apts_of(folder: Path) -> list[str]:
+    """Command lines of apt's processes that work in ``folder``."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            line = place.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            if str(folder) in line and line.partition(" ")[0].endswith("apt-get"):
+                found.append(line)
+    return found
+
+
+def test_apt_ends_with_a_command_that_is_killed(tmp_path: Path) -> None:
+    """Also by SIGKILL: it would hold the lock of the lists for as long as its mirror is silent."""
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
+    command = [sys.executable, "-m", "kvmnest", "kernels"]
+    with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as process:
+        end = time.monotonic() + 60
+        while not _apts_of(tmp_path):
+            assert time.monotonic() < end
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.kill()
+    end = time.monotonic() + 10
+    while _apts_of(tmp_path):
+        assert time.monotonic() < end, "apt-get lives on"
+        time.sleep(0.05)
