@@ -35,10 +35,10 @@ BUG = Bug(
 @pytest.mark.sdm("VM-Execution Control Fields")
 @pytest.mark.needs(ProcCtl.USE_TPR_SHADOW)
 def test_error_of_a_late_failure(l1: L1) -> None:
-    """KVM leaves the TPR threshold to the processor and has to tell L1 what that found."""
+    """KVM leaves the TPR in memory to the processor and has to tell L1 what that found."""
     vmcs = l1.launchable()
     vmcs.set_bits(Field.CPU_BASED_VM_EXEC_CONTROL, ProcCtl.USE_TPR_SHADOW)
     vmcs[Field.VIRTUAL_APIC_PAGE_ADDR] = page = l1.alloc()
-    l1.write_int(page + 0x80, 0xF0, 4)  # a TPR that no threshold is above
-    vmcs[Field.TPR_THRESHOLD] = 0x10  # bits 31:4 must be 0
+    l1.write_int(page + 0x80, 0x50, 4)
+    vmcs[Field.TPR_THRESHOLD] = 6  # above bits 7:4 of that TPR
     assert l1.vmlaunch() == VMfailValid(VmxError.ENTRY_INVALID_CONTROL_FIELD)
