@@ -14,6 +14,7 @@ from kvmnest.vmx.outcome import Exit, Fault, HostExit, Succeed
 pytestmark = [pytest.mark.series(20), pytest.mark.sdm("External interrupts")]
 
 VECTOR = 0x51
+_LATER = 100_000_000  # the APIC timer of KVM counts at 1 GHz
 OUT_80 = code.out8(0x80)
 MOV_SS = b"\x8e\xd0"
 
@@ -209,6 +210,28 @@ def test_exit_from_hlt(l1: L1) -> None:
         assert saved == (1, flags, root)
         apic.end()
         # L1 lets L2 go on behind the HLT.
+        guest.vmcs[Field.GUEST_ACTIVITY_STATE] = 0
+        assert guest.go_on() == Succeed()
+
+
+@pytest.mark.needs(PinCtl.EXTERNAL_INTERRUPT_EXITING, ExitCtl.ACKNOWLEDGE_INTERRUPT_ON_EXIT)
+@pytest.mark.sdm("Architectural State Before a VM Exit")
+def test_exit_from_hlt_after_a_while(l1: L1) -> None:
+    """An interrupt that comes when L2 has halted: HLT is saved, and the CR3 that entry loaded.
+
+    A hypervisor may halt L2 by itself, without ever running it.
+    """
+    apic, guest = Apic(l1), _guest(l1, exiting=True, acknowledge=True)
+    assert guest.run(code.NOP) == Succeed()
+    table = l1.alloc()
+    l1.write(table, l1.read(l1.sym("l2_pml4"), 4096))
+    for flags, root in ((0x202, table), (0x2, l1.sym("l2_pml4"))):
+        apic.start_timer(VECTOR, _LATER)
+        seen = guest.run(code.NOP, GUEST_RFLAGS=flags, GUEST_ACTIVITY_STATE=1, GUEST_CR3=root)
+        assert seen == _interrupted(guest, vector=VECTOR)
+        saved = guest.vmcs.read(Field.GUEST_ACTIVITY_STATE, Field.GUEST_RFLAGS, Field.GUEST_CR3)
+        assert saved == (1, flags, root)
+        apic.end()
         guest.vmcs[Field.GUEST_ACTIVITY_STATE] = 0
         assert guest.go_on() == Succeed()
 

@@ -37,6 +37,7 @@ def test_cr3_of_a_halted_l2(l1: L1) -> None:
     l1.write(table, l1.read(vmcs[Field.GUEST_CR3], 4096))
     vmcs[Field.GUEST_CR3] = table
     vmcs[Field.GUEST_ACTIVITY_STATE] = ActivityState.HLT
-    l1.wrmsr(Msr.X2APIC_SELF_IPI, 0x51)  # waits, since L1 runs with RFLAGS.IF clear
+    l1.wrmsr(Msr.X2APIC_LVT_TIMER, 0x51)
+    l1.wrmsr(Msr.X2APIC_INIT_COUNT, 50_000_000)  # 0.1 s: L2 has halted by then
     seen = l1.vmresume()
     assert (seen.reason, vmcs[Field.GUEST_CR3]) == (ExitReason.EXTERNAL_INTERRUPT, table)

@@ -12,6 +12,8 @@ _X2APIC = 0xC00
 _ENABLED = 0x1FF
 #: Interrupt command: delivery mode NMI, physical destination 0 in bits 63:32.
 NMI_TO_SELF = 0x400
+#: Divide configuration of the timer.
+_DIVIDE_BY_1 = 0b1011
 _IF = 0x202
 
 
@@ -32,6 +34,15 @@ class Apic:
     def send(self, vector: int) -> None:
         """Send an interrupt to L1 itself; it waits, since L1 runs with RFLAGS.IF clear."""
         assert self.l1.wrmsr(Msr.X2APIC_SELF_IPI, vector) == Succeed()
+
+    def start_timer(self, vector: int, count: int) -> None:
+        """Send an interrupt when the timer, which starts now, has counted ``count`` to 0."""
+        for msr, value in (
+            (Msr.X2APIC_DIV_CONF, _DIVIDE_BY_1),
+            (Msr.X2APIC_LVT_TIMER, vector),  # one-shot
+            (Msr.X2APIC_INIT_COUNT, count),
+        ):
+            assert self.l1.wrmsr(msr, value) == Succeed()
 
     def requested(self) -> list[int]:
         """Vectors that wait (the interrupt-request register)."""
