@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +14,7 @@ from kvmnest.lab.errors import LabSetupError
 from kvmnest.results.environment import why_not_kvm
 from kvmnest.results.lab_target import LabTarget
 from kvmnest.results.model import Run
-from kvmnest.results.progress import Progress
-from kvmnest.results.reporter import Reporter
-from kvmnest.results.runner import Plan, pytest_arguments, run_cases, split_selection
+from kvmnest.results.runner import Plan, outcome, split_selection
 from kvmnest.results.targets import LocalTarget, Target
 
 GOOD, BAD, SKIP = "good", "bad", "skip"
@@ -64,11 +61,11 @@ class Question:
         is skipped. Raises UsageError if there is no such case, LabSetupError if the machine itself
         cannot test any kernel (a missing tool, a full disk).
         """
-        modules = self.modules()
+        self.check()
         answers = []
         for _ in range(self.repeat):
             try:
-                answer = self._once(modules, kernel, kvm_modules)
+                answer = self._once(kernel, kvm_modules)
             except UsageError:
                 raise
             except KvmnestError as error:
@@ -83,40 +80,33 @@ class Question:
             return Answer(SKIP, ", ".join(verdicts), answers[0].kernel, "flaky")
         return answers[0]
 
-    def _once(self, modules: list[str], kernel: str | None, kvm_modules: Path | None) -> Answer:
+    def _once(self, kernel: str | None, kvm_modules: Path | None) -> Answer:
         target = LabTarget(
             kernel=kernel,
             kvm_modules=kvm_modules,
             kvm_params=self.params,
             emulator=self.emulator,
         )
-        return self._run(target, modules)
+        return self._run(target)
 
     def ask_here(self) -> Answer:
         """Run the case once on this machine's /dev/kvm, in a process of its own.
 
         Where KVM offers no VMX, or has not the parameters asked for, the kernel is skipped.
         """
-        modules = self.modules()
+        self.check()
         reason = why_not_kvm() or _other_parameters(self.params)
         if reason:
             return Answer(SKIP, reason, host.kernel(), "no start")
-        return self._run(LocalTarget(), modules)
+        return self._run(LocalTarget())
 
-    def modules(self) -> list[str]:
-        """What pytest calls the case. Raises UsageError if it is none of the suite's."""
-        modules, paths = split_selection([self.case])
-        if paths:
+    def check(self) -> None:
+        """Raise UsageError if the case is none of the suite's."""
+        if split_selection([self.case])[1]:
             raise UsageError(f"{self.case} is no case of the suite")
-        return modules
 
-    def _run(self, target: Target, modules: list[str]) -> Answer:
-        progress = Progress(io.StringIO(), quiet=True)
-        reporter = Reporter(
-            Run(target.name, target.emulator), progress, own_clock=target.guest_clock
-        )
-        run_cases(target, pytest_arguments(Plan(), target.name, modules, []), reporter)
-        return judge(reporter.run)
+    def _run(self, target: Target) -> Answer:
+        return judge(outcome(target, Plan([self.case])))
 
 
 def _other_parameters(wanted: Mapping[str, str]) -> str:

@@ -2,7 +2,8 @@
 
 Events: ``session`` (facts of the machine), ``collected`` (ids and patches of the cases, in the
 order in which they run), ``start`` and ``result`` of a case, ``broken`` (a file that cannot be
-collected), ``trace`` (a command of L1, with --kvmnest-trace) and ``end``.
+collected), ``trace`` (a command of L1, with --kvmnest-trace), ``listed`` (what a case needs, with
+--kvmnest-list) and ``end``.
 """
 
 from __future__ import annotations
@@ -35,6 +36,13 @@ _CONTENT: dict[str, dict[str, type | tuple[type, ...]]] = {
     },
     "broken": {"where": str, "detail": str},
     "trace": {},
+    "listed": {
+        "id": str,
+        "series": (int, type(None)),
+        "sdm": (str, type(None)),
+        "needs": list,
+        "skip": str,
+    },
     "end": {"status": int, "why": str},
 }
 _OUTCOMES = ("passed", "failed", "skipped", "known", "error")

@@ -16,12 +16,18 @@ from kvmnest.cli.lab import add_options as add_lab_options
 from kvmnest.cli.lab import emulator, lab_only, parameters
 from kvmnest.cli.numbers import seconds
 from kvmnest.errors import HarnessError, KvmnestError, UsageError
+from kvmnest.results import last_failed
 from kvmnest.results.environment import require_kvm, why_not_kvm
 from kvmnest.results.lab_target import LabTarget
 from kvmnest.results.model import Run
-from kvmnest.results.progress import Progress
+from kvmnest.results.progress import Progress, slowest
 from kvmnest.results.reporter import Reporter
-from kvmnest.results.runner import Plan, pytest_arguments, run_cases, split_selection
+from kvmnest.results.runner import (
+    Plan,
+    pytest_arguments,
+    run_cases,
+    split_selection,
+)
 from kvmnest.results.shards import Shards
 from kvmnest.results.targets import LocalTarget, Target
 
@@ -46,6 +52,25 @@ def add_parser(subparsers: Any) -> None:
         " offers VMX to guests, else the lab)",
     )
     parser.add_argument("-k", dest="keyword", default="", metavar="EXPR", help="as in pytest")
+    parser.add_argument("-m", dest="marks", default="", metavar="EXPR", help="as in pytest")
+    parser.add_argument(
+        "--deselect", action="append", default=[], metavar="CASE", help="leave a case or file out"
+    )
+    parser.add_argument(
+        *("--lf", "--last-failed"),
+        dest="last_failed",
+        action="store_true",
+        help="only what failed the last time it ran, all if nothing did",
+    )
+    parser.add_argument(
+        *("-x", "--exitfirst"),
+        dest="maxfail",
+        action="store_const",
+        const=1,
+        default=0,
+        help="stop at the first failure",
+    )
+    parser.add_argument("--maxfail", type=int, metavar="N", help="stop after N failures")
     lab = parser.add_argument_group("lab")
     add_lab_options(lab)
     lab.add_argument(
@@ -80,12 +105,20 @@ def add_parser(subparsers: Any) -> None:
     out.add_argument("--junit", type=Path, metavar="FILE", help="JUnit XML")
     out.add_argument("--html", type=Path, metavar="FILE", help="a page, at the end of the run")
     out.add_argument("--ktap", type=Path, metavar="FILE", help="KTAP version 1, at the end")
+    out.add_argument("-v", "--verbose", action="store_true", help="a line for each case")
+    out.add_argument(
+        "--durations", type=int, default=0, metavar="N", help="name the N slowest cases"
+    )
     out.add_argument("-q", "--quiet", action="store_true", help="exit code and files only")
 
 
 def run(options: argparse.Namespace) -> int:
     """Run the verb."""
-    modules, paths = split_selection(options.selected)
+    for name in ("maxfail", "durations"):
+        if getattr(options, name) < 0:
+            raise UsageError(f"--{name} must not be negative")
+    selected = last_failed.narrow(options.selected) if options.last_failed else options.selected
+    modules, paths = split_selection(selected)
     if options.jobs is not None and options.jobs < 1:
         raise UsageError(f"--jobs must be at least 1, not {options.jobs}")
     for path in (options.html, options.ktap):
@@ -93,7 +126,7 @@ def run(options: argparse.Namespace) -> int:
             raise UsageError(f"cannot write {path}: it is a directory")
         if path and not os.access(path.parent, os.W_OK):
             raise UsageError(f"cannot write {path}: {path.parent} is not a writable directory")
-    progress = Progress(sys.stdout, quiet=options.quiet)
+    progress = Progress(sys.stdout, quiet=options.quiet, verbose=options.verbose)
     target = _target(options, progress)
     again = _rerun_prefix(options, "kvm" if target.name == "kvm" else "lab")
 
@@ -101,8 +134,10 @@ def run(options: argparse.Namespace) -> int:
         return f"{again} {shlex.quote(case_id)}"
 
     plan = Plan(
-        selected=options.selected,
+        selected=selected,
         keyword=options.keyword,
+        marks=options.marks,
+        deselected=options.deselect,
         budget=options.budget,
         nested_roundtrip=options.nested_roundtrip,
         shuffle=options.shuffle,
@@ -114,6 +149,7 @@ def run(options: argparse.Namespace) -> int:
         junit_path=options.junit,
         rerun=rerun,
         strict_known=options.strict_known,
+        maxfail=options.maxfail,
         own_clock=target.guest_clock,
     )
     arguments = pytest_arguments(plan, target.name, modules, target.place(paths))
@@ -132,7 +168,12 @@ def run(options: argparse.Namespace) -> int:
         reporter.run.problems.append("interrupted")
         reporter.finish()
         raise
+    finally:
+        last_failed.remember(reporter.run)
     status = reporter.finish()
+    if options.durations:
+        for line in slowest(reporter.run, options.durations):
+            progress.line(line)
     _pages(options, reporter.run)
     return status
 
@@ -188,7 +229,7 @@ def _split(target: Target, arguments: Sequence[str], jobs: int | None) -> Sequen
 
 def _recorded(options: argparse.Namespace) -> dict[str, Any]:
     """Options that belong to the results."""
-    left_out = ("verb", "json", "junit", "html", "ktap", "quiet")
+    left_out = ("verb", "json", "junit", "html", "ktap", "quiet", "verbose", "durations")
     return {
         name: str(value) if isinstance(value, Path) else value
         for name, value in vars(options).items()

@@ -7,7 +7,7 @@ imports little and does nothing to items that use none of it.
 from __future__ import annotations
 
 import random
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING
 
 import pytest
@@ -70,6 +70,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--kvmnest-events", metavar="PATH", help="write events as JSON lines to PATH or fd:N"
     )
     group.addoption(
+        "--kvmnest-list", action="store_true", help="with --kvmnest-events: say what cases need"
+    )
+    group.addoption(
+        "--kvmnest-deselect",
+        action="append",
+        default=[],
+        metavar="ID",
+        help="leave out cases whose id begins so",
+    )
+    group.addoption(
         "--kvmnest-plan", metavar="FILE", help="write what was collected for the light runner"
     )
     group.addoption(
@@ -93,6 +103,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
         config.stash[STREAM] = stream = EventStream(config, spec)
         config.pluginmanager.register(stream, "kvmnest-events")
+        if config.getoption("--kvmnest-list"):
+            from kvmnest.plugin.listed import Listing
+
+            config.pluginmanager.register(Listing(stream.send), "kvmnest-list")
     else:
         from kvmnest.plugin.direct import DirectRun
 
@@ -107,7 +121,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Hold the suite to its rules, shuffle, and leave out what an earlier process has done."""
+    """Hold the suite to its rules, shuffle, and leave out what is not to run in this process."""
     problems = policy.problems(items)
     if problems:
         if STREAM in config.stash:
@@ -116,13 +130,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     seed = config.getoption("--kvmnest-shuffle")
     if seed is not None:
         random.Random(seed).shuffle(items)
+    left_out = tuple(config.getoption("--kvmnest-deselect"))
+    _keep(config, items, lambda _, item: not policy.case_id(item.nodeid, item).startswith(left_out))
     first = config.getoption("--kvmnest-from")
     if STREAM in config.stash:
         config.stash[STREAM].collected(items, first)
-    if first:
-        config.hook.pytest_deselected(items=items[:first])
-        del items[:first]
+    _keep(config, items, lambda number, _: number >= first)
     policy.note_assertions(items)
+
+
+def _keep(
+    config: pytest.Config, items: list[pytest.Item], wanted: Callable[[int, pytest.Item], bool]
+) -> None:
+    """Deselect all others."""
+    kept = [wanted(number, item) for number, item in enumerate(items)]
+    if not all(kept):
+        config.hook.pytest_deselected(items=[i for i, k in zip(items, kept, strict=True) if not k])
+        items[:] = [item for item, keep in zip(items, kept, strict=True) if keep]
 
 
 @pytest.hookimpl(tryfirst=True)

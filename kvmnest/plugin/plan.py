@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import pytest
+from _pytest.assertion.rewrite import PYC_TAIL
 
 from kvmnest.plugin import policy
 
@@ -27,7 +28,8 @@ class Unsupported(Exception):
 class PlanWriter:
     """A plugin object that writes the plan to ``path`` when collection is over.
 
-    The plan is a marshalled dict: ``cases`` in running order, ``options``, pytest's version, and
+    The plan is a marshalled dict: ``cases`` in running order, ``options``, pytest's version, how
+    the names of its compiled modules end, and
     ``unsupported``, "" if the light runner can run every case.
     """
 
@@ -53,6 +55,7 @@ class PlanWriter:
             "cases": cases,
             "unsupported": unsupported,
             "pytest": pytest.__version__,
+            "pyc_tail": PYC_TAIL,
             "options": {name: self._config.getoption(name) for name in _OPTIONS},
         }
         with open(self._path, "wb") as file:

@@ -40,6 +40,10 @@ class EventStream:
             nested_roundtrip=bool(self._config.getoption("--nested-roundtrip")),
         )
 
+    def send(self, event: str, **content: object) -> None:
+        """Send an event of another part of the plugin."""
+        self._writer.send(event, **content)
+
     def trace(self, command: dict[str, Any]) -> None:
         """Send a command of L1."""
         self._writer.send("trace", **command)

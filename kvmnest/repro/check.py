@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kvmnest.cases.events import Event
 from kvmnest.known import same_parameter
 from kvmnest.repro.corpus import Reproducer
 from kvmnest.repro.evidence import Record, Shown
 from kvmnest.results.model import Case, Run
-from kvmnest.results.progress import Progress
-from kvmnest.results.reporter import CRASHED, Reporter
-from kvmnest.results.runner import Plan, pytest_arguments, run_cases, split_selection
+from kvmnest.results.reporter import CRASHED
+from kvmnest.results.runner import Plan, outcome
 from kvmnest.results.targets import Target
 
 VULNERABLE, FIXED, NOT_APPLICABLE = "VULNERABLE", "FIXED", "NOT APPLICABLE"
@@ -142,28 +141,15 @@ def _other_parameters(reproducer: Reproducer, run: Run) -> str:
     return f"needs kvm_intel with {', '.join(wrong)}" if wrong else ""
 
 
-class _Quiet(Reporter):
-    """Keeps the cases, and for each what was raised in it."""
-
-    def __init__(self, target: Target) -> None:
-        progress = Progress(io.StringIO(), quiet=True)
-        super().__init__(Run(target.name, target.emulator), progress, own_clock=target.guest_clock)
-        self.raised: dict[str, str] = {}
-
-    def event(self, event: dict[str, Any]) -> None:
-        """Take one event."""
-        if event.get("e") == "result":
-            self.raised[event["id"]] = event.get("raised", "")
-        super().event(event)
-
-
 def _run(target: Target, cases: list[str]) -> tuple[Run, list[Ended]]:
-    modules, paths = split_selection(cases)
-    reporter = _Quiet(target)
-    arguments = pytest_arguments(Plan(), target.name, modules, target.place(paths))
-    run_cases(target, arguments, reporter)
-    run = reporter.run
-    return run, [Ended(case, reporter.raised.get(case.id, "")) for case in run.cases]
+    raised: dict[str, str] = {}
+
+    def take(event: Event) -> None:
+        if event["e"] == "result":
+            raised[event["id"]] = event.get("raised", "")
+
+    run = outcome(target, Plan(cases), on_event=take)
+    return run, [Ended(case, raised.get(case.id, "")) for case in run.cases]
 
 
 def document(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:

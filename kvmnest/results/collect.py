@@ -29,11 +29,13 @@ class Collected:
     """What pytest collected.
 
     ``plan`` is for the light runner, empty if it cannot run these cases; ``unsupported`` then
-    says why. ``events`` and ``ended`` tell of a collection that failed.
+    says why. ``tail`` ends the names of the modules that this pytest compiled. ``events`` and
+    ``ended`` tell of a collection that failed.
     """
 
     plan: bytes
     unsupported: str
+    tail: str
     count: int
     events: list[dict[str, Any]]
     ended: Ended
@@ -69,11 +71,13 @@ def collect(arguments: Sequence[str]) -> Collected:
         )
         plan = file.read()
         if not plan:
-            return Collected(b"", "", 0, events, ended)
+            return Collected(b"", "", "", 0, events, ended)
         content = marshal.loads(plan)
         unsupported = content["unsupported"] or _check(file.name)
     count = next((event["count"] for event in events if event["e"] == "collected"), 0)
-    return Collected(b"" if unsupported else plan, unsupported, count, events, ended)
+    return Collected(
+        b"" if unsupported else plan, unsupported, content["pyc_tail"], count, events, ended
+    )
 
 
 def _check(path: str) -> str:
@@ -89,8 +93,11 @@ def _check(path: str) -> str:
     return "" if done.returncode == 0 else lines[-1] if lines else f"status {done.returncode}"
 
 
-def rewritten(*, light: bool) -> dict[str, bytes]:
+def rewritten(tail: str, *, light: bool) -> dict[str, bytes]:
     """The suite and the reproducers as pytest compiled them in ``collect``: guest path -> content.
+
+    ``tail`` is that of ``Collected``: the cache may hold what other versions of pytest compiled. A
+    damaged file is left out; pytest has written those anew that it needed.
 
     For the light runner they stand where Python looks for compiled modules, else where pytest
     does.
@@ -101,19 +108,15 @@ def rewritten(*, light: bool) -> dict[str, bytes]:
     for source in sorted(path for part in REWRITTEN for path in (base / part).rglob("*.py")):
         plain = Path(importlib.util.cache_from_source(source.name)).name
         inside = Path(f"/{SITE}/kvmnest") / source.relative_to(base)
-        found = (mirrored / source.parent.relative_to(base)).glob(
-            f"{plain.removesuffix('.pyc')}-pytest-*.pyc"
-        )
-        for path in found:
+        path = mirrored / source.parent.relative_to(base) / f"{source.stem}{tail}"
+        try:
             pyc = path.read_bytes()
-            try:
-                code = _renamed(marshal.loads(pyc[_PYC_HEADER:]), str(inside))
-            except (EOFError, ValueError, TypeError, AttributeError):
-                path.unlink(missing_ok=True)  # damaged, and not needed: pytest mends what it loads
-                continue
-            header = _UNCHECKED if light else pyc[:_PYC_HEADER]
-            name = plain if light else path.name
-            files[os.fspath(inside.parent / "__pycache__" / name)] = header + marshal.dumps(code)
+            code = _renamed(marshal.loads(pyc[_PYC_HEADER:]), str(inside))
+        except (OSError, EOFError, ValueError, TypeError, AttributeError):
+            continue
+        header = _UNCHECKED if light else pyc[:_PYC_HEADER]
+        name = plain if light else path.name
+        files[os.fspath(inside.parent / "__pycache__" / name)] = header + marshal.dumps(code)
     return files
 
 

@@ -31,6 +31,7 @@ def document(run: Run) -> dict[str, Any]:
         "not_run": run.not_run() if run.finished else [],
         "no_longer_known": [{"id": name, "reason": why} for name, why in run.no_longer],
         "problems": run.problems,
+        **({"stopped": run.stopped} if run.stopped else {}),
         "facts": {name: value for name, value in facts.items() if name != "kernel"},
         "options": run.options,
     }

@@ -87,7 +87,9 @@ class LabTarget:
                 on_event(event)
             return self._collected.ended
         light = self._collected is not None and bool(self._collected.plan)
-        files = self._files | rewritten(light=light)
+        files = dict(self._files)
+        if self._collected:
+            files |= rewritten(self._collected.tail, light=light)
         if self._collected and light:
             files[_PLAN] = self._collected.plan
             argv = ["python3", "-m", "kvmnest.cases.light", _PLAN, EVENTS_PATH, str(first)]

@@ -74,6 +74,7 @@ class Run:
         no_longer: (id, reason) of listed deviations that passed.
         problems: lines about what went wrong outside of cases.
         interrupted: ids of cases that ended the session of pytest they ran in.
+        stopped: why the run was to stop before its last case, "" if it was not.
         complete: every planned case ended.
         seconds: host time from the first collected case to now, boots included.
     """
@@ -90,6 +91,7 @@ class Run:
     no_longer: list[tuple[str, str]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     interrupted: list[str] = field(default_factory=list)
+    stopped: str = ""
     complete: bool = False
     seconds: float = 0.0
 

@@ -19,10 +19,10 @@ _FIRST_ESTIMATE = 20
 class Progress:
     """Writes to ``out``. A stream that went away (closed pipe) is left alone from then on."""
 
-    def __init__(self, out: TextIO, *, quiet: bool = False) -> None:
+    def __init__(self, out: TextIO, *, quiet: bool = False, verbose: bool = False) -> None:
         self._out = out
         self._tty = out.isatty()
-        self._quiet = quiet
+        self._quiet, self._verbose = quiet, verbose
         self._total = 0
         self._began = self._shown_at = time.monotonic()
         self._shown_cases = 0
@@ -43,6 +43,9 @@ class Progress:
         """A case ended."""
         if case.outcome in ("failed", "error"):
             self.line(f"{case.outcome.upper()} {case.id}: {case.summary}")
+        elif self._verbose:
+            reason = f": {case.detail.partition(chr(10))[0]}" if case.outcome != "passed" else ""
+            self.line(f"{case.outcome} {case.id} ({case.seconds:.3f} s){reason}")
         now, done = time.monotonic(), len(run.cases)
         if self._tty:
             if now - self._shown_at >= _REWRITE_SECONDS:
@@ -141,11 +144,19 @@ def summary_lines(run: Run) -> list[str]:
         lines.append("")
     for problem in run.problems:
         lines.append(f"problem: {problem}")
+    if run.stopped:
+        lines.append(run.stopped)
     left = run.not_run()
     if left:
         lines.append(f"not run: {len(left)} of {len(run.planned)} cases, the first is {left[0]}")
     lines.append(last_line(run))
     return lines
+
+
+def slowest(run: Run, count: int) -> list[str]:
+    """Lines of the ``count`` slowest cases, the slowest first."""
+    found = sorted(run.cases, key=lambda case: -case.seconds)[:count]
+    return [f"slowest {len(found)} cases:", *(f"  {c.seconds:8.3f} s {c.id}" for c in found), ""]
 
 
 def _skips(run: Run) -> list[str]:

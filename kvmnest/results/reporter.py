@@ -19,6 +19,10 @@ from kvmnest.results.progress import Progress
 CRASHED = "crashed: "
 
 
+class Enough(Exception):
+    """So many cases have failed that the run is to stop, as the user asked."""
+
+
 class Reporter:
     """Results of one run, over as many processes as it takes.
 
@@ -28,6 +32,7 @@ class Reporter:
         json_path, junit_path: files to write, if any. HarnessError if one cannot be written.
         rerun: gives the command that runs one case again, from its id.
         strict_known: a listed deviation that no longer happens fails the run.
+        maxfail: stop after so many failures and errors, 0 for never.
         own_clock: measure cases by this process' clock, for guests whose clock means nothing.
     """
 
@@ -40,6 +45,7 @@ class Reporter:
         junit_path: Path | None = None,
         rerun: Callable[[str], str] = lambda case_id: "",
         strict_known: bool = False,
+        maxfail: int = 0,
         own_clock: bool = False,
     ) -> None:
         self.run = run
@@ -53,6 +59,7 @@ class Reporter:
         self.why_ended = ""
         #: Files that could not be collected: (where, text).
         self.broken: list[tuple[str, str]] = []
+        self._maxfail = maxfail
         self._rerun = rerun
         self._own_clock = own_clock
         self._known: known.Known | None = None
@@ -86,6 +93,8 @@ class Reporter:
             self.broken.append((event["where"], event["detail"]))
         elif kind == "kernel":
             self._kernel_log += event["text"]
+        elif kind in ("trace", "listed"):
+            pass  # for those who watch
         elif kind == "end":
             self.ended, self.why_ended = event["status"], event["why"]
         else:
@@ -157,13 +166,18 @@ class Reporter:
         self.store(case)
 
     def store(self, case: Case) -> None:
-        """Add a case that is judged already to the reports."""
+        """Add a case that is judged already to the reports. Raises Enough, see ``maxfail``."""
         self.run.running = None
         self.run.cases.append(case)
         self.run.complete = len(self.run.cases) == len(self.run.planned)
         self._write()
         # Told after it is stored: what the user has seen must not be lost.
         self.progress.ended(self.run, case)
+        counts = self.run.summary()
+        bad = counts["failed"] + counts["error"]
+        if self._maxfail and bad >= self._maxfail and not self.run.complete:
+            self.run.stopped = f"stopped after {bad} failure{'s' * (bad != 1)}, as asked"
+            raise Enough
 
     # --- a process that did not get to its end ---
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvmnest.cases.events import DamagedEvent
+from kvmnest.cases.events import DamagedEvent, Event
 from kvmnest.errors import HarnessError, KvmnestError, UsageError
-from kvmnest.results.reporter import Reporter
+from kvmnest.results.model import Run
+from kvmnest.results.progress import Progress
+from kvmnest.results.reporter import Enough, Reporter
 from kvmnest.results.targets import Ended, Target
 
 _INTERRUPTED = 2  # pytest.ExitCode.INTERRUPTED
@@ -55,6 +59,8 @@ class Plan:
 
     selected: Sequence[str] = ()
     keyword: str = ""
+    marks: str = ""
+    deselected: Sequence[str] = ()
     budget: float = 5.0
     nested_roundtrip: bool = False
     shuffle: int | None = None
@@ -105,17 +111,54 @@ def pytest_arguments(plan: Plan, target: str, modules: list[str], paths: list[st
         arguments.append(f"--kvmnest-shuffle={plan.shuffle}")
     if plan.keyword:
         arguments += ["-k", plan.keyword]
+    if plan.marks:
+        arguments += ["-m", plan.marks]
+    arguments += [f"--kvmnest-deselect={name}" for name in plan.deselected]
     # With --pyargs pytest looks for a module of a path's name, and then leaves the file's
     # assertions as they are.
     return [*arguments, *(["--pyargs"] if modules else []), *modules, *paths]
 
 
+def outcome(
+    target: Target,
+    plan: Plan,
+    options: Sequence[str] = (),
+    on_event: Callable[[Event], None] = lambda event: None,
+) -> Run:
+    """Run cases without a word: what became of them.
+
+    ``options`` are more of pytest's; ``on_event`` sees each event first. Raises what ``run_cases``
+    raises.
+    """
+    run = Run(target.name, target.emulator)
+    reporter = _Watched(run, on_event, own_clock=target.guest_clock)
+    modules, paths = split_selection(plan.selected)
+    arguments = pytest_arguments(plan, target.name, modules, target.place(paths))
+    run_cases(target, [*options, *arguments], reporter)
+    return run
+
+
+class _Watched(Reporter):
+    def __init__(self, run: Run, watch: Callable[[Event], None], *, own_clock: bool) -> None:
+        super().__init__(run, Progress(io.StringIO(), quiet=True), own_clock=own_clock)
+        self._watch = watch
+
+    def event(self, event: Event) -> None:
+        self._watch(event)
+        super().event(event)
+
+
 def run_cases(target: Target, arguments: Sequence[str], reporter: Reporter) -> None:
-    """Run all cases, in as many processes as it takes.
+    """Run all cases, in as many processes as it takes, or until the reporter has enough.
 
     Raises UsageError if pytest refuses the selection, HarnessError (or what the target raises) if
     no case could be started at all. Trouble after that becomes part of the results.
     """
+    with contextlib.suppress(Enough):
+        _run_cases(target, arguments, reporter)
+
+
+def _run_cases(target: Target, arguments: Sequence[str], reporter: Reporter) -> None:
     losses = 0
     while True:
         done = len(reporter.run.cases)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from kvmnest.cases.events import Event
 from kvmnest.results.model import Case, Run
 from kvmnest.results.progress import Progress
-from kvmnest.results.reporter import Reporter
+from kvmnest.results.reporter import Enough, Reporter
 from kvmnest.results.runner import run_cases
 from kvmnest.results.targets import Target
 
@@ -108,7 +108,11 @@ class Shards:
     def store(self, case: Case) -> None:
         """Add a case to the reports of the whole run."""
         with self._lock:
-            self.reporter.store(case)
+            try:
+                self.reporter.store(case)
+            except Enough:
+                self.stopped = True
+                raise
 
     def problem(self, text: str) -> None:
         """Record a problem."""

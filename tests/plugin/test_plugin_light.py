@@ -1,11 +1,17 @@
 """The light runner and pytest agree on everything but the wording of tracebacks."""
 
 import json
+import marshal
 import subprocess
 import sys
 
 import pytest
-from plugin_helpers import environment, run_events, run_pytest
+from plugin_helpers import environment, results, run_events, run_pytest
+
+from kvmnest.lab import cache
+from kvmnest.plugin import policy
+from kvmnest.results import collect
+from kvmnest.results.runner import Plan, pytest_arguments
 
 SAMPLE = """
 import enum
@@ -268,8 +274,6 @@ def test_from_the_middle(sample):
     ],
 )
 def test_what_it_cannot_run_is_named(sample, text, why):
-    import marshal
-
     header = SAMPLE[: SAMPLE.index("other =")]
     (sample / "samplesuite" / "test_sample.py").write_text(header + text)
     _plan(sample)
@@ -286,3 +290,66 @@ def test_what_the_stand_in_lacks_is_found_by_the_check(sample):
     done = _light(sample, "plan", "check", "0")
     assert done.returncode == 1
     assert "approx" in done.stderr.strip().splitlines()[-1]
+
+
+#: What becomes of each case of the sample, by its meaning.
+EXPECTED = {
+    "test_product[3-4-1]": "passed", "test_product[3-4-2]": "failed",
+    "test_product[five-1]": "passed", "test_product[five-2]": "failed",
+    "test_generator[0]": "passed", "test_generator[1]": "failed", "test_generator[2]": "passed",
+    "test_enum[Colour.RED]": "passed", "test_enum[Colour.BLUE]": "failed",
+    "test_method[1]": "passed", "test_l1_fails": "failed",
+    "test_l1_is_fresh[0]": "passed", "test_l1_is_fresh[1]": "passed",
+    "test_l1_is_fresh[2]": "passed",
+    "test_nothing": "failed", "test_skips": "skipped", "test_skips_without_reason": "failed",
+    "test_has": "passed", "test_lacks": "skipped",
+    "test_raises": "passed", "test_does_not_raise": "failed",
+    "test_harness": "error", "test_lost": "failed", "test_type_error": "failed",
+    "test_fixture": "passed", "test_module_scope": "passed",
+    "test_broken": "error", "test_late": "error", "test_late_and_failed": "failed",
+    "test_option": "passed",
+}  # fmt: skip
+
+
+def test_outcomes(sample):
+    found = results(run_events(sample))
+    assert {name: case["outcome"] for name, case in found.items()} == EXPECTED
+    five = found["test_product[five-1]"]
+    assert (five["series"], five["sdm"]) == (4, "Another")
+
+
+def test_deselected(sample):
+    events = run_events(
+        sample, "--kvmnest-deselect=test_sample.py::test_product", "--kvmnest-deselect=x"
+    )
+    left = [name for name in EXPECTED if not name.startswith("test_product")]
+    assert [*results(events)] == left
+    assert events[1]["count"] == len(left)
+
+
+def test_listed(sample):
+    events = run_events(sample, "--collect-only", "--kvmnest-list")
+    listed = {e["id"].rpartition("::")[2]: e for e in events if e["e"] == "listed"}
+    assert [*listed] == [*EXPECTED]
+    assert listed["test_lacks"]["needs"] == ["kvm_intel.no_such_parameter=1"]
+    assert "no_such_parameter" in listed["test_lacks"]["skip"]
+    assert listed["test_raises"]["skip"] == ""
+
+
+def test_only_what_this_pytest_compiled_goes_into_the_lab(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    found = collect.collect(pytest_arguments(Plan(), "lab", ["kvmnest.suite.test_vmxon"], []))
+    folder = cache.root() / "pycache" / policy.SUITE_DIR.lstrip("/")
+    ours = folder / f"test_vmxon{found.tail}"
+    content = ours.read_bytes()
+    # Another version's file, and damaged ones of modules that this run does not need.
+    (folder / "test_vmxon.cpython-311-pytest-8.0.0.pyc").write_bytes(
+        content[:16] + marshal.dumps(0)
+    )
+    for name, junk in (("test_vmclear", b""), ("test_exit_io", b"\xff" * 99), ("test_nmi", b"i")):
+        (folder / f"{name}{found.tail}").write_bytes(content[:16] + junk)
+    for light in (True, False):
+        files = collect.rewritten(found.tail, light=light)
+        (name,) = [name for name in files if "/test_" in name]
+        code = marshal.loads(files[name][16:])
+        assert code.co_filename.endswith("/kvmnest/suite/test_vmxon.py")

@@ -32,7 +32,7 @@ def begin(folder: Path, plan: Plan, host: Host, *, keep_kernels: bool, stay: boo
         raise UsageError(
             f"{folder} has a bisection that is not over: --continue, or kvmnest bisect stop"
         )
-    plan.question.modules()
+    plan.question.check()
     if plan.git:
         git.check_start(git.Repository(Path(plan.git)), plan.good, plan.bad)
     host.check(own_kernels=bool(plan.git))

@@ -1,0 +1,113 @@
+"""The options of ``kvmnest run`` that choose cases and stop early, as pytest has them."""
+
+import json
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+
+from kvmnest.cli import run as verb
+from kvmnest.cli.main import main
+
+ROOT = str(Path(__file__).resolve().parents[2])
+SAMPLE = """
+import pytest
+def test_a(): assert 1
+def test_b(): assert 0
+class TestC:
+    @pytest.mark.sdm("x")
+    def test_c(self): assert 0
+@pytest.mark.sdm("x")
+def test_d(): assert 1
+"""
+
+
+@pytest.fixture
+def sample(tmp_path, monkeypatch):
+    """Runs the sample with options: (exit code, {case: outcome}, document)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", ROOT)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(verb, "require_kvm", lambda: None)  # no case of the sample uses it
+    (tmp_path / "test_sample.py").write_text(SAMPLE)
+
+    def run(*options, selected=("test_sample.py",)):
+        code = main(["run", "--target", "kvm", "--json", "o.json", "--junit", "o.xml",
+                     *options, *selected])  # fmt: skip
+        document = json.loads(Path("o.json").read_text())
+        ran = {case["id"].rpartition("::")[2]: case["outcome"] for case in document["cases"]}
+        return code, ran, document
+
+    return run
+
+
+A, B, C, D = ("test_a", "passed"), ("test_b", "failed"), ("test_c", "failed"), ("test_d", "passed")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ((), [A, B, C, D]),
+        (("-k", "test_b or TestC"), [B, C]),
+        (("-m", "sdm"), [C, D]),
+        (("-m", "not sdm"), [A, B]),
+        (("--deselect", "test_sample.py::TestC"), [A, B, D]),
+        (("--deselect", "test_sample.py::test_b", "--deselect", "test_sample.py::test_d"), [A, C]),
+    ],
+)
+def test_chosen(sample, options, expected):
+    assert sample(*options)[1] == dict(expected)
+
+
+def test_one_of_a_file(sample):
+    assert sample(selected=["test_sample.py::TestC::test_c"])[1] == dict([C])
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [(("-x",), [A, B]), (("--maxfail", "2"), [A, B, C]), (("--maxfail=3",), [A, B, C, D])],
+)
+def test_stops_as_asked(sample, capsys, options, expected):
+    code, ran, document = sample(*options)
+    assert (code, ran) == (1, dict(expected))
+    stopped = document.get("stopped", "")
+    assert bool(stopped) == bool(document["not_run"]) == (len(expected) < 4)
+    assert stopped in capsys.readouterr().out
+    # It was wanted: no problem, and no further error in JUnit.
+    assert document["problems"] == []
+    assert ET.parse("o.xml").getroot().get("errors") == "0"
+
+
+def test_last_failed(sample):
+    assert sample("-x")[1] == dict([A, B])
+    assert sample("--lf")[1] == dict([B])
+    assert sample()[1] == dict([A, B, C, D])
+    assert sample("--lf")[1] == dict([B, C])
+    assert sample("--lf", selected=["test_sample.py::TestC"])[1] == dict([C])
+    text = Path("test_sample.py").read_text().replace("assert 0", "assert 1")
+    Path("test_sample.py").write_text(text)
+    assert sample("--lf")[1] == {"test_b": "passed", "test_c": "passed"}
+    assert len(sample("--lf")[1]) == 4  # nothing failed the last time
+
+
+@pytest.mark.parametrize("text", [b"", b"[", b"{}", b"[1]", b"\xff", b"[" * 100_000])
+def test_a_damaged_memory_of_failures(sample, tmp_path, text):
+    folder = tmp_path / "cache" / "kvmnest"
+    folder.mkdir(parents=True)
+    (folder / "last-failed.json").write_bytes(text)
+    assert len(sample("--lf")[1]) == 4
+    assert len(sample("--lf")[1]) == 2
+
+
+def test_told(sample, capsys):
+    sample("-v", "--durations", "2")
+    out = capsys.readouterr().out
+    assert "passed test_sample.py::test_a (" in out
+    assert "FAILED test_sample.py::test_b" in out
+    assert "slowest 2 cases:" in out
+
+
+@pytest.mark.parametrize("option", ["--maxfail", "--durations"])
+def test_negative(option, capsys):
+    assert main(["run", option, "-1"]) == 2
+    assert "must not be negative" in capsys.readouterr().err
