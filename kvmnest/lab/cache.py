@@ -30,6 +30,11 @@ _MOST_LISTED = 64  # files; the trees that kernels are built in are not checked
 _ROOM = {"kernels": 80, "booted": 200, "loaded": 200, "kernel-sources": 200, "kvm-trees": 100}
 _ROOM_OF_OTHERS = 30
 _ROOM_UNPACKED = 500  # the packages of a kernel
+#: What takes long to make, and about how long: told on stderr, since nothing else shows meanwhile.
+_SLOW = {
+    "kernel-sources": "fetching a kernel's sources and headers, once: 30 s to a few minutes",
+    "kvm-trees": "compiling KVM of a kernel, once: about a minute",
+}
 _SAMPLE, _SAMPLES = 4096, 64  # of larger files so many places of so many bytes are checked
 
 
@@ -94,6 +99,12 @@ def _no_room(kind: str, error: OSError) -> str:
     return describe(error, f"preparing {kind} in the cache")
 
 
+def tell(text: str) -> None:
+    """Write a line to stderr about what the user now waits for."""
+    with contextlib.suppress(OSError, ValueError):  # nobody reads it
+        print(f"kvmnest: {text}", file=sys.stderr, flush=True)
+
+
 def entry(kind: str, key: str, build: Callable[[Path], None], *, keep: int = _KEEP) -> Path:
     """Directory of entry ``key``; if absent, ``build(empty directory)`` makes it.
 
@@ -107,6 +118,8 @@ def entry(kind: str, key: str, build: Callable[[Path], None], *, keep: int = _KE
         with locked(kind):
             if not is_whole(final):
                 _drop_damaged(final)
+                if kind in _SLOW:
+                    tell(_SLOW[kind])
                 _make(final, build, keep)
     with contextlib.suppress(OSError):
         os.utime(final)

@@ -289,6 +289,7 @@ def _from_version(spec: str) -> Kernel:
 
     def build(to: Path) -> None:
         with tempfile.TemporaryDirectory(prefix="kvmnest-") as scratch:
+            cache.tell(f"fetching kernel {release} from Debian's archive, once: 5 to 30 s")
             debian.fetch(apt, release, Path(scratch))
             _store_unpacked(Path(scratch), to)
 

@@ -101,6 +101,7 @@ class SavedBoots:
                 cache.drop(saved)
                 continue
             return _Saver(process, steps[number + 1 :]), True
+        cache.tell("the first boot of this kernel here, which is saved for later ones: 5 to 30 s")
         process.start(self._memory, self._cpus, fixed=True)
         process.place(self._write_image)
         return _Saver(process, steps), False
