@@ -159,21 +159,24 @@ def load(
     Raises HarnessError naming the file and the entry when the record is wrong. A file that does
     not exist is an empty record.
     """
+    return Known(
+        deviation
+        for deviation in read(path or KNOWN_FILE)
+        if deviation.applies(target, kernel, params, emulator)
+    )
+
+
+def read(path: Path = KNOWN_FILE) -> list[Deviation]:
+    """All entries of the record; raises as ``load`` does."""
     import tomllib  # the lab's guest, which reads no record, imports this module too
 
-    path = path or KNOWN_FILE
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return Known(())
+        return []
     except (OSError, tomllib.TOMLDecodeError) as error:
         raise HarnessError(f"{path}: {error}") from error
-    found = []
-    for number, entry in enumerate(document.get("deviation", []), 1):
-        deviation = _entry(path, number, entry)
-        if deviation.applies(target, kernel, params, emulator):
-            found.append(deviation)
-    return Known(found)
+    return [_entry(path, number, e) for number, e in enumerate(document.get("deviation", []), 1)]
 
 
 def _entry(path: Path, number: int, entry: dict[str, Any]) -> Deviation:
