@@ -77,6 +77,19 @@ def build(elf: Path = ELF, sources: Path = SOURCES) -> Path:
     return elf
 
 
+def build_if_stale() -> None:
+    """In a checkout, build the payload unless it is that of the sources; raises as ``build``."""
+    digest = source_hash()
+    if digest is None:
+        return
+    try:
+        if bytes.fromhex(digest) in ELF.read_bytes():
+            return
+    except OSError:
+        pass
+    build()
+
+
 if __name__ == "__main__":
     try:
         print(build())

@@ -68,7 +68,7 @@ def ask(folder: Path, *, mend: bool = True) -> Apt:
             raise
     if not mend:
         raise LabSetupError("Debian's package lists name no kernel")
-    print(f"kvmnest: {folder} is damaged, and made again", file=sys.stderr, flush=True)
+    print(f"kvmnest: {folder} is damaged or old, and made again", file=sys.stderr, flush=True)
     shutil.rmtree(folder, ignore_errors=True)
     return ask(folder, mend=False)
 

@@ -153,7 +153,7 @@ def drop(folder: Path) -> None:
 
 def _drop_damaged(folder: Path) -> None:
     if os.path.lexists(folder):
-        print(f"kvmnest: {folder} is damaged, and made again", file=sys.stderr, flush=True)
+        print(f"kvmnest: {folder} is damaged or old, and made again", file=sys.stderr, flush=True)
         drop(folder)
 
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import kvmnest
+from kvmnest.l1.build import build_if_stale
 from kvmnest.lab import cache, tools
 from kvmnest.lab.compiling import compile_sources, rewritten
 from kvmnest.lab.cpio import Cpio, names
@@ -276,6 +277,7 @@ def kvmnest_files() -> Tree:
 
     Python and pytest compare the modification times (seconds) with those in their caches.
     """
+    build_if_stale()
     base = Path(kvmnest.__file__).parent
     left_out = {"__pycache__", "docs"}
     files = sorted(

@@ -143,3 +143,23 @@ def test_no_assembler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_no_sources(tmp_path: Path) -> None:
     with pytest.raises(PayloadError, match="no sources"):
         build.build(tmp_path / "x.elf", tmp_path)
+
+
+@pytest.mark.parametrize("present", ["nothing", "junk", "of other sources", "fresh"])
+def test_a_stale_payload_is_built_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, present: str
+) -> None:
+    elf = tmp_path / "l1.elf"
+    monkeypatch.setattr(build, "ELF", elf)
+    monkeypatch.setattr(build.build, "__defaults__", (elf, build.SOURCES))
+    if present == "junk":
+        elf.write_bytes(b"junk")
+    elif present != "nothing":
+        build.build()
+        if present == "of other sources":
+            digest = bytes.fromhex(build.source_hash() or "")
+            elf.write_bytes(elf.read_bytes().replace(digest, bytes(len(digest))))
+    before = elf.stat().st_mtime_ns if elf.exists() else 0
+    build.build_if_stale()
+    assert payload.load(elf).build_id == build.source_hash()
+    assert (elf.stat().st_mtime_ns == before) == (present == "fresh")

@@ -76,7 +76,7 @@ def test_a_damaged_entry(
     forget()
     assert cache.entry("kind", "key", build) == entry
     assert (entry / "sub/small").read_bytes() == b"small"
-    assert capfd.readouterr().err == f"kvmnest: {entry} is damaged, and made again\n"
+    assert capfd.readouterr().err == f"kvmnest: {entry} is damaged or old, and made again\n"
     forget()
     cache.entry("kind", "key", lambda to: pytest.fail("it is whole"))
     damage(entry / name)
