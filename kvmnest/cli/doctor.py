@@ -32,7 +32,7 @@ def run(options: argparse.Namespace) -> int:
                 print(f"{'':7}  {'':{width}}  fix: {check.fix}")
         where = {
             "kvm": "ready: the suite runs on this machine's /dev/kvm",
-            "lab": "ready: the suite runs in the lab; /dev/kvm does not do here",
+            "lab": "ready: the suite runs in the lab; /dev/kvm cannot run L1 here",
             "": "not ready: neither /dev/kvm nor the lab does (see what is bad above)",
         }
         print(f"\n{where[report.target]}")

@@ -268,7 +268,7 @@ def _emulators(args: argparse.Namespace) -> int:
         has = (*offer.vmx_flags, *offer.features)
         words = [f"+{name}" for name in has if name not in before]
         words += [f"-{name}" for name in before if name not in has]
-        text = f"does not do: {offer.problem}" if offer.problem else " ".join(words)
+        text = f"cannot be used: {offer.problem}" if offer.problem else " ".join(words)
         for line in textwrap.wrap(text, 92, break_on_hyphens=False):
             print(f"      {line}")
         before = has or before

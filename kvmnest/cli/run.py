@@ -16,6 +16,7 @@ from kvmnest.cli.lab import add_options as add_lab_options
 from kvmnest.cli.lab import emulator, lab_only, parameters
 from kvmnest.cli.numbers import seconds
 from kvmnest.errors import HarnessError, KvmnestError, UsageError
+from kvmnest.lab.debian import NEWEST
 from kvmnest.results import last_failed
 from kvmnest.results.environment import require_kvm, why_not_kvm
 from kvmnest.results.lab_target import LabTarget
@@ -208,9 +209,13 @@ def _target(options: argparse.Namespace, progress: Progress) -> Target:
         if not reason:
             progress.line("target: this machine's /dev/kvm, which offers VMX to guests")
             return LocalTarget(patience=max(120.0, 4 * options.budget))
-        progress.line(f"target: the lab, since /dev/kvm does not do: {reason}")
+        progress.line(f"target: the lab, because /dev/kvm cannot run L1: {reason}")
+    kernel = options.kernel
+    if kernel is None and options.kvm_modules is None:
+        progress.line("kernel: the newest that Debian has released (--kernel names another)")
+        kernel = NEWEST
     return LabTarget(
-        kernel=options.kernel,
+        kernel=kernel,
         kvm_modules=options.kvm_modules,
         kvm_params=parameters(options.kvm_param),
         cpus=options.cpus,

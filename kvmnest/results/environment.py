@@ -1,4 +1,4 @@
-"""Choice of the target, and why /dev/kvm does or does not do."""
+"""Choice of the target, and why /dev/kvm cannot run L1."""
 
 from __future__ import annotations
 
