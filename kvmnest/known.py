@@ -13,13 +13,15 @@ The record is ``kvmnest/data/known.toml``, a list of tables::
                                           # nested_roundtrip for that option of the run
     reason = "what is seen, in one sentence"
     upstream = "KVM: nVMX: subject of the commit"   # optional
+    kernel_message = "WARNING: * at arch/x86/kvm/*" # optional: the deviation is this report of the
+                                          # kernel during the case (fnmatch pattern), not a failure
 """
 
 from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -106,6 +108,7 @@ class Deviation:
     hidden_by: str = ""
     params: Mapping[str, object] = field(default_factory=dict)
     upstream: str = ""
+    kernel_message: str = ""
 
     def applies(
         self, target: str, kernel: str, params: Mapping[str, str], emulator: str = ""
@@ -133,10 +136,21 @@ class Known:
 
     def match(self, case_id: str) -> Deviation | None:
         """Return the first entry that lists the case."""
-        for deviation in self.deviations:
-            if fnmatch.fnmatchcase(case_id, _literal_brackets(deviation.case)):
+        return next(self._entries(case_id, of_messages=False), None)
+
+    def match_message(self, case_id: str, message: str) -> Deviation | None:
+        """Return the first entry that lists this report of the kernel in the case."""
+        for deviation in self._entries(case_id, of_messages=True):
+            if fnmatch.fnmatchcase(message, _literal_brackets(deviation.kernel_message)):
                 return deviation
         return None
+
+    def _entries(self, case_id: str, *, of_messages: bool) -> Iterator[Deviation]:
+        for deviation in self.deviations:
+            if bool(deviation.kernel_message) is of_messages and fnmatch.fnmatchcase(
+                case_id, _literal_brackets(deviation.case)
+            ):
+                yield deviation
 
 
 def _literal_brackets(pattern: str) -> str:

@@ -2,7 +2,8 @@
 
 Events: ``session`` (facts of the machine), ``collected`` (ids and patches of the cases, in the
 order in which they run), ``start`` and ``result`` of a case, ``broken`` (a file that cannot be
-collected), ``trace`` (a command of L1, with --kvmnest-trace), ``listed`` (what a case needs, with
+collected), ``kernel`` (messages of the kernel since the result before, sent before each result),
+``trace`` (a command of L1, with --kvmnest-trace), ``listed`` (what a case needs, with
 --kvmnest-list) and ``end``.
 """
 
@@ -43,6 +44,7 @@ _CONTENT: dict[str, dict[str, type | tuple[type, ...]]] = {
         "needs": list,
         "skip": str,
     },
+    "kernel": {"text": str},
     "end": {"status": int, "why": str},
 }
 _OUTCOMES = ("passed", "failed", "skipped", "known", "error")

@@ -23,11 +23,12 @@ from types import FunctionType
 from typing import Any
 
 import kvmnest
-from kvmnest import host
+from kvmnest import host, kmsg
 from kvmnest.cases import explain, rewrite, standin, verdict
 from kvmnest.cases.events import EventWriter
 from kvmnest.cases.machine import Machine
 from kvmnest.cases.needs import why_skipped
+from kvmnest.kmsg import LEVELS, KernelLog
 
 _LONGEST_DETAIL = 20_000
 _INTERRUPTED = 2  # pytest.ExitCode.INTERRUPTED
@@ -166,6 +167,7 @@ class Runner:
 
     def __init__(self, plan: dict[str, Any], writer: EventWriter) -> None:
         self._writer = writer
+        self._kernel_log = KernelLog(LEVELS.index(plan["options"]["--kernel-log"]))
         self._machine = Machine()
         self._fixtures = Fixtures(self._machine, standin.Config(plan["options"]), writer)
         self._failed = False
@@ -187,6 +189,9 @@ class Runner:
                 self.interrupted = f"{type(ended).__name__}: {ended}".rstrip(": ")
                 return _INTERRUPTED
             seconds = round(time.monotonic() - began, 6)
+            said = self._kernel_log.drain()
+            if said:
+                self._writer.send("kernel", text=said)
             self._writer.send(
                 "result",
                 id=case.id,
@@ -282,6 +287,7 @@ def main(arguments: list[str]) -> int:
         cpu=host.cpu_model(),
         kvm_params=host.kvm_intel_params(),
         nested_roundtrip=plan["options"]["--nested-roundtrip"],
+        kernel_log=os.access(kmsg.PATH, os.R_OK),
     )
     entries = plan["cases"]
     ids = [] if first else [[entry["id"], entry["series"]] for entry in entries]

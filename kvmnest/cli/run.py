@@ -16,6 +16,7 @@ from kvmnest.cli.lab import add_options as add_lab_options
 from kvmnest.cli.lab import emulator, lab_only, parameters
 from kvmnest.cli.numbers import seconds
 from kvmnest.errors import HarnessError, KvmnestError, UsageError
+from kvmnest.kmsg import LEVELS, WARNING
 from kvmnest.lab.debian import NEWEST
 from kvmnest.results import last_failed
 from kvmnest.results.environment import require_kvm, why_not_kvm
@@ -97,6 +98,14 @@ def add_parser(subparsers: Any) -> None:
         help="time after which a vCPU that does not come back counts as hung (default: 5)",
     )
     how.add_argument(
+        "--kernel-log",
+        choices=LEVELS[WARNING:],
+        default=LEVELS[WARNING],
+        metavar="LEVEL",
+        help="keep kernel messages of this level and more severe ones with each case: warning"
+        " (default), notice, info or debug; a WARNING, BUG, oops or the like fails the case",
+    )
+    how.add_argument(
         "--strict-known",
         action="store_true",
         help="exit 1 when a known deviation no longer happens",
@@ -142,6 +151,7 @@ def run(options: argparse.Namespace) -> int:
         budget=options.budget,
         nested_roundtrip=options.nested_roundtrip,
         shuffle=options.shuffle,
+        kernel_log=options.kernel_log,
     )
     reporter = Reporter(
         Run(target.name, target.emulator, options=_recorded(options)),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -17,13 +16,10 @@ from kvmnest.fuzz.journal import CRASHED, Journal
 from kvmnest.fuzz.judge import AGREE, DISAGREE, KNOWN, Judge, Verdict
 from kvmnest.fuzz.machines import Machine, Numbered
 from kvmnest.fuzz.model import FuzzCase
+from kvmnest.kernel_reports import reports
 
 #: Cases of one boot or process: enough that starting it costs little.
 _BATCH = 2000
-
-
-#: Kernel messages that no guest may cause, by the words that they begin with.
-_ALARM = re.compile(r"cut here|WARNING:|BUG:|Oops|general protection fault|INFO: rcu|INFO: task")
 
 
 class _Enough(Exception):
@@ -152,8 +148,10 @@ class Fuzzer:
             if "start" in event:
                 running = event["start"]
                 stream.append(running)
-            elif "kernel" in event and running >= 0 and _ALARM.search(event["kernel"]):
-                self._warnings[running] = event["kernel"].strip().partition("\n")[0]
+            elif "kernel" in event and running >= 0:
+                # What no guest may cause.
+                for text in reports(event["kernel"])[:1]:
+                    self._warnings[running] = text
             self._take(event)
 
         while left and not self._late():

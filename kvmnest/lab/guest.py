@@ -18,6 +18,7 @@ import select
 import sys
 import time
 
+from kvmnest import kmsg
 from kvmnest.lab import channel
 
 TYPE_CHECKING = False  # importing typing would cost the guest a tenth of a second
@@ -86,30 +87,11 @@ def load_module(path: str, params: str) -> int:
         os.close(fd)
 
 
-def _read_kmsg(fd: int, max_level: int) -> bytes:
-    """Kernel messages of ``max_level`` or more severe that came since the last call."""
-    found: list[bytes] = []
-    while True:
-        try:
-            record = os.read(fd, 8192)
-        except BlockingIOError:
-            return b"".join(found)
-        except OSError as e:
-            if e.errno == errno.EPIPE:  # overwritten before it was read: go on with the next
-                continue
-            raise
-        head, _, text = record.partition(b";")
-        priority, _, stamp, *_ = head.split(b",")
-        if int(priority) & 7 <= max_level:
-            line = text.split(b"\n", 1)[0]
-            found.append(b"[%12.6f] %s\n" % (int(stamp) / 1e6, line))
-
-
-def _load_modules(job: dict[str, Any], port: Port, kmsg: int) -> bool:
+def _load_modules(job: dict[str, Any], port: Port, log_fd: int) -> bool:
     for path, params in job["modules"]:
         error = load_module(path, params)
         if error and error != errno.EEXIST:
-            log = _read_kmsg(kmsg, 7)
+            log = kmsg.read(log_fd, 7)
             port.send(channel.MODULE_ERROR, marshal.dumps((os.path.basename(path), error, log)))
             return False
     return True
@@ -207,7 +189,7 @@ def _spawn(job: dict[str, Any], outputs: tuple[int, int]) -> int:
     return os.posix_spawnp(argv[0], argv, job["env"], file_actions=actions, setsigdef=[13, 25])
 
 
-def _pump(job: dict[str, Any], port: Port, kmsg: int) -> int:
+def _pump(job: dict[str, Any], port: Port, log_fd: int) -> int:
     """Run the command and send all its streams out; returns its wait status."""
     out, err, events = os.pipe(), os.pipe(), os.open(EVENTS_PATH, os.O_RDWR | os.O_NONBLOCK)
     kinds = {out[0]: channel.STDOUT, err[0]: channel.STDERR, events: channel.EVENT}
@@ -218,14 +200,14 @@ def _pump(job: dict[str, Any], port: Port, kmsg: int) -> int:
     os.close(err[1])
     child = os.pidfd_open(pid)
     poll = select.poll()
-    for fd in (*kinds, kmsg, child):
+    for fd in (*kinds, log_fd, child):
         poll.register(fd, select.POLLIN)
     done = False
     while not done:
         ready = {fd for fd, _ in poll.poll()}
         done = child in ready
         # Kernel messages first: a warning must arrive before the result of the case it hit.
-        log = _read_kmsg(kmsg, job["log_level"])
+        log = kmsg.read(log_fd, job["log_level"])
         if log:
             port.send(channel.KLOG, log)
         for fd, kind in kinds.items():
@@ -335,12 +317,12 @@ def _run(port: Port) -> None:
     mount("tmpfs", "/tmp")
     os.makedirs("/run", exist_ok=True)
     os.mkfifo(EVENTS_PATH)
-    kmsg = os.open("/dev/kmsg", _O_KMSG)
+    log_fd = os.open(kmsg.PATH, _O_KMSG)
     job = _first_job(port)
     received = time.clock_gettime(time.CLOCK_BOOTTIME)
     _write_files(job["files"], job["mtimes"])
     os.makedirs(job["cwd"], exist_ok=True)
-    if not _load_modules(job, port, kmsg):
+    if not _load_modules(job, port, log_fd):
         return
     info = {
         "release": os.uname().release,
@@ -350,7 +332,7 @@ def _run(port: Port) -> None:
         "params": {m: _parameters(m) for m in ("kvm", "kvm_intel")},
     }
     port.send(channel.READY, marshal.dumps(info))
-    port.send(channel.EXIT, marshal.dumps(_pump(job, port, kmsg)))
+    port.send(channel.EXIT, marshal.dumps(_pump(job, port, log_fd)))
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from kvmnest import kmsg
 from kvmnest.errors import UsageError
 from kvmnest.lab import bochs, build, cache, image, kernels, plan, rootfs, snapshot
 from kvmnest.lab.bochs import Bochs
@@ -226,7 +227,7 @@ class Lab:
             "modules": modules,
             "files": self._files | dict(files),
             "mtimes": {},
-            "log_level": 4,
+            "log_level": kmsg.WARNING,
         }
 
     def _command_line(self) -> str:

@@ -254,7 +254,7 @@ def boot_layer() -> Layer:
 
 BOOT = "kvmnest/boot"
 INIT = "kvmnest/init.py"
-_BOOT_MODULES = ("__init__.py", "lab/__init__.py", "lab/channel.py", "lab/guest.py")
+_BOOT_MODULES = ("__init__.py", "kmsg.py", "lab/__init__.py", "lab/channel.py", "lab/guest.py")
 # sys.path[0] is the script's folder; the guest's code uses that place for the command's.
 _INIT = f"""import sys
 sys.path[0] = "/{BOOT}"

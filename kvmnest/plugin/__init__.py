@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from kvmnest.kmsg import LEVELS, WARNING
 from kvmnest.plugin import policy
 from kvmnest.plugin.fixtures import MACHINE, kvm, l1, l1_pool, vm
 from kvmnest.plugin.outcomes import judge
@@ -65,6 +66,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="kvm",
         metavar="NAME",
         help="kvm, lab or qemu, for known deviations",
+    )
+    group.addoption(
+        "--kernel-log",
+        choices=LEVELS[WARNING:],
+        default=LEVELS[WARNING],
+        help="with --kvmnest-events: kernel messages to keep with each case, of this level and"
+        " more severe ones (default: warning)",
     )
     group.addoption(
         "--kvmnest-events", metavar="PATH", help="write events as JSON lines to PATH or fd:N"

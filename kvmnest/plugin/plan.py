@@ -16,7 +16,7 @@ _PLUGIN_FIXTURES = "kvmnest.plugin.fixtures"
 #: Options that cases and fixtures ask ``pytestconfig`` for.
 _OPTIONS = (
     *("--kvmnest-trace", "--kvmnest-budget", "--kvmnest-target"),
-    *("--nested-roundtrip", "--fresh-vm"),
+    *("--nested-roundtrip", "--fresh-vm", "--kernel-log"),
 )
 _UNSUPPORTED_MARKS = ("skip", "skipif", "xfail", "usefixtures", "filterwarnings")
 

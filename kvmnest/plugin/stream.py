@@ -12,6 +12,7 @@ import kvmnest
 from kvmnest import host
 from kvmnest.cases import explain
 from kvmnest.cases.events import EventWriter
+from kvmnest.kmsg import LEVELS, KernelLog
 from kvmnest.plugin import policy
 from kvmnest.plugin.outcomes import KIND, RAISED, SUMMARY, skip_reason
 
@@ -24,6 +25,7 @@ class EventStream:
     def __init__(self, config: pytest.Config, spec: str) -> None:
         self._config = config
         self._writer = EventWriter(spec)
+        self._kernel_log = KernelLog(LEVELS.index(config.getoption("--kernel-log")))
         self._case: dict[str, Any] = {}
         self._why = ""
 
@@ -38,6 +40,7 @@ class EventStream:
             cpu=host.cpu_model(),
             kvm_params=host.kvm_intel_params(),
             nested_roundtrip=bool(self._config.getoption("--nested-roundtrip")),
+            kernel_log=self._kernel_log.readable,
         )
 
     def send(self, event: str, **content: object) -> None:
@@ -105,7 +108,10 @@ class EventStream:
             case["detail"] += f"\n--- then, in {report.when} ---\n{text}"
 
     def pytest_runtest_logfinish(self) -> None:
-        """Send the result when teardown is over too."""
+        """Send the result when teardown is over too, and before it what the kernel said."""
+        text = self._kernel_log.drain()
+        if text:
+            self._writer.send("kernel", text=text)
         self._writer.send("result", **self._case)
 
     def pytest_keyboard_interrupt(self, excinfo: pytest.ExceptionInfo[BaseException]) -> None:

@@ -129,7 +129,7 @@ class LabTarget:
         def take_kernel(data: bytes) -> None:
             text = _since(data.decode(errors="replace"), self._lab.info.get("received", 0.0))
             if text:
-                on_event({"e": "kernel", "text": text})
+                on_event({"e": "kernel", "text": text, "from_lab": True})
 
         self._on_line(f"booting {self._lab.kernel.release} {self._lab.emulator.where}")
         try:

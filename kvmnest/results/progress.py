@@ -83,7 +83,8 @@ class Progress:
             left = len(lines) - _LONGEST_DETAIL_LINES
             self.line(f"    ({left} more lines; --json keeps them)")
         for text in case.kernel_log.splitlines()[:20]:
-            self.line(f"    kernel: {text}")
+            if text not in case.detail:
+                self.line(f"    kernel: {text}")
         if case.rerun:
             self.line(f"    rerun: {case.rerun}")
         self.line("")

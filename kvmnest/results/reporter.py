@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from kvmnest import disassembly, known
+from kvmnest import disassembly, kernel_reports, known
 from kvmnest.cases.events import DamagedEvent, Event
 from kvmnest.errors import HarnessError
 from kvmnest.results.jsonfile import JsonFile
@@ -65,7 +65,8 @@ class Reporter:
         self._known: known.Known | None = None
         self._current: Event = {}
         self._began = self._started = time.monotonic()
-        self._kernel_log = ""
+        self._kernel_log = self._last_words = ""
+        self._cases_read_log = False
         self._series: dict[str, int | None] = {}
         run.started = _now()
         self._files: list[JsonFile | JUnitFile] = []
@@ -92,7 +93,7 @@ class Reporter:
         elif kind == "broken":
             self.broken.append((event["where"], event["detail"]))
         elif kind == "kernel":
-            self._kernel_log += event["text"]
+            self._kernel(event)
         elif kind in ("trace", "listed"):
             pass  # for those who watch
         elif kind == "end":
@@ -100,8 +101,20 @@ class Reporter:
         else:
             raise HarnessError(f"unknown event from the cases' process: {event!r:.200}")
 
+    def _kernel(self, event: Event) -> None:
+        """Messages of the kernel: as the cases' process reads them, or the lab's PID 1.
+
+        The former belong to the case whose result comes next. The latter may come early or late;
+        they are needed where the process cannot read the log, or does not live to tell.
+        """
+        if event.get("from_lab"):
+            self._last_words += event["text"]
+        else:
+            self._kernel_log += event["text"]
+
     def _session(self, event: Event) -> None:
         self.ended = None
+        self._cases_read_log = bool(event.get("kernel_log"))
         if not self.run.facts:
             self.run.facts = {name: value for name, value in event.items() if name != "e"}
             # An option of the run counts as a parameter: some deviations need it.
@@ -159,11 +172,32 @@ class Reporter:
             case.summary = deviation.text
         elif deviation and case.outcome == "passed":
             self.run.no_longer.append((case.id, deviation.text))
+        case.kernel_log = self._kernel_log
+        if not self._cases_read_log or case.summary.startswith(CRASHED):
+            case.kernel_log += self._last_words
+        self._kernel_log = self._last_words = ""
+        self._judge_messages(case)
         if case.outcome in ("failed", "error"):
             case.rerun = self._rerun(case.id)
-        case.kernel_log, self._kernel_log = self._kernel_log, ""
         self._current = {}
         self.store(case)
+
+    def _judge_messages(self, case: Case) -> None:
+        """Fail a case during which the kernel reported a defect that is not known."""
+        found = kernel_reports.reports(case.kernel_log)
+        if not found or case.outcome == "error":
+            return
+        listed = [self._known.match_message(case.id, text) if self._known else None
+                  for text in found]  # fmt: skip
+        news = [text for text, entry in zip(found, listed, strict=True) if entry is None]
+        entry = next((entry for entry in listed if entry is not None), None)
+        what = f"the kernel reported: {news[0]}" if news else entry.text if entry else ""
+        if news and case.outcome != "failed":
+            case.outcome, case.summary = "failed", what
+        elif not news and case.outcome in ("passed", "skipped"):
+            case.outcome, case.summary = "known", what
+        said = kernel_reports.told(case.kernel_log)
+        case.detail = f"{what}\n{said}\n\n{case.detail}".rstrip()
 
     def store(self, case: Case) -> None:
         """Add a case that is judged already to the reports. Raises Enough, see ``maxfail``."""

@@ -64,6 +64,7 @@ class Plan:
     budget: float = 5.0
     nested_roundtrip: bool = False
     shuffle: int | None = None
+    kernel_log: str = "warning"
 
 
 def split_selection(selected: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -105,6 +106,8 @@ def pytest_arguments(plan: Plan, target: str, modules: list[str], paths: list[st
         arguments += ["-c", "/dev/null", "--rootdir", "/"]
     arguments += ["--capture=fd", "--tb=short", "-q", "--color=no", "--require-kvm"]
     arguments += [f"--kvmnest-target={target}", f"--kvmnest-budget={plan.budget:g}"]
+    if plan.kernel_log != "warning":
+        arguments.append(f"--kernel-log={plan.kernel_log}")
     if plan.nested_roundtrip:
         arguments.append("--nested-roundtrip")
     if plan.shuffle is not None:
