@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 
 _MOST_LINES = 40
+_MOST_BEFORE = 5
 _STAMP = re.compile(r"^\[ *\d+\.\d+\] ?")
 _WORDS = (
     # WARN(): with CPU and PID first, since Linux 6.18 with the file first.
@@ -55,8 +56,9 @@ def told(log: str) -> str:
     """The part of a log from its first report on, with its call trace; at most 40 lines."""
     lines = log.splitlines()
     first = next((i for i, line in enumerate(lines) if _REPORT.match(message(line))), len(lines))
-    if first and first < len(lines) and _CUT_HERE in lines[first - 1]:
-        first -= 1
+    # The text of a WARN(condition, text) comes between the line to cut at and the report.
+    before = range(max(0, first - _MOST_BEFORE), first)
+    first = max((i for i in before if _CUT_HERE in lines[i]), default=first)
     shown = lines[first : first + _MOST_LINES]
     left = len(lines) - first - len(shown)
     return "\n".join([*shown, *([f"({left} more lines in kernel_log)"] if left > 0 else [])])

@@ -73,6 +73,13 @@ def test_the_trace_of_a_report_is_told():
     assert told(f"{_WARN}\n" + "line\n" * 99).endswith("(60 more lines in kernel_log)")
 
 
+def test_the_text_of_a_warning_is_told():
+    cut = "------------[ cut here ]------------\n"
+    log = f"other\n{cut}earlier\n{cut}nVMX: the text of\nthe warning\n{_WARN}\n"
+    assert told(log) == f"{cut}nVMX: the text of\nthe warning\n{_WARN}"
+    assert told(f"{cut}" + "other\n" * 9 + _WARN) == _WARN
+
+
 def _reporter(deviations=(), *, readable=True):
     reporter = Reporter(Run("lab"), Progress(io.StringIO()))
     facts = {"kernel": "6.1.0-56", "kvm_params": {}, "kernel_log": readable}
