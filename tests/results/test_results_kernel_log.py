@@ -40,7 +40,7 @@ _WARN = "WARNING: CPU: 0 PID: 7 at arch/x86/kvm/vmx/nested.c:35 nested_vmx_run+0
         "WARNING: inconsistent lock state",
         "WARNING: suspicious RCU usage",
         "WARNING: bad unlock balance detected!",
-        "kvm [7]: vcpu0, guest rIP: 0xfff0 unhandled rdmsr: 0x1",
+        "kvm [7]: vcpu0, guest rIP: 0xfff0 unhandled exit 0x1",
         "kvm_intel: kvm [7]: vcpu0, guest rIP: 0xfff0 vmx: unexpected exit reason 0x4c",
     ],
 )
@@ -58,6 +58,8 @@ def test_reports(text):
         "WARNING! power/level is deprecated; use power/control instead",
         "usb 1-1: device descriptor read/64, error -71",
         "kvm: SMP vm created on host with unstable TSC",
+        "kvm [7]: vcpu0, guest rIP: 0xfff0 unhandled rdmsr: 0x1",
+        "kvm_intel: kvm [88]: vcpu0, guest rIP: 0x0 Unhandled WRMSR(0x1d9) = 0x2",
         "audit: type=1400 msg='BUG: not one'",
         "python3[7]: segfault at 0 ip 0 sp 0 error 4",
     ],
