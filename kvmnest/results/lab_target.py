@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import os
 import re
@@ -64,11 +65,11 @@ class LabTarget:
             host = Path(path).resolve()
             folder = f"{_USER_FILES}/{number}"
             base = host if host.is_dir() else host.parent
-            found = sorted(base.rglob("*.py")) if host.is_dir() else [*_beside(host)]
+            found = _python_files(host)
             if not found:
-                raise UsageError(f"{path} holds no Python file")
-            for file in found:
-                self._files[f"{folder}/{file.relative_to(base)}"] = file.read_bytes()
+                raise UsageError(f"{path} holds no Python file that can be read")
+            for file, content in found.items():
+                self._files[f"{folder}/{file.relative_to(base)}"] = content
             inside = "" if host.is_dir() else f"/{host.name}"
             called = path if host.is_dir() else str(Path(path).parent)
             self._folders[f"{folder}/"] = "" if called == "." else f"{called.rstrip('/')}/"
@@ -182,6 +183,19 @@ def _since(log: str, start: float) -> str:
     return "".join(kept)
 
 
-def _beside(file: Path) -> list[Path]:
-    # A test file may import modules from its folder.
-    return sorted(file.parent.glob("*.py"))
+def _python_files(host: Path) -> dict[Path, bytes]:
+    """Content of the Python files below a folder, or of a file and its neighbours.
+
+    A test file may import modules from its folder. What is no regular file there, or cannot be
+    read, is left out; raises UsageError if that is the file itself.
+    """
+    found = {}
+    for file in sorted(host.rglob("*.py") if host.is_dir() else {host, *host.parent.glob("*.py")}):
+        try:
+            if not file.is_file():
+                raise OSError(errno.EINVAL, "not a regular file")
+            found[file] = file.read_bytes()
+        except OSError as error:
+            if file == host:
+                raise UsageError(f"cannot read {file}: {error.strerror}") from error
+    return found

@@ -1,13 +1,15 @@
 """Files of the user in the lab: they keep their names, and the boot is no part of a case."""
 
 import json
+import os
 import shlex
 from pathlib import Path
 
 import pytest
 
 from kvmnest.cli.main import main
-from kvmnest.results.lab_target import _since
+from kvmnest.errors import UsageError
+from kvmnest.results.lab_target import _python_files, _since
 
 CASES = """\
 def test_right(l1):
@@ -54,3 +56,29 @@ def test_kernel_messages_from_a_time_on() -> None:
     log = "[    0.800351] ACPI: none\n[    1.500000] WARNING: CPU: 0\ncontinued\n[   12.000000] x\n"
     assert _since(log, 1.25) == log.partition("\n")[2]
     assert _since(log, 0.0) == log
+
+
+def test_what_lies_beside_a_test_file(tmp_path: Path) -> None:
+    """Only regular files go into the lab: a FIFO would be waited for without an end."""
+    test = tmp_path / "test_a.py"
+    test.write_text("import helper\n")
+    (tmp_path / "helper.py").write_text("")
+    (tmp_path / "folder.py").mkdir()
+    (tmp_path / "dangling.py").symlink_to("nowhere")
+    (tmp_path / "loop.py").symlink_to("loop.py")
+    os.mkfifo(tmp_path / "fifo.py")
+    wanted = {test, tmp_path / "helper.py"}
+    assert _python_files(test).keys() == wanted
+    assert _python_files(tmp_path).keys() == wanted
+    assert _python_files(tmp_path / "folder.py") == {}
+
+
+@pytest.mark.parametrize("what", ["dangling", "fifo"])
+def test_a_file_that_cannot_be_read(tmp_path: Path, what: str) -> None:
+    path = tmp_path / "test_a.py"
+    if what == "dangling":
+        path.symlink_to("nowhere")
+    else:
+        os.mkfifo(path)
+    with pytest.raises(UsageError, match=r"cannot read .*test_a\.py: not a regular file"):
+        _python_files(path)
