@@ -99,12 +99,19 @@ def version_text(program: str, *options: str) -> str:
 
 
 def _sweep() -> None:
-    """Remove folders whose owner was killed: the lock inside is free again."""
+    """Remove folders whose owner was killed: the lock inside is free again, or gone already.
+
+    A folder has its lock before it gets its name, and loses it only while it is removed.
+    """
     for folder in Path(tempfile.gettempdir()).glob(_PREFIX + "*"):
         with contextlib.suppress(OSError):
             if folder.stat().st_uid != os.getuid():
                 continue
-            fd = os.open(folder / "lock", os.O_RDWR | os.O_CLOEXEC)
+            try:
+                fd = os.open(folder / "lock", os.O_RDWR | os.O_CLOEXEC)
+            except FileNotFoundError:
+                shutil.rmtree(folder, ignore_errors=True)
+                continue
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(folder, ignore_errors=True)

@@ -45,7 +45,11 @@ class Module:
 def read(path: Path) -> Module:
     """Read the .modinfo of a module file. Raises KernelSpecError if it is no module."""
     try:
-        elf = ELFFile(io.BytesIO(decompress(path.read_bytes())))
+        content = decompress(path.read_bytes())
+    except KernelSpecError as e:
+        raise KernelSpecError(f"{path}: {e}") from e
+    try:
+        elf = ELFFile(io.BytesIO(content))
         section = elf.get_section_by_name(".modinfo")
         data = bytes(section.data()) if section is not None else b""
     except ELFError as e:

@@ -101,7 +101,7 @@ class EventStream:
             text += f"\n{content}" if name == "kvmnest" else f"\n--- {name} ---\n{content}"
         text = explain.without_addresses(text)
         if first:
-            case["summary"] = getattr(report, SUMMARY, "") or text.partition("\n")[0]
+            case["summary"] = getattr(report, SUMMARY, "") or _gist(text)
             case["raised"] = getattr(report, RAISED, "")
             case["detail"] = text[:_LONGEST_DETAIL]
         else:
@@ -127,3 +127,9 @@ class EventStream:
     def pytest_sessionfinish(self, exitstatus: int) -> None:
         """Say that the process got to its end."""
         self._writer.send("end", status=int(exitstatus), why=self._why)
+
+
+def _gist(text: str) -> str:
+    """The line of a failure's text that says what is wrong: pytest marks it with E."""
+    lines = text.splitlines() or [""]
+    return next((line[1:].strip() for line in lines if line.startswith("E ")), lines[0])

@@ -198,6 +198,17 @@ def test_a_corrupt_package_is_named(tmp_path):
         kernels.resolve(str(package))
 
 
+def test_a_folder_that_lost_its_lock_is_swept(tmp_path, monkeypatch):
+    """As two Ctrl-C leave it, the second of which ends the removal."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    left = tmp_path / "kvmnest-lab-left"
+    (left / "sub").mkdir(parents=True)
+    (left / "memory.img").write_bytes(b"x")
+    with bochs.Bochs(bochs.locate()) as running:
+        assert sorted(tmp_path.iterdir()) == [running.folder]
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("does", "text"),
     [

@@ -1,6 +1,7 @@
 """Kernels that the lab cannot boot: one line that names the file and says what is wrong."""
 
 import io
+import lzma
 import struct
 import subprocess
 import tarfile
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from kvmnest.cli.main import main
-from kvmnest.lab import kernels
+from kvmnest.lab import kernels, modules
 from kvmnest.lab.errors import KernelSpecError
 
 
@@ -100,3 +101,10 @@ def test_modules_of_a_truncated_file(tmp_path: Path) -> None:
     path.write_bytes(buffer.getvalue())
     with pytest.raises(KernelSpecError, match="not a usable Debian package"):
         kernels.resolve(str(path))
+
+
+def test_a_corrupt_module_is_named(tmp_path: Path) -> None:
+    module = tmp_path / "kvm.ko.xz"
+    module.write_bytes(lzma.compress(b"x" * 9999)[:-20])
+    with pytest.raises(KernelSpecError, match=r"kvm\.ko\.xz: "):
+        modules.read(module)

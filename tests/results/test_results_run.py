@@ -186,6 +186,12 @@ def test_a_session_that_ends_after_the_last_case(write, tmp_path):
     assert found.problems[0].startswith("the session was ended after its last case: Exit: late (")
 
 
+def test_a_missing_fixture_is_named(write, tmp_path, capsys):
+    _, found = run(tmp_path / "out", write("def test_a(no_such): assert 1"))
+    assert found.cases[0].summary == "fixture 'no_such' not found"
+    assert "fixture 'no_such' not found" in capsys.readouterr().out
+
+
 def test_a_crash_costs_one_case(write, tmp_path, capsys):
     name = write(
         """
