@@ -41,6 +41,16 @@ def replace(path: Path, text: str, mode: int = 0o600) -> None:
         raise HarnessError(f"cannot write {path}: {error.strerror}") from error
 
 
+def truncate(path: Path, size: int) -> None:
+    """Cut a file off after ``size`` bytes. Raises HarnessError."""
+    try:
+        with open(path, "r+b") as file:
+            file.truncate(size)
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise HarnessError(f"cannot write {path}: {error.strerror}") from error
+
+
 def remove(path: Path) -> None:
     """Remove a file if it is there. Raises HarnessError."""
     try:

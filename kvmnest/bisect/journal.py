@@ -7,7 +7,6 @@ why, nor what the ends were found to be.
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field
@@ -85,23 +84,34 @@ def start(path: Path, header: Header) -> Journal:
 def load(path: Path, question: str | None = None) -> Journal | None:
     """Read a journal, of this ``question`` if one is given; None if there is none.
 
-    A last line without its end was being written when the power failed: it is cut off. Raises
-    HarnessError if the file is something else, or belongs to another search.
+    A last line without its end was being written when the power failed: it is cut off, once the
+    rest is known to be a journal. Raises HarnessError if the file is something else, or belongs to
+    another search.
     """
+    number = 1
     try:
+        if not path.is_file() and path.exists():
+            raise ValueError("it is no regular file")
         data = path.read_bytes()
         whole = data[: data.rfind(b"\n") + 1]
-        if whole != data:
-            os.truncate(path, len(whole))
-        first, *rest = (json.loads(line) for line in whole.splitlines())
+        lines = whole.splitlines() or [b""]
+        first = json.loads(lines[0])
         header = Header(*(first[name] for name in ("question", "good", "bad", "came_from")))
-        steps = [_step(line) for line in rest]
+        steps = []
+        for line in lines[1:]:
+            number += 1
+            steps.append(_step(json.loads(line)))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise HarnessError(f"{path} is no journal of kvmnest bisect: {error}") from error
+    except OSError as error:
+        raise HarnessError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        where = "" if number == 1 else f", line {number}"
+        raise HarnessError(f"{path}{where} is no journal of kvmnest bisect: {error}") from error
     if question is not None and header.question != question:
         raise HarnessError(f"{path} belongs to another search ({header.question})")
+    if whole != data:
+        disk.truncate(path, len(whole))
     return Journal(path, header, steps)
 
 

@@ -220,3 +220,42 @@ def test_runs_that_do_not_agree_and_what_is_no_fault_of_the_kernel():
 def test_the_journal_is_private(history):
     _, log = find(history, asker(history, []))
     assert os.stat(log.path).st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"my notes, without a newline at their end",
+        b"line\nnotes",
+        b"",
+        b"\xff\xfe\n",
+        b"[" * 100_000 + b"\n",
+        b"{}\n",
+        b"[]\n",
+        b"7\nx",
+    ],
+    ids=range(8),
+)
+def test_a_file_that_is_no_journal_stays_as_it_is(tmp_path, content):
+    path = tmp_path / "notes"
+    path.write_bytes(content)
+    with pytest.raises(HarnessError, match="no journal of kvmnest bisect"):
+        journal.load(path)
+    assert path.read_bytes() == content
+
+
+def test_a_damaged_line_in_the_middle_is_named(tmp_path):
+    path = tmp_path / "j"
+    started = journal.start(path, journal.Header("a", "b", "c"))
+    for name in ("one", "two"):
+        started.add(name, "", Answer(GOOD, "x"))
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(lines[0] + b"\x00\x00\n" + lines[2])
+    with pytest.raises(HarnessError, match="line 2 is no journal"):
+        journal.load(path)
+
+
+def test_a_journal_that_is_a_fifo(tmp_path):
+    os.mkfifo(tmp_path / "j")
+    with pytest.raises(HarnessError, match="no regular file"):
+        journal.load(tmp_path / "j")
