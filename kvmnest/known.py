@@ -13,8 +13,8 @@ The record is ``kvmnest/data/known.toml``, a list of tables::
                                           # nested_roundtrip for that option of the run
     reason = "what is seen, in one sentence"
     upstream = "KVM: nVMX: subject of the commit"   # optional
-    kernel_message = "WARNING: * at arch/x86/kvm/*" # optional: the deviation is this report of the
-                                          # kernel during the case (fnmatch pattern), not a failure
+    kernel_message = "WARNING: * at *arch/x86/kvm/*"  # optional: the deviation is this report of
+                                          # the kernel during the case (fnmatch pattern), no failure
 """
 
 from __future__ import annotations
