@@ -11,6 +11,7 @@ from pathlib import Path
 
 from kvmnest.cases.events import DamagedEvent, Event
 from kvmnest.errors import HarnessError, KvmnestError, UsageError
+from kvmnest.results import names
 from kvmnest.results.model import Run
 from kvmnest.results.progress import Progress
 from kvmnest.results.reporter import Enough, Reporter
@@ -70,8 +71,9 @@ class Plan:
 def split_selection(selected: Sequence[str]) -> tuple[list[str], list[str]]:
     """Return (arguments that name modules of kvmnest, paths of other files).
 
-    The modules are those of the suite and, by their dotted names, the reproducers. Raises
-    UsageError for what is neither a file nor one of them.
+    The modules are those of the suite and, by their dotted names, the reproducers. A case may be
+    named by its function alone, if one file only has it. Raises UsageError for what is neither a
+    file nor one of them.
     """
     if not selected:
         return [_SUITE], []
@@ -82,6 +84,8 @@ def split_selection(selected: Sequence[str]) -> tuple[list[str], list[str]]:
             modules.append(name)
             continue
         path = Path(name.partition("::")[0])
+        if not path.exists() and not (suite_dir / path.with_suffix(".py").name).is_file():
+            name = names.complete(name)
         found = _SUITE_FILE.fullmatch(name)
         if found and (suite_dir / f"{found[1]}.py").is_file() and not path.exists():
             modules.append(f"{_SUITE}.{found[1]}{found[2]}")
@@ -92,7 +96,7 @@ def split_selection(selected: Sequence[str]) -> tuple[list[str], list[str]]:
         elif path.exists():
             paths.append(name)
         else:
-            raise UsageError(f"no such case, file or directory: {name}")
+            raise names.unknown(name)
     return modules, paths
 
 
