@@ -1,7 +1,5 @@
 """The cache after a crashed host or a full disk: what is damaged is made again, with one line."""
 
-import importlib.util
-import marshal
 import os
 import shutil
 import subprocess
@@ -11,12 +9,10 @@ from pathlib import Path
 
 import pytest
 
-import kvmnest
 from kvmnest.kernel import build as kernel_build
 from kvmnest.kernel import source
 from kvmnest.lab import cache, saved, snapshot
 from kvmnest.lab.machine import Lab
-from kvmnest.results import collect
 
 
 def zero(path: Path) -> None:
@@ -201,24 +197,6 @@ def test_a_damaged_note_of_a_source(private: Path, note: bytes) -> None:
     (private / "kernel-releases").mkdir()
     (private / "kernel-releases/7.3.4").write_bytes(note)
     assert source._noted("7.3.4") is None
-
-
-@pytest.mark.parametrize("damage", [zero, cut, empty, junk], ids=lambda f: f.__name__)
-@pytest.mark.parametrize("light", [False, True])
-def test_damaged_code_that_pytest_keeps(
-    private: Path, light: bool, damage: Callable[[Path], None]
-) -> None:
-    base = Path(kvmnest.__file__).parent / "suite"
-    module = next(path for path in sorted(base.glob("test_*.py")))
-    name = Path(importlib.util.cache_from_source(module.name)).name.removesuffix(".pyc")
-    kept = cache.root() / "pycache" / base.relative_to("/") / f"{name}-pytest-8.0.0.pyc"
-    kept.parent.mkdir(parents=True)
-    code = compile("1", str(module), "exec")
-    kept.write_bytes(bytes(16) + marshal.dumps(code))
-    assert len(collect.rewritten(light=light)) == 1
-    damage(kept)
-    assert collect.rewritten(light=light) == {}
-    assert not kept.exists()
 
 
 def test_modules_that_were_built_are_built_again(
