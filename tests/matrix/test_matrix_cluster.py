@@ -149,7 +149,7 @@ def test_interrupted(tmp_path):
 
 def test_workers_that_cannot(tmp_path, capsys):
     """One without bochs is named; with no other one nothing is started."""
-    nowhere = {"PATH": str(tmp_path)}
+    nowhere = {"PATH": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)}  # none built either
     with scheduler(tmp_path) as address, worker(tmp_path, address, "one", env=nowhere):
         arguments = ["matrix", QUICK, "--kernels", "6.1", "--state", str(tmp_path / "state")]
         assert main([*arguments, "--scheduler", address]) == 3
