@@ -156,14 +156,14 @@ class Scorer:
         useless |= {**skipped, **dict.fromkeys(bad, "")}
         good = [case.id for case in reporter.run.cases if case.id not in useless]
         self.results.add_clean(params, self._suite, good)
+        for name in bad:
+            self.on_line(f"not used, since it fails on the unmodified modules: {name}")
         if bad and len(bad) == len(reporter.run.cases):
             name, summary = next(iter(bad.items()))
             raise HarnessError(
                 f"all {len(bad)} cases fail on the unmodified modules, so a failure means nothing:"
                 f" {name}: {summary}"
             )
-        for name in bad:
-            self.on_line(f"not used, since it fails on the unmodified modules: {name}")
 
     def _score(self, mutant: Mutant) -> None:
         if self.stop.is_set():

@@ -95,7 +95,7 @@ def test_without_a_compiler_the_lab_uses_debians(clone: Path, no_compiler: dict[
     assert "Bochs" not in done.stderr
     told = [line for line in done.stdout.splitlines() if "Debian's older Bochs" in line]
     assert len(told) == 1
-    assert "configuring of Bochs failed" in told[0]
+    assert " of Bochs failed" in told[0]
     assert "1 passed" in done.stdout
 
 
