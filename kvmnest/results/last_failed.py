@@ -5,22 +5,30 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from kvmnest.errors import KvmnestError
 from kvmnest.lab import cache
+from kvmnest.results import names
 from kvmnest.results.model import Run
+
+_SUITE = Path(__file__).parent.parent / "suite"
 
 
 def narrow(selected: Sequence[str]) -> list[str]:
-    """Of ``selected`` (empty: the suite) the ids that failed last; all of it if none did."""
-    failed = _load()
+    """Of ``selected`` (empty: the suite) the ids that failed last; all of it if none did.
+
+    A case that is no longer in its file is forgotten.
+    """
+    failed = [name for name in _load() if _exists(name)]
     if selected:
-        failed = [name for name in failed if name.startswith(tuple(selected))]
+        wanted = tuple(_whole(name) for name in selected)
+        failed = [name for name in failed if name.startswith(wanted)]
     else:
-        failed = [name for name in failed if "/" not in name.partition("::")[0]]
+        failed = [name for name in failed if not name.startswith("/")]
     return failed or list(selected)
 
 
@@ -29,14 +37,43 @@ def remember(run: Run) -> None:
 
     A cache that cannot be written forgets: that must not fail a run.
     """
-    ran = {case.id for case in run.cases}
-    failed = [name for name in _load() if name not in ran]
-    failed += [case.id for case in run.cases if case.outcome in ("failed", "error")]
+    ran = {_whole(case.id) for case in run.cases}
+    failed = [name for name in _load() if name not in ran and _exists(name)]
+    failed += [_whole(case.id) for case in run.cases if case.outcome in ("failed", "error")]
     with contextlib.suppress(OSError, KvmnestError):
         path = _path()
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
             json.dump(failed, file)
         os.replace(file.name, path)
+
+
+def _whole(name: str) -> str:
+    """A case of the suite by its id, one of another file by that file's absolute path.
+
+    The memory is one for all folders, and a relative name means another file in each.
+    """
+    name = names.complete(name)
+    file, sep, case = name.partition("::")
+    return f"{Path(file).name}{sep}{case}" if _of_suite(file) else f"{Path(file).absolute()}{sep}{case}"
+
+
+def _of_suite(file: str) -> bool:
+    path = Path(file)
+    if path.exists():
+        return path.resolve().parent == _SUITE.resolve()
+    return (_SUITE / path.name).is_file()
+
+
+def _exists(name: str) -> bool:
+    """Is there such a function in such a file?"""
+    file, _, case = name.partition("::")
+    path = _SUITE / Path(file).name if _of_suite(file) else Path(file)
+    function = case.partition("[")[0].rpartition("::")[2]
+    try:
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    except (OSError, ValueError):
+        return False
+    return re.search(rf"\bdef {re.escape(function)}\(", text) is not None
 
 
 def _path() -> Path:

@@ -8,6 +8,7 @@ import pytest
 
 from kvmnest.cli import run as verb
 from kvmnest.cli.main import main
+from kvmnest.results import last_failed
 
 ROOT = str(Path(__file__).resolve().parents[2])
 SAMPLE = """
@@ -88,6 +89,39 @@ def test_last_failed(sample):
     Path("test_sample.py").write_text(text)
     assert sample("--lf")[1] == {"test_b": "passed", "test_c": "passed"}
     assert len(sample("--lf")[1]) == 4  # nothing failed the last time
+
+
+def test_last_failed_of_a_case_that_is_gone(sample):
+    assert sample()[0] == 1
+    text = Path("test_sample.py").read_text().replace("def test_b", "def test_other")
+    Path("test_sample.py").write_text(text)
+    assert sample("--lf")[1] == dict([C])
+
+
+def test_last_failed_of_another_folder(sample, tmp_path, monkeypatch):
+    """The same relative name means another file there."""
+    assert sample()[0] == 1
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "test_sample.py").write_text("def test_b(): pass\ndef test_d(): pass\n")
+    monkeypatch.chdir(other)
+    assert sample("--lf")[:2] == (0, {"test_b": "passed", "test_d": "passed"})
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["test_m.py::test_a", "test_vpid.py::test_gone[x]", "/nowhere/test_m.py::test_a", "x", ""],
+)
+def test_last_failed_of_a_suite_that_has_no_such_case(tmp_path, monkeypatch, name):
+    """What an older version, or another folder, left in the memory is no reason to stop."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / "cache" / "kvmnest"
+    folder.mkdir(parents=True)
+    good = "test_vpid.py::test_two_guests[no-vpid-no-ept]"
+    (folder / "last-failed.json").write_text(json.dumps([name, good]))
+    assert last_failed.narrow([]) == [good]
+    assert last_failed.narrow(["test_two_guests"]) == [good]
+    assert last_failed.narrow(["test_vmxon.py"]) == ["test_vmxon.py"]
 
 
 @pytest.mark.parametrize("text", [b"", b"[", b"{}", b"[1]", b"\xff", b"[" * 100_000])
