@@ -10,7 +10,8 @@ import re
 
 _MOST_LINES = 40
 _MOST_BEFORE = 5
-_STAMP = re.compile(r"^\[ *\d+\.\d+\] ?")
+_STAMP = re.compile(r"^\[ *(\d+\.\d+)\] ?")
+_ONE_TRAP = 0.001  # seconds between two messages of one trap, in the lab as well
 _WORDS = (
     # WARN(): with CPU and PID first, since Linux 6.18 with the file first.
     r"WARNING: CPU: ",
@@ -57,9 +58,26 @@ def told(log: str) -> str:
     """The part of a log from its first report on, with its call trace; at most 40 lines."""
     lines = log.splitlines()
     first = next((i for i, line in enumerate(lines) if _REPORT.match(message(line))), len(lines))
-    # The text of a WARN(condition, text) comes between the line to cut at and the report.
-    before = range(max(0, first - _MOST_BEFORE), first)
-    first = max((i for i in before if _CUT_HERE in lines[i]), default=first)
+    first = _beginning(lines, first)
     shown = lines[first : first + _MOST_LINES]
     left = len(lines) - first - len(shown)
     return "\n".join([*shown, *([f"({left} more lines in kernel_log)"] if left > 0 else [])])
+
+
+def _beginning(lines: list[str], first: int) -> int:
+    """Index of the first line that belongs to the report in line ``first``.
+
+    The text of a WARN(condition, text) comes before the report: behind the line to cut at, or
+    (Linux 7.3 prints no such line) as one message of the same trap.
+    """
+    before = range(max(0, first - _MOST_BEFORE), first)
+    cut = max((i for i in before if _CUT_HERE in lines[i]), default=None)
+    if cut is not None:
+        return cut
+    if before and first < len(lines) and message(lines[first]).startswith("WARNING: "):
+        stamps = [_STAMP.match(lines[i]) for i in (first - 1, first)]
+        if all(stamps):
+            text, report = (float(stamp[1]) for stamp in stamps if stamp)
+            if 0 <= report - text < _ONE_TRAP:
+                return first - 1
+    return first

@@ -82,6 +82,21 @@ def test_the_text_of_a_warning_is_told():
     assert told(f"{cut}" + "other\n" * 9 + _WARN) == _WARN
 
 
+@pytest.mark.parametrize(
+    ("before", "stamp", "belongs"),
+    [
+        ("[    9.000100] kvmnest: planted", "[    9.000120] ", True),
+        ("[    8.000100] another message", "[    9.000120] ", False),
+        ("a message without its time", "[    9.000120] ", False),
+        ("[    9.000100] a message", "", False),
+    ],
+)
+def test_the_text_of_a_warning_without_a_line_to_cut_at(before, stamp, belongs):
+    report = "WARNING: vmx/nested.c:3799 at nested_vmx_run+0x1/0x2 [kvm_intel], CPU#0: x/8"
+    expected = [before] * belongs + [stamp + report]
+    assert told(f"[    1.000000] boot\n{before}\n{stamp}{report}").splitlines() == expected
+
+
 def _reporter(deviations=(), *, readable=True):
     reporter = Reporter(Run("lab"), Progress(io.StringIO()))
     facts = {"kernel": "6.1.0-56", "kvm_params": {}, "kernel_log": readable}
