@@ -54,7 +54,8 @@ def _whole(name: str) -> str:
     """
     name = names.complete(name)
     file, sep, case = name.partition("::")
-    return f"{Path(file).name}{sep}{case}" if _of_suite(file) else f"{Path(file).absolute()}{sep}{case}"
+    path = Path(file).name if _of_suite(file) else Path(file).absolute()
+    return f"{path}{sep}{case}"
 
 
 def _of_suite(file: str) -> bool:
