@@ -1,6 +1,11 @@
 """For all tests of the harness."""
 
 import signal
+from pathlib import Path
+
+import pytest
+
+from kvmnest.lab import debian, kernels
 
 
 def pytest_configure() -> None:
@@ -8,3 +13,20 @@ def pytest_configure() -> None:
     # and interrupt.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache, whose content is nobody else's: what is said of the user's is not told."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    return folder / "kvmnest"
+
+
+@pytest.fixture(scope="session")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The package of the lab's own kernel, unpacked; with the user's cache, which has its name."""
+    release = kernels.resolve().release
+    folder = tmp_path_factory.mktemp("package")
+    debian.fetch(kernels.apt_of(release), release, folder)
+    return folder

@@ -15,6 +15,7 @@ from typing import Any
 from kvmnest.cli.lab import add_options as add_lab_options
 from kvmnest.cli.lab import emulator, lab_only, parameters
 from kvmnest.cli.numbers import seconds
+from kvmnest.cli.outputs import require_writable
 from kvmnest.errors import HarnessError, KvmnestError, UsageError
 from kvmnest.kmsg import LEVELS, WARNING
 from kvmnest.lab.debian import NEWEST
@@ -131,11 +132,7 @@ def run(options: argparse.Namespace) -> int:
     modules, paths = split_selection(selected)
     if options.jobs is not None and options.jobs < 1:
         raise UsageError(f"--jobs must be at least 1, not {options.jobs}")
-    for path in (options.html, options.ktap):
-        if path and path.is_dir():
-            raise UsageError(f"cannot write {path}: it is a directory")
-        if path and not os.access(path.parent, os.W_OK):
-            raise UsageError(f"cannot write {path}: {path.parent} is not a writable directory")
+    require_writable(options.json, options.junit, options.html, options.ktap)
     progress = Progress(sys.stdout, quiet=options.quiet, verbose=options.verbose)
     target = _target(options, progress)
     again = _rerun_prefix(options, "kvm" if target.name == "kvm" else "lab")

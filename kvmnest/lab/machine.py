@@ -74,11 +74,12 @@ class Lab:
         started = time.monotonic()
         self.cpus = cpus
         self.emulator = emulator.locate(cpus)
+        # What can be wrong at once comes before a kernel that may have to be fetched.
+        replaced = plan.replacements(Path(kvm_modules)) if kvm_modules is not None else []
         self.kernel = kernels.resolve(kernel)
         self.params = {"nested": "1"} | dict(kvm_params or {})
-        files = dict(self.kernel.modules)
-        if kvm_modules is not None:
-            files |= plan.replacements(Path(kvm_modules), self.kernel)
+        plan.require_built_for(self.kernel, replaced)
+        files = {**self.kernel.modules, **{module.name: module.path for module in replaced}}
         self._modules, self._arguments = plan.plan(self.kernel, files, self.params)
         self._layers = [rootfs.python_layer(), rootfs.site_layer(), rootfs.boot_layer()]
         self._kvmnest = rootfs.kvmnest_files()

@@ -8,21 +8,25 @@ from kvmnest.lab import cache, kernels, modules
 from kvmnest.lab.errors import KernelSpecError
 
 
-def replacements(folder: Path, kernel: kernels.Kernel) -> dict[str, Path]:
-    """The user's own KVM modules, checked to be built for this very kernel."""
+def replacements(folder: Path) -> list[modules.Module]:
+    """The user's own KVM modules. Raises KernelSpecError if there is none that can be used."""
     if not folder.is_dir():
         raise KernelSpecError(f"{folder}: no such directory")
-    found = {n: p for n, p in modules.find(folder).items() if n in kernels.MODULES}
+    found = [path for name, path in modules.find(folder).items() if name in kernels.MODULES]
     if not found:
         raise KernelSpecError(f"{folder} has no kvm.ko or kvm-intel.ko")
+    return [modules.read(path) for path in found]
+
+
+def require_built_for(kernel: kernels.Kernel, replaced: Sequence[modules.Module]) -> None:
+    """Raise KernelSpecError unless the modules were built for this very kernel."""
     own = [modules.read(p).vermagic for n, p in kernel.modules.items() if n in kernels.MODULES]
-    for path in found.values():
-        vermagic = modules.read(path).vermagic
-        if own and vermagic.split() != own[0].split():
+    for module in replaced:
+        if own and module.vermagic.split() != own[0].split():
             raise KernelSpecError(
-                f"{path} was built for {vermagic.strip()}, the kernel is {own[0].strip()}"
+                f"{module.path} was built for {module.vermagic.strip()},"
+                f" the kernel is {own[0].strip()}"
             )
-    return found
 
 
 def plan(

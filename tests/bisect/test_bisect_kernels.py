@@ -145,15 +145,6 @@ def test_a_step_without_an_answer_stops_git_bisect_run(told, capsys, history, er
     assert log.stdout.count("git bisect bad") + log.stdout.count("git bisect good") == 0
 
 
-@pytest.fixture(scope="module")
-def package(tmp_path_factory):
-    """The package of the lab's own kernel, unpacked."""
-    release = kernels.resolve().release
-    folder = tmp_path_factory.mktemp("package")
-    debian.fetch(kernels.apt_of(release), release, folder)
-    return folder
-
-
 def refused(capsys, spec):
     """What is said of a kernel as both ends: no boot is needed to see that it does not do."""
     words = ["bisect", "--case", CASE, "--kernels", f"{spec},{spec}/", "--good", str(spec)]
@@ -179,9 +170,8 @@ def test_kernels_that_this_system_can_boot(monkeypatch, tmp_path):
     assert kernels.package_version("/some/folder") == ""
 
 
-def test_a_kernel_without_nested_support(package, capsys, tmp_path, monkeypatch):
+def test_a_kernel_without_nested_support(package, own_cache, capsys):
     """kvm_intel of the lab's own kernel, its parameter renamed."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     (path,) = package.rglob("kvm-intel.ko*")
     whole = decompress(path.read_bytes())
     assert whole.count(b"parmtype=nested:") == 1
@@ -196,8 +186,7 @@ def test_a_kernel_without_nested_support(package, capsys, tmp_path, monkeypatch)
         path.write_bytes(kept)
 
 
-def test_a_kernel_without_kvm_intel(package, capsys, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def test_a_kernel_without_kvm_intel(package, own_cache, capsys):
     (path,) = package.rglob("kvm-intel.ko*")
     kept = path.read_bytes()
     path.unlink()
@@ -207,12 +196,12 @@ def test_a_kernel_without_kvm_intel(package, capsys, tmp_path, monkeypatch):
         path.write_bytes(kept)
 
 
-def test_a_kernel_of_another_architecture(capsys, tmp_path):
+def test_a_kernel_of_another_architecture(own_cache, capsys, tmp_path):
     (tmp_path / "vmlinux").write_bytes(b"\x7fELF\x02\x01\x01" + bytes(11) + b"\xb7\0" + bytes(200))
     assert "vmlinux" in refused(capsys, tmp_path)
 
 
-def test_a_package_that_is_no_kernel(capsys, tmp_path):
+def test_a_package_that_is_no_kernel(own_cache, capsys, tmp_path):
     control = tmp_path / "root" / "DEBIAN" / "control"
     control.parent.mkdir(parents=True)
     control.write_text(

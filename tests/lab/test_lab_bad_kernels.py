@@ -2,6 +2,7 @@
 
 import io
 import lzma
+import shutil
 import struct
 import subprocess
 import tarfile
@@ -12,6 +13,9 @@ import pytest
 from kvmnest.cli.main import main
 from kvmnest.lab import kernels, modules
 from kvmnest.lab.errors import KernelSpecError
+
+# What the user's cache holds would be told beside.
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def said(capsys: pytest.CaptureFixture[str], spec: Path) -> str:
@@ -80,16 +84,25 @@ def test_a_truncated_package(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "not a usable Debian package" in said(capsys, path)
 
 
-def test_a_kernel_without_kvm_intel(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The very kernel of the lab, its modules left out."""
-    kernel = kernels.resolve()
-    from kvmnest.lab import debian
+def test_a_kernel_without_kvm_intel(
+    package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The very kernel of the lab, its module left out."""
+    shutil.copytree(package, tmp_path / "package", ignore=shutil.ignore_patterns("kvm-intel.ko*"))
+    assert "kvm_intel" in said(capsys, tmp_path / "package")
 
-    debian.fetch(kernels.apt_of(kernel.release), kernel.release, tmp_path / "package")
-    for path in (tmp_path / "package").rglob("kvm-intel.ko*"):
-        path.unlink()
-    error = said(capsys, tmp_path / "package")
-    assert "kvm_intel" in error
+
+def test_modules_are_looked_at_before_a_kernel_is_fetched(
+    own_cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The cache is empty, so even the lists of packages would be."""
+    for folder, why in ((tmp_path / "none", "no such directory"), (tmp_path, "has no kvm.ko")):
+        words = ["--kernel", "6.1", "--kvm-modules", str(folder)]
+        assert main(["lab", "run", *words, "--", "true"]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert why in error
+    assert not (own_cache / "archive").exists()
 
 
 def test_modules_of_a_truncated_file(tmp_path: Path) -> None:
