@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from kvmnest import known
+from kvmnest import known, reading
 from kvmnest.errors import HarnessError
 
 FILE = Path(__file__).parent / "data" / "found.toml"
@@ -56,7 +55,7 @@ class Defect:
 def load() -> tuple[Defect, ...]:
     """All defects, in the order of the file. Raises HarnessError if it is damaged."""
     try:
-        entries = tomllib.loads(FILE.read_text(encoding="utf-8"))["defect"]
+        entries = reading.toml(FILE)["defect"]
         return tuple(Defect(**{**entry, "cases": tuple(entry["cases"])}) for entry in entries)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise HarnessError(f"{FILE} cannot be used: {error}") from error

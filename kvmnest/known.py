@@ -182,15 +182,16 @@ def load(
 
 def read(path: Path = KNOWN_FILE) -> list[Deviation]:
     """All entries of the record; raises as ``load`` does."""
-    import tomllib  # the lab's guest, which reads no record, imports this module too
+    from kvmnest import reading  # the lab's guest, which reads no record, imports this module too
 
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        document = reading.toml(path)
+    except reading.NoSuchFile:
         return []
-    except (OSError, tomllib.TOMLDecodeError) as error:
-        raise HarnessError(f"{path}: {error}") from error
-    return [_entry(path, number, e) for number, e in enumerate(document.get("deviation", []), 1)]
+    entries = document.get("deviation", [])
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise HarnessError(f"{path}: deviation is no list of tables")
+    return [_entry(path, number, entry) for number, entry in enumerate(entries, 1)]
 
 
 def _entry(path: Path, number: int, entry: dict[str, Any]) -> Deviation:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from kvmnest.lab import debian, kernels
+from kvmnest.lab.machine import Lab
 
 
 def pytest_configure() -> None:
@@ -30,3 +31,9 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("package")
     debian.fetch(kernels.apt_of(release), release, folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def prepared() -> None:
+    """The lab's own kernel is ready: a run that boots it now has nothing to say of the cache."""
+    Lab()

@@ -13,11 +13,25 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kvmnest import reading
 from kvmnest.bisect import disk
 from kvmnest.bisect.probe import BAD, GOOD, SKIP, Answer
 from kvmnest.errors import HarnessError
 
 SCHEMA = 2
+WHAT = "journal of kvmnest bisect"
+#: What an Answer looks like in a file.
+ANSWER_SCHEMA = {
+    "type": "object",
+    "required": ["verdict", "evidence"],
+    "additionalProperties": False,
+    "properties": {
+        "verdict": {"enum": [GOOD, BAD, SKIP]},
+        "evidence": {"type": "string"},
+        "kernel": {"type": "string"},
+        "kind": {"type": "string"},
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -84,35 +98,36 @@ def start(path: Path, header: Header) -> Journal:
 def load(path: Path, question: str | None = None) -> Journal | None:
     """Read a journal, of this ``question`` if one is given; None if there is none.
 
-    A last line without its end was being written when the power failed: it is cut off, once the
-    rest is known to be a journal. Raises HarnessError if the file is something else, or belongs to
-    another search.
+    A last line that is not whole was being written when the power failed: it is cut off, which
+    stderr is told, once the rest is known to be a journal. Raises HarnessError if the file is
+    something else, or belongs to another search.
     """
-    number = 1
     try:
-        if not path.is_file() and path.exists():
-            raise ValueError("it is no regular file")
-        data = path.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1]
-        lines = whole.splitlines() or [b""]
-        first = json.loads(lines[0])
-        header = Header(*(first[name] for name in ("question", "good", "bad", "came_from")))
-        steps = []
-        for line in lines[1:]:
-            number += 1
-            steps.append(_step(json.loads(line)))
-    except FileNotFoundError:
+        lines, whole = reading.lines(path, WHAT, _schema)
+    except reading.NoSuchFile:
         return None
-    except OSError as error:
-        raise HarnessError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, LookupError, TypeError, RecursionError) as error:
-        where = "" if number == 1 else f", line {number}"
-        raise HarnessError(f"{path}{where} is no journal of kvmnest bisect: {error}") from error
+    first, *rest = lines
+    header = Header(*(first[name] for name in ("question", "good", "bad", "came_from")))
     if question is not None and header.question != question:
         raise HarnessError(f"{path} belongs to another search ({header.question})")
-    if whole != data:
-        disk.truncate(path, len(whole))
-    return Journal(path, header, steps)
+    if whole != path.stat().st_size:
+        disk.truncate(path, whole)
+        reading.tell_cut(path)
+    return Journal(path, header, [_step(line) for line in rest])
+
+
+def _schema(number: int) -> reading.Schema:
+    """Of the line with this number."""
+    text = {"type": "string"}
+    if number == 1:
+        names = ("question", "good", "bad", "came_from")
+        properties: dict[str, Any] = {"schema": {"const": SCHEMA}, **dict.fromkeys(names, text)}
+        return {"type": "object", "required": [*properties], "properties": properties}
+    return {
+        "type": "object",
+        "required": ["name", "subject", "at", "answer"],
+        "properties": {"name": text, "subject": text, "at": text, "answer": ANSWER_SCHEMA},
+    }
 
 
 def _step(line: dict[str, Any]) -> Step:

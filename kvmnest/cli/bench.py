@@ -7,7 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from kvmnest import reading
 from kvmnest.cli.lab import add_options, emulator, lab_only, parameters
+from kvmnest.cli.outputs import require_writable
 from kvmnest.errors import HarnessError, UsageError
 
 
@@ -32,6 +34,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the verb."""
+    require_writable(options.json)
     old = load(options.compare)["seconds"] if options.compare else {}
     in_lab = options.target == "lab" or options.boot
     found = _in_lab(options) if in_lab else _here(options)
@@ -69,19 +72,23 @@ def _in_lab(options: argparse.Namespace) -> dict[str, Any]:
     text = output.decode(errors="replace").strip()
     if status:
         raise HarnessError(f"the lab: {text.splitlines()[-1] if text else f'status {status}'}")
-    found: dict[str, Any] = json.loads(text)
+    found: dict[str, Any] = reading.value(text.encode(), "JSON", {}, "the lab's answer")
     return found
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read what --json wrote. Raises UsageError for anything else."""
+    """Read what --json wrote. Raises KvmnestError for anything else."""
     from kvmnest.bench.measure import SCHEMA
 
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        right = found["schema"] == SCHEMA and all(s > 0 for s in found["seconds"].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"cannot read {path}: {error}") from error
-    if not right:
-        raise UsageError(f"{path} is no file of kvmnest bench --json")
-    return dict(found)
+    schema = {
+        "type": "object",
+        "required": ["schema", "seconds"],
+        "properties": {
+            "schema": {"const": SCHEMA},
+            "seconds": {
+                "type": "object",
+                "additionalProperties": {"type": "number", "minimum": 1e-12, "maximum": 1e12},
+            },
+        },
+    }
+    return reading.document(path, "file of kvmnest bench --json", schema)

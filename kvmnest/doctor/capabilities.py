@@ -7,12 +7,31 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from kvmnest import reading
 from kvmnest.cases.capabilities import SCHEMA, read
-from kvmnest.errors import HarnessError, UsageError
+from kvmnest.errors import HarnessError
 from kvmnest.lab.emulators import BOCHS, Choice
 from kvmnest.vmx import Capabilities
 
 Document = dict[str, Any]
+
+_HEXADECIMAL = "^0x[0-9a-f]{1,16}$"
+_SCHEMA = {
+    "type": "object",
+    "required": ["schema", "kernel", "cpu", "msrs"],
+    "properties": {
+        "schema": {"const": SCHEMA},
+        "kernel": {"type": "string"},
+        "cpu": {"type": "string"},
+        "kvm_params": {"type": "object", "additionalProperties": {"type": "string"}},
+        "reason": {"type": "string"},
+        "msrs": {
+            "type": "object",
+            "propertyNames": {"pattern": _HEXADECIMAL},
+            "additionalProperties": {"type": "string", "pattern": _HEXADECIMAL},
+        },
+    },
+}
 
 
 def here() -> Document:
@@ -49,13 +68,12 @@ def in_lab(
 
 
 def load(path: Path) -> Document:
-    """Read what ``kvmnest caps --json`` wrote. Raises UsageError for anything else."""
+    """Read what ``kvmnest caps --json`` wrote. Raises KvmnestError for anything else."""
+    found = reading.document(path, "file of kvmnest caps --json", _SCHEMA)
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"cannot read {path}: {error}") from error
-    if not isinstance(found, dict) or found.get("schema") != SCHEMA or "msrs" not in found:
-        raise UsageError(f"{path} is not a file of kvmnest caps --json (schema {SCHEMA})")
+        decoded(found)
+    except ValueError as error:
+        raise HarnessError(f"{reading.shown(path)}: {error}") from error
     return found
 
 

@@ -8,11 +8,66 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from kvmnest import reading
 from kvmnest.errors import HarnessError, UsageError
 from kvmnest.fuzz.execute import Seen
 
 SCHEMA = 1
 CRASHED = "crashed"
+
+_NUMBER = {"type": "integer", "minimum": 0}
+_TEXT = {"type": "string"}
+
+
+def _outcome(names: list[str], *numbers: dict[str, Any]) -> dict[str, Any]:
+    every = [{"enum": names}, *numbers]
+    return {"type": "array", "items": every, "minItems": len(every), "maxItems": len(every)}
+
+
+#: What the executor says, see kvmnest.fuzz.execute, and what the journal notes beside.
+EVENT_SCHEMA = {
+    "type": "object",
+    "additionalProperties": False,
+    "dependencies": {"outcome": ["end"], "end": ["outcome"]},
+    "properties": {
+        "start": _NUMBER,
+        "end": _NUMBER,
+        "outcome": {
+            "anyOf": [
+                _outcome(["Exit", "VMfailValid", "Fault"], _NUMBER),
+                _outcome(["EntryFailure"], _NUMBER, _NUMBER),
+                _outcome(["VMfailInvalid", CRASHED]),
+                _outcome(["HostExit", "other", "lost", CRASHED], _TEXT),
+            ]
+        },
+        "stopped": {"type": "array", "items": _NUMBER},
+        "facts": {
+            "type": "object",
+            "required": ["kernel", "msrs", "cpuid"],
+            "properties": {
+                "kernel": _TEXT,
+                "cpu": _TEXT,
+                "params": {"type": "object", "additionalProperties": _TEXT},
+                "msrs": {
+                    "type": "object",
+                    "propertyNames": {"pattern": "^[0-9]{1,10}$"},
+                    "additionalProperties": _NUMBER,
+                },
+                "cpuid": {
+                    "type": "array",
+                    "items": {"type": "array", "items": _NUMBER, "minItems": 6, "maxItems": 6},
+                },
+            },
+        },
+    },
+}
+
+
+def _schema(number: int) -> reading.Schema:
+    """Of the line with this number: first what the run is."""
+    if number > 1:
+        return EVENT_SCHEMA
+    return {"type": "object", "required": ["schema"], "properties": {"schema": {"const": SCHEMA}}}
 
 
 class Journal:
@@ -31,6 +86,8 @@ class Journal:
         self._running: set[int] = set()
         head = {"schema": SCHEMA, **run}
         try:
+            if path.exists() and not path.is_file():
+                raise UsageError(f"{path} is no regular file, which a journal has to be")
             if path.exists() and path.stat().st_size:
                 if not go_on:
                     raise UsageError(f"{path} exists: --continue goes on with it, or name another")
@@ -48,18 +105,14 @@ class Journal:
             self.add({"end": number, "outcome": [CRASHED]})
 
     def _read(self, head: dict[str, Any]) -> None:
-        with self.path.open(encoding="utf-8") as file:
-            lines = file.readlines()
-        for line in lines:
-            try:
-                event = json.loads(line)
-            except ValueError:
-                continue  # the line during which the host went down
-            if "schema" in event and event != head:
-                raise UsageError(f"{self.path} belongs to another run: {line.strip()}")
+        lines, whole = reading.lines(self.path, "journal of kvmnest fuzz", _schema)
+        if lines[0] != head:
+            raise UsageError(f"{self.path} belongs to another run: {json.dumps(lines[0]):.200}")
+        for event in lines[1:]:
             self._note(event)
-        if lines and not lines[-1].endswith("\n"):
-            self._append({})
+        if whole != self.path.stat().st_size:
+            os.truncate(self.path, whole)
+            reading.tell_cut(self.path)
 
     def _note(self, event: dict[str, Any]) -> None:
         if "facts" in event:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import fnmatch
 import functools
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from kvmnest import reading
 from kvmnest.errors import HarnessError
 from kvmnest.fuzz.execute import Seen
 from kvmnest.fuzz.model import REGION, FuzzCase, StaticMemory, base_fields
@@ -49,10 +49,10 @@ class Disagreement:
 def load(path: Path = FILE) -> tuple[Disagreement, ...]:
     """Read the known disagreements. Raises HarnessError for a file that is not right."""
     try:
-        found = tomllib.loads(path.read_text(encoding="utf-8"))["disagreement"]
+        found = reading.toml(path)["disagreement"]
         entries = [{**entry, "fields": tuple(entry.get("fields", ()))} for entry in found]
         known = tuple(Disagreement(**entry) for entry in entries)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise HarnessError(f"{path} is damaged: {error}") from error
     for entry in known:
         if entry.kind not in ("missed", "late", "extra"):
@@ -225,9 +225,10 @@ def _allowed(violations: Sequence[Violation], seen: Seen, *, ordered: bool) -> b
 
 
 def _outcome(seen: Seen) -> Outcome | None:
-    if seen[0] == "VMfailValid":
+    # A number that the SDM does not define is none that a rule allows.
+    if seen[0] == "VMfailValid" and seen[1] in [*VmxError]:
         return VMfailValid(VmxError(seen[1]))
-    if seen[0] == "EntryFailure":
+    if seen[0] == "EntryFailure" and seen[1] in [*ExitReason]:
         return EntryFailure(ExitReason(seen[1]), seen[2])
     return None
 
@@ -238,5 +239,6 @@ def shown(seen: Seen) -> str:
     if name == "Exit":
         return "VM entry succeeded"
     if name == "EntryFailure":
-        return f"EntryFailure({ExitReason(rest[0]).name}, qualification {rest[1]})"
+        reason = ExitReason(rest[0]).name if rest[0] in [*ExitReason] else rest[0]
+        return f"EntryFailure({reason}, qualification {rest[1]})"
     return f"{name}({rest[0]})" if rest else str(name)

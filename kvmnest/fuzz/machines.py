@@ -15,8 +15,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from kvmnest import reading
 from kvmnest.errors import HarnessError
 from kvmnest.fuzz.execute import Seen
+from kvmnest.fuzz.journal import EVENT_SCHEMA
 from kvmnest.fuzz.model import FuzzCase
 from kvmnest.lab.emulators import BOCHS, Choice
 from kvmnest.lab.errors import LabHang, LabLost, LabPanic, LabRunError
@@ -100,13 +102,8 @@ class LabMachine:
 
 def _event(line: bytes) -> dict[str, Any]:
     """One line of the executor, see kvmnest.fuzz.execute. Raises HarnessError if it is none."""
-    try:
-        event = json.loads(line)
-    except (ValueError, RecursionError):
-        event = None
-    if not isinstance(event, dict):
-        raise HarnessError(f"damaged event from the cases' process: {line[:200]!r}")
-    return event
+    where = f"a line of the cases' process, {line[:80]!r},"
+    return dict(reading.value(line, "event", EVENT_SCHEMA, where))
 
 
 class LocalMachine:

@@ -21,6 +21,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from kvmnest import reading
+from kvmnest.errors import KvmnestError
 from kvmnest.lab import bochs_source, cache, tools
 from kvmnest.lab.errors import LabSetupError
 
@@ -87,13 +89,16 @@ def built(smp: bool = False) -> Path | None:
     return program if program is not None and program.is_file() else None
 
 
+_NOTES = {"type": "object", "additionalProperties": {"type": "string"}}
+
+
 def notes(program: Path) -> dict[str, str]:
     """What is noted of a program built here: version, options, flags, compiler, seconds."""
     try:
-        found: dict[str, str] = json.loads((program.parent / "notes.json").read_text())
-    except (OSError, ValueError):
+        content = reading.data(program.parent / "notes.json")
+        return dict(reading.value(content, "notes of a build", _NOTES, str(program)))
+    except KvmnestError:
         return {}
-    return found
 
 
 def missing_tools() -> list[str]:

@@ -9,11 +9,11 @@ import hashlib
 import re
 import shutil
 import subprocess
-import tomllib
 from dataclasses import dataclass
 from functools import cache as once
 from pathlib import Path
 
+from kvmnest import reading
 from kvmnest.errors import HarnessError
 from kvmnest.lab import archive, cache, debian, tools
 from kvmnest.lab.errors import LabSetupError
@@ -75,9 +75,9 @@ class Source:
 def source() -> Source:
     """What the data says. Raises HarnessError if the file is damaged."""
     try:
-        data = tomllib.loads(REPAIRS_FILE.read_text(encoding="utf-8"))
+        data = reading.toml(REPAIRS_FILE)
         return Source(**data["source"], repairs=tuple(Repair(**r) for r in data["repair"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise HarnessError(f"{REPAIRS_FILE} cannot be used: {error}") from error
 
 

@@ -20,6 +20,8 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from kvmnest import reading
+from kvmnest.errors import KvmnestError
 from kvmnest.lab.errors import LabSetupError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -166,9 +168,9 @@ def is_whole(folder: Path) -> bool:
     if folder in _seen_whole:
         return folder.is_dir()
     try:
-        listed = json.loads((folder / _MANIFEST).read_bytes())
+        listed = reading.parsed(reading.data(folder / _MANIFEST))
         whole = all(_facts(folder / name) == facts for name, facts in listed.items())
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, KvmnestError):
         return False
     if whole:
         _seen_whole.add(folder)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache as once
 from pathlib import Path
 
+from kvmnest import reading
 from kvmnest.errors import HarnessError, UsageError
 from kvmnest.known import kernel_in_range
 
@@ -36,13 +36,13 @@ class _Data:
 @once
 def _data() -> _Data:
     try:
-        found = tomllib.loads(MODELS_FILE.read_text(encoding="utf-8"))
+        found = reading.toml(MODELS_FILE)
         models = tuple(
             Model(m["name"], tuple(m.get("clearcpuid", ())), m.get("bochs", "any"))
             for m in found["model"]
         )
         return _Data(models, tuple(found["preferred"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise HarnessError(f"{MODELS_FILE} cannot be used: {error}") from error
 
 

@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
+from kvmnest import reading
+from kvmnest.errors import KvmnestError
 from kvmnest.lab import tools
 from kvmnest.lab.errors import KernelSpecError, LabSetupError
 
@@ -102,7 +104,7 @@ class Apt:
     def offers(self) -> dict[str, Offer]:
         """The kernels that can be had whole, by release. Raises LabSetupError."""
         if self._notes is not None:
-            with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            with contextlib.suppress(KvmnestError):
                 return {offer.release: offer for offer in _read_notes(self._notes)}
         found = self._ask()
         if self._notes is not None:
@@ -198,9 +200,27 @@ def _offer(
     )
 
 
+_TEXT = {"type": "string"}
+_TEXTS = {"type": "array", "items": _TEXT}
+_OFFER: dict[str, object] = {
+    **{name: _TEXT for name in ("release", "version", "key")},
+    **{name: _TEXTS for name in ("suites", "packages")},
+    "size": {"type": "integer", "minimum": 0},
+}
+_NOTES = {
+    "type": "array",
+    "items": {
+        "type": "object",
+        "required": [*_OFFER],
+        "additionalProperties": False,
+        "properties": _OFFER,
+    },
+}
+
+
 def _read_notes(path: Path) -> Iterator[Offer]:
-    """Raises OSError, ValueError, TypeError."""
-    for entry in json.loads(path.read_bytes()):
+    """Raises KvmnestError."""
+    for entry in reading.value(reading.data(path), "notes of apt's answer", _NOTES, str(path)):
         entry["suites"], entry["packages"] = tuple(entry["suites"]), tuple(entry["packages"])
         yield Offer(**entry)
 

@@ -73,6 +73,8 @@ def zstd(data: bytes) -> bytes:
             parts.append(chunk.raw[: taken.pos])
             if left == 0:
                 return b"".join(parts)
+            if len(parts) > _LIMIT >> 20:
+                raise KernelSpecError("the compressed data is too large (zstd)")
             if given.pos == len(data) and taken.pos == 0:
                 raise KernelSpecError("the compressed data is cut short (zstd)")
     finally:
@@ -95,11 +97,12 @@ def decompress(data: bytes) -> bytes:
         stream = bz2.BZ2Decompressor()
     if stream is not None:
         try:
-            content: bytes = stream.decompress(data)
+            content: bytes = stream.decompress(data, _LIMIT)
         except (zlib.error, lzma.LZMAError, OSError) as e:
             raise KernelSpecError(f"the compressed data is corrupt ({e})") from e
         if not stream.eof:
-            raise KernelSpecError("the compressed data is cut short")
+            why = "too large" if len(content) == _LIMIT else "cut short"
+            raise KernelSpecError(f"the compressed data is {why}")
         return content
     if data[:4] == _LZ4_LEGACY:
         return lz4_legacy(data)

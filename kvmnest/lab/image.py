@@ -22,6 +22,9 @@ MIB = 1 << 20
 
 _CMDLINE, _ACPI, _PML4, _MARK = 0x1000, 0x2000, 0x3000, 0x9000
 _PT_LOAD = 1
+_X86_64 = (62).to_bytes(2, "little")
+_HEADER, _PROGRAM_HEADER = 64, 56  # bytes
+_HIGHEST = 1 << 30
 _RAM, _RESERVED = 1, 2
 
 
@@ -57,21 +60,27 @@ def flatten(vmlinux: bytes, setup: bytes) -> KernelImage:
 
     Raises KernelSpecError if it is no x86-64 ELF file or does not lie above LAB_INFO.
     """
-    if vmlinux[:5] != b"\x7fELF\x02" or struct.unpack_from("<H", vmlinux, 18)[0] != 62:
+    if len(vmlinux) < _HEADER or vmlinux[:5] != b"\x7fELF\x02" or vmlinux[18:20] != _X86_64:
         raise KernelSpecError("the kernel image is no x86-64 ELF vmlinux")
     entry, phoff = struct.unpack_from("<QQ", vmlinux, 24)
     size, count = struct.unpack_from("<HH", vmlinux, 54)
+    if size < _PROGRAM_HEADER or phoff + size * count > len(vmlinux):
+        raise KernelSpecError("the kernel image is damaged: program headers outside of the file")
     loads = []
     for i in range(count):
         kind, _, offset, _, paddr, filesz, memsz, _ = struct.unpack_from(
             "<IIQQQQQQ", vmlinux, phoff + size * i
         )
         if kind == _PT_LOAD and memsz:
+            if offset + filesz > len(vmlinux) or filesz > memsz:
+                raise KernelSpecError("the kernel image is damaged: a segment outside of the file")
             loads.append((paddr, offset, filesz, memsz))
     base = min((p for p, *_ in loads), default=0)
     if base < INFO + BLOCK or base % BLOCK:
         raise KernelSpecError(f"the kernel is linked to run at {base:#x}, the lab loads at 16 MiB")
     end = max(p + m for p, _, _, m in loads)
+    if end > _HIGHEST:
+        raise KernelSpecError(f"the kernel ends at {end:#x}, the lab has no memory there")
     image = bytearray(max(p + f for p, _, f, _ in loads) - base)
     for paddr, offset, filesz, _ in loads:
         image[paddr - base : paddr - base + filesz] = vmlinux[offset : offset + filesz]

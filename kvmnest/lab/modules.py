@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from elftools.common.exceptions import ELFError
 from elftools.elf.elffile import ELFFile
 
+from kvmnest import reading
 from kvmnest.lab import tools
 from kvmnest.lab.decompress import decompress
 from kvmnest.lab.errors import KernelSpecError
 
+_LARGEST = 512 << 20  # bytes, with debug information
 SUFFIXES = (".ko", ".ko.xz", ".ko.zst", ".ko.gz")
 
 # Sections that only ORC unwinding, ftrace and BTF use. Loading kvm.ko takes 0.5 s without and
@@ -45,15 +46,15 @@ class Module:
 def read(path: Path) -> Module:
     """Read the .modinfo of a module file. Raises KernelSpecError if it is no module."""
     try:
-        content = decompress(path.read_bytes())
+        content = decompress(reading.data(path, limit=_LARGEST))
     except KernelSpecError as e:
         raise KernelSpecError(f"{path}: {e}") from e
     try:
         elf = ELFFile(io.BytesIO(content))
         section = elf.get_section_by_name(".modinfo")
         data = bytes(section.data()) if section is not None else b""
-    except ELFError as e:
-        raise KernelSpecError(f"{path} is no kernel module ({e})") from e
+    except Exception as e:  # of a damaged file pyelftools raises what it runs into
+        raise KernelSpecError(f"{path} is no kernel module ({reading.one_line(e)})") from e
     fields: dict[str, list[str]] = {}
     for item in data.decode(errors="replace").split("\0"):
         key, _, value = item.partition("=")

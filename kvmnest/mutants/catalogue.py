@@ -22,12 +22,12 @@ missed = "why it is not noticed"                          # if a miss is what on
 from __future__ import annotations
 
 import fnmatch
-import tomllib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kvmnest import reading
 from kvmnest.errors import HarnessError, UsageError
 from kvmnest.kernel.edits import Edit, Newer, newer_texts, text_for
 from kvmnest.repro import corpus
@@ -80,10 +80,7 @@ def matches(case_id: str, pattern: str) -> bool:
 
 def load(path: Path = MUTANTS_FILE) -> list[Mutant]:
     """Read a catalogue. Raises HarnessError with one line if an entry is not as it should be."""
-    try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8")).get("mutant", [])
-    except (OSError, tomllib.TOMLDecodeError) as error:
-        raise HarnessError(f"cannot read {path}: {error}") from error
+    tables = reading.toml(path).get("mutant", [])
     mutants = [_mutant(table, number, path) for number, table in enumerate(tables, 1)]
     seen: set[str] = set()
     for mutant in mutants:

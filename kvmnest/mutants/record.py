@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import kvmnest
-from kvmnest.errors import HarnessError
+from kvmnest import reading
 from kvmnest.files import write_json
 from kvmnest.lab import cache
 from kvmnest.mutants.catalogue import Mutant
@@ -105,17 +104,43 @@ def load(path: Path, kernel: str) -> Record:
     Raises HarnessError if the file is something else.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        found = reading.document(path, "record of kvmnest mutants (--fresh starts anew)", _SCHEMA)
+    except reading.NoSuchFile:
         return Record(path, kernel)
-    except (OSError, ValueError) as error:
-        raise HarnessError(f"cannot read {path}: {error} (--fresh starts anew)") from error
-    if not isinstance(found, dict) or found.get("schema") != SCHEMA or "scores" not in found:
-        raise HarnessError(f"{path} is no record of kvmnest mutants (--fresh starts anew)")
     if found["kernel"] != kernel:
         return Record(path, kernel)
     scores = {name: Score(**score) for name, score in found["scores"].items()}
     return Record(path, kernel, scores, found["suite"], found["clean"])
+
+
+_TEXT = {"type": "string"}
+_SCHEMA = {
+    "type": "object",
+    "required": ["schema", "kernel", "suite", "clean", "scores"],
+    "properties": {
+        "schema": {"const": SCHEMA},
+        "kernel": _TEXT,
+        "suite": _TEXT,
+        "clean": {
+            "type": "object",
+            "additionalProperties": {"type": "array", "items": _TEXT},
+        },
+        "scores": {
+            "type": "object",
+            "additionalProperties": {
+                "type": "object",
+                "required": ["verdict", "key"],
+                "additionalProperties": False,
+                "properties": {
+                    "verdict": {"enum": [*VERDICTS]},
+                    "ran": {"type": "integer", "minimum": 0},
+                    "seconds": {"type": "number", "minimum": 0},
+                    **dict.fromkeys(("key", "suite", "case", "outcome", "text"), _TEXT),
+                },
+            },
+        },
+    },
+}
 
 
 def default_path(kernel: str) -> Path:

@@ -6,13 +6,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from kvmnest.errors import HarnessError, UsageError
+from kvmnest import reading
+from kvmnest.errors import UsageError
 from kvmnest.files import write_json
 
 RECORD = Path(__file__).parent.parent / "data" / "repro-shown.json"
@@ -48,24 +48,33 @@ Record = Mapping[str, Sequence[Shown]]
 
 def load(path: Path = RECORD) -> dict[str, list[Shown]]:
     """Read a record. Raises HarnessError if it is damaged."""
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        if document["schema"] != SCHEMA:
-            raise ValueError(f"schema {document['schema']}, not {SCHEMA}")
-        return {
-            name: [
-                Shown(
-                    kernel,
-                    entry["script"],
-                    Seen(**entry["stock"]),
-                    Seen(**entry["put_back"]),
-                )
-                for kernel, entry in kernels.items()
-            ]
-            for name, kernels in document["shown"].items()
-        }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise HarnessError(f"{path} is no record of kvmnest repro verify: {error}") from error
+    document = reading.document(path, "record of kvmnest repro verify", _SCHEMA)
+    return {
+        name: [
+            Shown(kernel, entry["script"], Seen(**entry["stock"]), Seen(**entry["put_back"]))
+            for kernel, entry in kernels.items()
+        ]
+        for name, kernels in document["shown"].items()
+    }
+
+
+def _texts(*names: str, **others: object) -> dict[str, object]:
+    """The schema of an object that has texts of these names, and others."""
+    properties = {**{name: {"type": "string"} for name in names}, **others}
+    return {
+        "type": "object",
+        "required": [*properties],
+        "additionalProperties": False,
+        "properties": properties,
+    }
+
+
+_SEEN = _texts("verdict", "evidence")
+_SHOWN = _texts("script", stock=_SEEN, put_back=_SEEN)
+_KERNELS = {"type": "object", "additionalProperties": _SHOWN}
+_SCHEMA = _texts(
+    schema={"const": SCHEMA}, shown={"type": "object", "additionalProperties": _KERNELS}
+)
 
 
 def start(path: Path) -> dict[str, list[Shown]]:

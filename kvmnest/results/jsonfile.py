@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import asdict
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from kvmnest.errors import KvmnestError
-from kvmnest.results.model import OUTCOMES, SCHEMA, Case, Run
+from kvmnest import reading
+from kvmnest.results.model import SCHEMA, Case, Run
 from kvmnest.results.wholefile import WholeFile
+
+WHAT = "results file of kvmnest run --json"
 
 
 def document(run: Run) -> dict[str, Any]:
@@ -73,20 +77,11 @@ def _case(case: Case) -> dict[str, Any]:
 
 def load(path: Path) -> dict[str, Any]:
     """Read a results file. Raises KvmnestError with one line if it is not one of schema 1."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            found = json.load(file)
-    except OSError as error:
-        raise KvmnestError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise KvmnestError(f"{path} is not JSON: {error}") from error
-    if not isinstance(found, dict) or "schema" not in found or "cases" not in found:
-        raise KvmnestError(f"{path} is not a results file of kvmnest run --json")
-    if found["schema"] != SCHEMA:
-        raise KvmnestError(
-            f"{path} has schema {found['schema']!r}, this kvmnest reads schema {SCHEMA}"
-        )
-    for case in found["cases"]:
-        if not isinstance(case, dict) or case.get("outcome") not in OUTCOMES:
-            raise KvmnestError(f"{path} holds a case without a known outcome: {case!r:.80}")
-    return found
+    return reading.document(path, WHAT, schema())
+
+
+@functools.cache
+def schema() -> dict[str, Any]:
+    """The published schema of a results file."""
+    content = files("kvmnest.data").joinpath("results.schema.json").read_text(encoding="utf-8")
+    return dict(json.loads(content))

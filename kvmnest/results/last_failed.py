@@ -10,10 +10,13 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from kvmnest import reading
 from kvmnest.errors import KvmnestError
 from kvmnest.lab import cache
 from kvmnest.results import names
 from kvmnest.results.model import Run
+
+_SCHEMA = {"type": "array", "items": {"type": "string"}}
 
 _SUITE = Path(__file__).parent.parent / "suite"
 
@@ -83,8 +86,7 @@ def _path() -> Path:
 
 def _load() -> list[str]:
     try:
-        found = json.loads(_path().read_text(encoding="utf-8"))
-    except (OSError, ValueError, KvmnestError, RecursionError):
-        return []
-    good = isinstance(found, list) and all(isinstance(name, str) for name in found)
-    return found if good else []
+        where = _path()
+        return list(reading.value(reading.data(where), "list of cases", _SCHEMA, str(where)))
+    except KvmnestError:
+        return []  # a note that cannot be read is none

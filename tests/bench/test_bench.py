@@ -40,5 +40,5 @@ def test_in_the_lab(tmp_path: Path) -> None:
 def test_damaged_file(tmp_path: Path, content: str, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "x.json"
     path.write_text(content)
-    assert main(["bench", "--compare", str(path)]) == 2
+    assert main(["bench", "--compare", str(path)]) == 3
     assert capsys.readouterr().err.count("\n") == 1

@@ -44,7 +44,7 @@ def test_options(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     block = "```console\n```\n"
     page.write_text(
-        f"% transcript exit=3: kvmnest diff gone.json gone.json\n{block}"
+        f"% transcript exit=2: kvmnest diff gone.json gone.json\n{block}"
         f"% transcript head=1 tail=2: kvmnest --help\n{block}"
     )
     assert transcripts(str(page)).returncode == 0

@@ -6,7 +6,7 @@ import pytest
 
 from kvmnest.cli.main import main
 from kvmnest.doctor import capabilities, checks
-from kvmnest.errors import UsageError
+from kvmnest.errors import HarnessError
 from kvmnest.lab import tools
 from kvmnest.lab.errors import LabSetupError
 
@@ -67,7 +67,7 @@ def test_caps_of_the_lab_and_their_difference(tmp_path, capsys):
 def test_a_file_that_is_none_of_ours(tmp_path, content):
     path = tmp_path / "x.json"
     path.write_text(content)
-    with pytest.raises(UsageError, match=r"x\.json"):
+    with pytest.raises(HarnessError, match=r"x\.json"):
         capabilities.load(path)
 
 

@@ -132,7 +132,7 @@ def test_emulators(tmp_path, extra, emulator, applies):
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("[[deviation", "known.toml: "),
+        ("[[deviation", "known.toml is no TOML: "),
         ('[[deviation]]\ncase = "x"\n', "deviation 1: missing 1 required"),
         (ENTRY + "colour = 1", "unexpected keyword argument 'colour'"),
         (ENTRY + 'kernels = "new"', "kernel range 'new'"),

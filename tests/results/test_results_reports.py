@@ -26,6 +26,10 @@ def case(name, outcome, **more):
     }
 
 
+def broken(name, outcome="failed"):
+    return case(name, outcome, detail="why")
+
+
 def results(*cases, **more):
     counts = dict.fromkeys(("passed", "failed", "skipped", "known", "error"), 0)
     for one in cases:
@@ -38,8 +42,16 @@ def results(*cases, **more):
         "kvm_params": {"ept": "Y"},
         "summary": counts,
         "complete": True,
-        "facts": {"cpu": "a CPU"},
+        "started": "2026-11-26T21:00:00+00:00",
+        "finished": "2026-11-26T21:00:01+00:00",
+        "seconds": 1.0,
+        "running": None,
+        "planned": len(cases),
+        "not_run": [],
+        "no_longer_known": [],
         "problems": [],
+        "facts": {"cpu": "a CPU"},
+        "options": {},
         "cases": list(cases),
         **more,
     }
@@ -47,12 +59,12 @@ def results(*cases, **more):
 
 @pytest.fixture
 def files(tmp_path):
-    old = results(case("a", "passed"), case("b", "failed"), case("c", "passed"), case("d", "error"))
+    old = results(case("a", "passed"), broken("b"), case("c", "passed"), broken("d", "error"))
     new = results(
         case("a", "failed", detail="E boom\n# <b>&\x1b[31m", summary="boom", rerun="kvmnest run a"),
         case("b", "passed"),
         case("c", "skipped", detail="needs X"),
-        case("d", "failed"),
+        broken("d"),
         case("e", "known", series=9, detail="why\n\nmore", summary="why"),
     )
     paths = tmp_path / "old.json", tmp_path / "new.json"

@@ -37,7 +37,7 @@ def shell(*arguments: str, source: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_in_the_lab() -> None:
+def test_in_the_lab(prepared: None) -> None:
     """Instructions, the VMCS, rules, code, blocks; errors are shown and the prompt lives on."""
     done = shell("--target", "lab", source=SESSION)
     assert done.returncode == 0, done.stderr

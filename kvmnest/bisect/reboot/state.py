@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from kvmnest import reading
 from kvmnest.bisect import disk
+from kvmnest.bisect.journal import ANSWER_SCHEMA
 from kvmnest.bisect.plan import Plan
 from kvmnest.bisect.probe import Answer
 from kvmnest.errors import HarnessError, UsageError
@@ -105,18 +107,65 @@ def load(folder: Path) -> State | None:
     """Read the state of a bisection; None if there is none. Raises HarnessError."""
     path = _file(folder)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content.pop("schema") != SCHEMA:
-            raise ValueError("of another version of kvmnest")
-        content |= {"folder": folder, "plan": Plan(**content["plan"])}
-        if content["trial"]:
-            runs = [Answer(**run) for run in content["trial"].pop("runs")]
-            content["trial"] = Trial(**content["trial"], runs=runs)
-        return State(**content)
-    except FileNotFoundError:
+        content = reading.document(path, "state of kvmnest bisect", _SCHEMA)
+    except reading.NoSuchFile:
         return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise HarnessError(f"{path} is no state of kvmnest bisect: {error}") from error
+    del content["schema"]
+    content |= {"folder": folder, "plan": Plan(**content["plan"])}
+    if content.get("trial"):
+        runs = [Answer(**run) for run in content["trial"].pop("runs", ())]
+        content["trial"] = Trial(**content["trial"], runs=runs)
+    return State(**content)
+
+
+def _object(required: list[str], **properties: object) -> dict[str, object]:
+    return {
+        "type": "object",
+        "required": required,
+        "additionalProperties": False,
+        "properties": properties,
+    }
+
+
+_TEXT, _FLAG = {"type": "string"}, {"type": "boolean"}
+_COUNT = {"type": "integer", "minimum": 0}
+_TEXTS = {"type": "array", "items": _TEXT}
+_TEXT_OR_NONE = {"type": ["string", "null"]}
+_SCHEMA = _object(
+    ["schema", "plan", "home", "default", "prepared_in"],
+    schema={"const": SCHEMA},
+    folder={"type": "null"},
+    plan=_object(
+        ["case", "params"],
+        params={"type": "object", "additionalProperties": _TEXT},
+        find={"enum": ["bug", "fix"]},
+        repeat={"type": "integer", "minimum": 1},
+        kernels=_TEXTS,
+        limit={"type": ["number", "null"], "minimum": 0},
+        boot={"enum": ["lab", "qemu", "reboot"]},
+        **dict.fromkeys(("case", "good", "bad", "git", "build", "install", "release"), _TEXT),
+        **dict.fromkeys(("kernel", "kvm_modules", "emulator"), _TEXT_OR_NONE),
+    ),
+    phase={"enum": [PREPARE, SEARCH, FINISH, DONE]},
+    installed=_TEXTS,
+    trial={
+        "anyOf": [
+            {"type": "null"},
+            _object(
+                ["name"],
+                phase={"enum": [INSTALL, BOOT, ARMED, TEST]},
+                runs={"type": "array", "items": ANSWER_SCHEMA},
+                **dict.fromkeys(("name", "release", "boot_id"), _TEXT),
+                **dict.fromkeys(("boots", "missed", "lost"), _COUNT),
+            ),
+        ]
+    },
+    homeward=_COUNT,
+    result=_TEXTS,
+    code={"type": "integer", "minimum": 0, "maximum": 255},
+    **dict.fromkeys(("home", "default", "prepared_in"), _TEXT),
+    **dict.fromkeys(("keep_kernels", "stay"), _FLAG),
+)
 
 
 def _require_own(folder: Path) -> None:
