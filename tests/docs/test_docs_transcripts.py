@@ -51,7 +51,7 @@ def test_options(tmp_path: Path) -> None:
     shown = page.read_text().splitlines()
     assert shown[2].startswith("$ kvmnest diff")
     assert shown[3].startswith("kvmnest: ")
-    assert shown[4:7] == ["$ echo $?", "3", "```"]
+    assert shown[4:7] == ["$ echo $?", "2", "```"]
     cut = shown[7:]
     assert [cut[2], cut[4]] == ["$ kvmnest --help", "..."]
     assert len(cut) == 8
