@@ -14,8 +14,8 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "diff",
         help="compare two results files: new failures, fixes, new skips",
-        epilog="exit codes: 0 no new failure, 1 a new failure, 2 usage or no such file, 3 a file cannot"
-        " be read",
+        epilog="exit codes: 0 no new failure, 1 a new failure, 2 usage or no such file, 3 a file"
+        " cannot be read",
     )
     parser.add_argument("old", type=Path, metavar="OLD.json")
     parser.add_argument("new", type=Path, metavar="NEW.json")
