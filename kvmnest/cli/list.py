@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -13,31 +14,59 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "list",
         help="list the cases with their patch, SDM section title and needs",
-        description="List cases. Those that /dev/kvm of this machine cannot run are marked with -.",
+        description="List cases; HERE says whether /dev/kvm of this machine can run them.",
         epilog="exit codes: 0 listed, 2 usage, 3 harness or environment error, 4 no such case",
     )
     parser.add_argument("selected", nargs="*", metavar="CASE", help="files or ids of the suite")
     parser.add_argument("-k", dest="keyword", default="", metavar="EXPR", help="as in pytest")
     parser.add_argument("--patch", type=int, metavar="N", help="only those of this patch")
+    parser.add_argument(
+        "--needs", metavar="TEXT", help="only those that need something of which this is a part"
+    )
     parser.add_argument("--json", action="store_true", help="print a JSON document")
 
 
 def run(options: argparse.Namespace) -> int:
     """Run the verb."""
-    from kvmnest.results import listing
+    from kvmnest.results import listing, names
 
     found = listing.cases(options.selected, options.keyword)
     if options.patch is not None:
         found = [case for case in found if case.series == options.patch]
+    if options.needs is not None:
+        part = options.needs.lower()
+        found = [case for case in found if any(part in need.lower() for need in case.needs)]
     if options.json:
         print(json.dumps([asdict(case) for case in found], indent=1))
         return 0 if found else 4
-    for case in found:
-        needs = f"  [{', '.join(case.needs)}]" if case.needs else ""
-        print(f"{'-' if case.skip else ' '} {case.series or '':>2}  {case.id}  ({case.sdm}){needs}")
+    if not found:
+        words = [*options.selected]
+        words += [f"--patch {options.patch}"] if options.patch is not None else []
+        words += [f"--needs {options.needs}"] if options.needs is not None else []
+        raise names.nothing(words, options.keyword)
+    rows = [
+        (
+            f"{case.series or '-':>5}",
+            "no" if case.skip else "yes",
+            case.id,
+            case.sdm or "-",
+            ", ".join(case.needs) or "-",
+        )
+        for case in found
+    ]
+    for line in _table(("PATCH", "HERE", "CASE", "SDM SECTION", "NEEDS"), rows):
+        print(line)
     able = sum(not case.skip for case in found)
     print(f"{len(found)} cases, {able} can run on this machine's /dev/kvm")
     reasons = {case.skip for case in found if case.skip}
     if len(reasons) == 1:
         print(f"the others cannot: {reasons.pop()}")
-    return 0 if found else 4
+    return 0
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Lines of a table; a column is as wide as its widest cell, within reason."""
+    widths = [min(80, max(map(len, column))) for column in zip(head, *rows, strict=True)]
+    for row in (head, *rows):
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        yield "  ".join(cells).rstrip()

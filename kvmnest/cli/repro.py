@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvmnest import reading
 from kvmnest.cli.lab import add_options, emulator, parameters, target
 from kvmnest.errors import UsageError
 
@@ -153,11 +154,7 @@ def _show(name: str) -> None:
 
     files = [Path(name)] if corpus.is_file(name) else [e.path for e in corpus.select([name])]
     for path in files:
-        try:
-            print(f"# {path}\n{path.read_text(encoding='utf-8')}", end="")
-        except (OSError, ValueError) as error:
-            reason = error.strerror if isinstance(error, OSError) else error
-            raise UsageError(f"cannot read {path}: {reason}") from error
+        print(f"# {path}\n{reading.text(path)}", end="")
 
 
 def _new(bug_id: str) -> None:

@@ -19,7 +19,7 @@ from kvmnest.cli.outputs import require_writable
 from kvmnest.errors import HarnessError, KvmnestError, UsageError
 from kvmnest.kmsg import LEVELS, WARNING
 from kvmnest.lab.debian import NEWEST
-from kvmnest.results import last_failed
+from kvmnest.results import last_failed, names
 from kvmnest.results.environment import require_kvm, why_not_kvm
 from kvmnest.results.lab_target import LabTarget
 from kvmnest.results.model import Run
@@ -178,6 +178,9 @@ def run(options: argparse.Namespace) -> int:
         raise
     finally:
         last_failed.remember(reporter.run)
+    if not (reporter.run.planned or reporter.run.problems):
+        reporter.finish(summary=False)
+        raise names.nothing(options.selected, options.keyword, options.marks)
     status = reporter.finish()
     if options.durations:
         for line in slowest(reporter.run, options.durations):

@@ -27,9 +27,10 @@ def add_parser(subparsers: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run the verb."""
     from kvmnest.disassembly import available
-    from kvmnest.trace.run import trace
+    from kvmnest.trace.run import check, trace
     from kvmnest.trace.show import lines
 
+    check(options.case)  # before a kernel is fetched or prepared
     done, case, commands = trace(target(options), options.case)
     cpu = done.facts.get("cpu", "")
     if options.json:

@@ -17,14 +17,9 @@ from kvmnest.matrix.cell import Cell, Document, Job, merge, run_job, trouble
 from kvmnest.mutants.record import suite_state
 from kvmnest.results import jsonfile
 from kvmnest.results.collect import collect
+from kvmnest.results.names import NothingSelected, nothing
 
 __all__ = ["Cell", "Local", "Matrix", "NothingSelected", "check_writable", "write_file"]
-
-
-class NothingSelected(KvmnestError):
-    """The selection holds no case."""
-
-    exit_code = 4
 
 
 class Engine(Protocol):
@@ -151,8 +146,7 @@ def check_selection(job: Job) -> None:
     errors = [line for line in found.ended.output.splitlines() if line.startswith("ERROR: ")]
     if errors:
         raise UsageError(errors[-1].removeprefix("ERROR: "))
-    what = " ".join([*job.selected, *([f"-k {job.keyword!r}"] if job.keyword else [])])
-    raise NothingSelected(f"no case is selected by {what}; kvmnest list shows all")
+    raise nothing(job.selected, job.keyword)
 
 
 def check_folder(folder: Path) -> None:

@@ -7,6 +7,7 @@ and one pytest function. The file's name gives the id: ``vmx_cpl.py`` is vmx-cpl
 from __future__ import annotations
 
 import ast
+import difflib
 import functools
 import hashlib
 import json
@@ -19,6 +20,7 @@ from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 
+from kvmnest import reading
 from kvmnest.errors import HarnessError, UsageError
 from kvmnest.kernel.edits import Edit, Newer, newer_texts, text_for
 from kvmnest.repro.bug import Bug
@@ -112,9 +114,14 @@ def _named(name: str) -> list[Reproducer]:
         return list(load())
     hits = [each for each in load() if name in (each.id, each.bug.cve)]
     if not hits:
-        raise UsageError(
-            f"no reproducer {name} (kvmnest repro list shows them; a file of yours ends in .py)"
-        )
+        own = Path(f"{name.replace('-', '_')}.py")
+        near = difflib.get_close_matches(name, [each.id for each in load()], 1)
+        hint = "kvmnest repro list shows them; a file of yours ends in .py"
+        if own.is_file():
+            hint = f"for the file of yours: kvmnest repro ./{own}"
+        elif near:
+            hint = f"did you mean {near[0]}? kvmnest repro list shows all"
+        raise UsageError(f"no reproducer {name} ({hint})")
     return hits
 
 
@@ -129,11 +136,9 @@ def read(path: Path) -> Reproducer:
     Raises UsageError if it cannot be read, does not run, or is no reproducer.
     """
     try:
-        source = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise UsageError(f"{path} is no Python file: {error}") from error
+        source = reading.text(path)
+    except HarnessError as error:
+        raise UsageError(str(error)) from error
     own = path.resolve()
     for each in load():
         if own == each.path:

@@ -88,6 +88,8 @@ def split_selection(selected: Sequence[str]) -> tuple[list[str], list[str]]:
             name = names.complete(name)
         found = _SUITE_FILE.fullmatch(name)
         if found and (suite_dir / f"{found[1]}.py").is_file() and not path.exists():
+            if not names.is_case(found[1], found[2]):
+                raise names.unknown(name)
             modules.append(f"{_SUITE}.{found[1]}{found[2]}")
         elif path.exists() and path.resolve().is_relative_to(suite_dir.resolve()):
             inside = path.resolve().relative_to(suite_dir.resolve()).with_suffix("")

@@ -7,10 +7,18 @@ from typing import Any
 from kvmnest.cases.events import Event
 from kvmnest.errors import HarnessError, UsageError
 from kvmnest.results.model import Case, Run
+from kvmnest.results.names import functions
 from kvmnest.results.runner import Plan, outcome, split_selection
 from kvmnest.results.targets import Target
 
 Command = dict[str, Any]
+
+
+def check(case: str) -> None:
+    """Raise UsageError if ``case`` cannot be one case; that needs no target."""
+    split_selection([case])
+    if "::" not in case and case not in functions():
+        raise UsageError(f"{case} is no single case: FILE::NAME (see kvmnest list)")
 
 
 def trace(target: Target, case: str) -> tuple[Run, Case, list[Command]]:
@@ -19,9 +27,7 @@ def trace(target: Target, case: str) -> tuple[Run, Case, list[Command]]:
     Raises UsageError if that is not exactly one case, HarnessError if it could not be run, and
     what the target raises.
     """
-    split_selection([case])
-    if "::" not in case:
-        raise UsageError(f"{case} is no single case: FILE::NAME (see kvmnest list)")
+    check(case)
     commands: list[Command] = []
 
     def take(event: Event) -> None:

@@ -124,7 +124,7 @@ def test_interrupted(tmp_path):
         (["--state", "/proc/x"], 3, "cannot write to /proc/x: "),
         (["--json", "/tmp/x", "--html", "/tmp/../tmp/x"], 2, "both name /tmp/x"),
         (["--scheduler", "tcp://127.0.0.1:9", "--jobs", "1"], 2, "--jobs is for this machine"),
-        (["-k", "no_such_case_at_all"], 4, "no case is selected by -k 'no_such_case_at_all'"),
+        (["-k", "no_such_case_at_all"], 4, "no case matches -k 'no_such_case_at_all'"),
         (["-k", "a and"], 2, "expression"),
         (["--", "test_nothing.py"], 2, "no such case, file or directory: test_nothing.py"),
         (["--", "test_vmxon.py::test_nothing"], 2, "test_nothing"),

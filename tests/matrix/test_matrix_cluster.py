@@ -86,7 +86,7 @@ def lab_runs(parent):
     return [pid for pid in emulators(parent) if pid in before]
 
 
-def test_a_worker_dies_in_the_middle(tmp_path):
+def test_a_worker_dies_in_the_middle(prepared, tmp_path):
     """SIGKILL while its lab runs: the other one takes over, every cell is complete."""
     state, out = tmp_path / "state", tmp_path / "m.json"
     command = [

@@ -139,7 +139,7 @@ def test_a_script_of_the_user(tmp_path):
     ("source", "said"),
     [
         (None, "cannot read"),
-        (b"\xff\xfe", "is no Python file"),
+        (b"\xff\xfe", "no UTF-8"),
         (b"def f(:\n", ":1: invalid syntax"),
         (b"a = 1\nb = nothing\n", ":2: NameError: name 'nothing' is not defined"),
         (b"raise SystemExit(3)\n", ":1: SystemExit: 3"),

@@ -1,9 +1,11 @@
 """Cases as people name them on the command line."""
 
+import json
 import re
 
 import pytest
 
+from kvmnest.cli.main import main
 from kvmnest.errors import UsageError
 from kvmnest.results import names
 from kvmnest.results.runner import split_selection
@@ -38,9 +40,59 @@ def test_a_function_of_several_files():
         ("test_vmresume_of_clear_vmcss", "did you mean test_vmresume_of_clear_vmcs"),
         ("test_vmxonn.py", "did you mean test_vmxon"),
         ("nothing", "kvmnest list shows all"),
+        ("test_vmxon.py::test_vmxon_enters_vmx", "did you mean test_vmxon_enters_vmx_operation"),
+        ("test_vmxon.py::test_vmresume_of_clear_vmcs", "is in test_vmlaunch_vmresume.py)"),
         ("test_nothing.py::test_vmresume_of_clear_vmc", "did you mean test_vmresume_of_clear"),
     ],
 )
 def test_near_names(name, hint):
     with pytest.raises(UsageError, match=re.escape(hint)):
         split_selection([name])
+
+
+def test_every_case_is_one(capsys):
+    """A case of a class, with parameters, of an imported function: what list shows can be run."""
+    assert main(["list", "--json"]) == 0
+    for case in json.loads(capsys.readouterr().out):
+        file, _, name = case["id"].partition(".py")
+        assert names.is_case(file, name), case["id"]
+
+
+@pytest.mark.parametrize("verb", [["list"], ["run", "--target", "lab", "--kernel", "6.1", "-j1"]])
+def test_a_selection_that_leaves_nothing(verb, prepared, capsys):
+    """What to do stands there; the name of a kernel, and how long nothing took, do not."""
+    assert main([*verb, "-k", "nosuchthing"]) == 4
+    told = capsys.readouterr()
+    assert told.err.startswith("kvmnest: no case matches -k 'nosuchthing'; kvmnest list shows all")
+    assert told.err.count("\n") == 1
+    assert told.out == ""
+
+
+def test_list_is_a_table(capsys):
+    assert main(["list", "test_vmxon.py", "test_ept_violation.py", "--needs", "ept"]) == 0
+    head, *rows, _, _ = capsys.readouterr().out.splitlines()
+    assert head.split("  ")[0] == "PATCH"
+    starts = [head.index(word) for word in ("HERE", "CASE", "SDM SECTION", "NEEDS")]
+    assert len(rows) > 5
+    for row in rows:
+        assert all(row[at - 2 : at] == "  " and row[at] != " " for at in starts), row
+        assert "EPT" in row[starts[-1] :]
+    assert main(["list", "test_vmxon.py", "--needs", "nosuch"]) == 4
+    assert "no case matches test_vmxon.py --needs nosuch" in capsys.readouterr().err
+
+
+def test_trace_looks_at_the_name_first(own_cache, capsys):
+    """Not even the lists of packages are fetched for a case that is none."""
+    for name in ("test_vmxon.py::test_vmx", "test_vmx", "test_vmxon.py"):
+        assert main(["trace", "--target", "lab", "--kernel", "6.1", name]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+    assert not (own_cache / "archive").exists()
+
+
+def test_the_name_of_a_script_that_lies_there(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_bug.py").write_text("raise SystemExit('executed')\n")
+    assert main(["repro", "my-bug"]) == 2
+    assert "kvmnest repro ./my_bug.py" in capsys.readouterr().err
+    assert main(["repro", "vmx-cp"]) == 2
+    assert "did you mean vmx-cpl?" in capsys.readouterr().err

@@ -36,7 +36,7 @@ def test_flags() -> None:
     ("name", "said"),
     [
         ("test_vmxon.py", "no single case"),
-        ("test_vmxon.py::test_nothing", "not found"),
+        ("test_vmxon.py::test_nothing", "no such case"),
         ("nothing.py::test_x", "no such case"),
     ],
 )
