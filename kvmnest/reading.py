@@ -8,7 +8,6 @@ a file has a size, UTF-8 has rules, JSON has a depth, and a document has a schem
 from __future__ import annotations
 
 import errno
-import functools
 import json
 import math
 import os
@@ -17,10 +16,12 @@ import select
 import stat
 import sys
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
+from kvmnest import schema as schemas
 from kvmnest.errors import HarnessError, UsageError
+from kvmnest.schema import Schema
 
 #: Bytes that a file of JSON or text may have; the results of the whole suite have some 2 MB.
 LIMIT = 64 << 20
@@ -36,8 +37,6 @@ _KINDS = (
     (stat.S_ISSOCK, "it is a socket, not a file"),
 )
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
-
-Schema = Mapping[str, Any]
 
 
 class NoSuchFile(UsageError):
@@ -254,31 +253,9 @@ def _meet(found: object, schema: Schema) -> None:
     version = found.get("schema") if isinstance(found, dict) else None
     if isinstance(version, int) and wanted is not None and version != wanted:
         raise Wrong(f"it has schema {version}, this kvmnest reads schema {wanted}")
-    reason = _validator(json.dumps(schema))(found)
+    reason = schemas.problem(found, schema)
     if reason:
-        raise Wrong(reason)
-
-
-@functools.lru_cache(maxsize=32)
-def _validator(schema: str) -> Callable[[object], str]:
-    """A function that says what is wrong with a value, "" if nothing is."""
-    try:
-        import fastjsonschema
-    except ImportError as error:
-        raise HarnessError(
-            "the package fastjsonschema is missing: pip install -e . (or ci/conformance) brings it"
-        ) from error
-    check = fastjsonschema.compile(json.loads(schema))
-
-    def reason(value: object) -> str:
-        try:
-            check(value)
-        except fastjsonschema.JsonSchemaValueException as error:
-            place = re.sub(r"^data(?=\[)|^data\.", "", error.message)
-            return one_line(re.sub("^data ", "it ", place))
-        return ""
-
-    return reason
+        raise Wrong(one_line(reason))
 
 
 def one_line(reason: object) -> str:

@@ -17,6 +17,7 @@ from kvmnest import reading
 from kvmnest.bisect import disk
 from kvmnest.bisect.probe import BAD, GOOD, SKIP, Answer
 from kvmnest.errors import HarnessError
+from kvmnest.schema import Schema
 
 SCHEMA = 2
 WHAT = "journal of kvmnest bisect"
@@ -116,7 +117,7 @@ def load(path: Path, question: str | None = None) -> Journal | None:
     return Journal(path, header, [_step(line) for line in rest])
 
 
-def _schema(number: int) -> reading.Schema:
+def _schema(number: int) -> Schema:
     """Of the line with this number."""
     text = {"type": "string"}
     if number == 1:

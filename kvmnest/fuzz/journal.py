@@ -11,6 +11,7 @@ from typing import Any
 from kvmnest import reading
 from kvmnest.errors import HarnessError, UsageError
 from kvmnest.fuzz.execute import Seen
+from kvmnest.schema import Schema
 
 SCHEMA = 1
 CRASHED = "crashed"
@@ -21,14 +22,15 @@ _TEXT = {"type": "string"}
 
 def _outcome(names: list[str], *numbers: dict[str, Any]) -> dict[str, Any]:
     every = [{"enum": names}, *numbers]
-    return {"type": "array", "items": every, "minItems": len(every), "maxItems": len(every)}
+    count = len(every)
+    return {"type": "array", "prefixItems": every, "minItems": count, "maxItems": count}
 
 
 #: What the executor says, see kvmnest.fuzz.execute, and what the journal notes beside.
 EVENT_SCHEMA = {
     "type": "object",
     "additionalProperties": False,
-    "dependencies": {"outcome": ["end"], "end": ["outcome"]},
+    "dependentRequired": {"outcome": ["end"], "end": ["outcome"]},
     "properties": {
         "start": _NUMBER,
         "end": _NUMBER,
@@ -63,7 +65,7 @@ EVENT_SCHEMA = {
 }
 
 
-def _schema(number: int) -> reading.Schema:
+def _schema(number: int) -> Schema:
     """Of the line with this number: first what the run is."""
     if number > 1:
         return EVENT_SCHEMA
