@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from kvmnest.lab import tools
+from kvmnest.lab import cache, tools
 from kvmnest.lab.debian import Apt
 from kvmnest.lab.errors import LabSetupError
 
@@ -43,11 +43,15 @@ def system_stamp() -> str:
 def ask(folder: Path, *, mend: bool = True) -> Apt:
     """An apt with its lists in ``folder``, which are brought up to date once a day.
 
-    With ``mend`` lists that apt cannot read are dropped and fetched again. Raises LabSetupError if
-    they cannot be fetched and there are no older ones: no Debian mirror, no keyring, no connection,
-    no room.
+    With ``mend`` lists that apt cannot read are fetched again; the old ones stay where that does
+    not help. Raises LabSetupError if they cannot be fetched and there are no older ones: no Debian
+    mirror, no keyring, no connection, no room.
     """
     updated, failed = folder / "updated", folder / "failed"
+    aside = folder.with_name(f"{folder.name}.old")
+    if mend and aside.exists():  # a run that was killed while it fetched new ones
+        cache.drop(folder)
+        aside.rename(folder)
     # Without a connection each attempt may take long.
     if _age(updated) >= _DAY and _age(failed) > _MINUTE:
         try:
@@ -60,17 +64,26 @@ def ask(folder: Path, *, mend: bool = True) -> Apt:
     if not updated.is_file():
         raise LabSetupError(failed.read_text(errors="replace"))
     apt = Apt(private_options(folder), folder / f"offers-{stamp(folder)}")
+    why = LabSetupError("Debian's package lists name no kernel")
     try:
         if apt.offers:
             return apt
+    except LabSetupError as error:
+        why = error
+    if not mend or _age(failed) <= _MINUTE:
+        raise why
+    # apt fails for many reasons, and without a connection there would be no lists at all.
+    cache.tell(f"{folder} is damaged or old, and made again")
+    folder.rename(aside)
+    try:
+        apt = ask(folder, mend=False)
     except LabSetupError:
-        if not mend:
-            raise
-    if not mend:
-        raise LabSetupError("Debian's package lists name no kernel")
-    print(f"kvmnest: {folder} is damaged or old, and made again", file=sys.stderr, flush=True)
-    shutil.rmtree(folder, ignore_errors=True)
-    return ask(folder, mend=False)
+        cache.drop(folder)
+        aside.rename(folder)
+        failed.write_text(str(why))
+        raise why from None
+    cache.drop(aside)
+    return apt
 
 
 def _update(folder: Path) -> None:

@@ -210,3 +210,64 @@ def test_apt_ends_with_a_command_that_is_killed(tmp_path: Path) -> None:
     while _apts_of(tmp_path):
         assert time.monotonic() < end, "apt-get lives on"
         time.sleep(0.05)
+
+
+@pytest.fixture
+def unreadable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Lists of today that apt-cache cannot read, whatever the reason."""
+    folder = tmp_path / "archive"
+    folder.mkdir()
+    (folder / "updated").touch()
+    (folder / "lists").write_text("30 MB")
+
+    def ask(self: debian.Apt) -> dict[str, debian.Offer]:
+        if (folder / "lists").read_text() == "new":
+            return {"6.1-amd64": debian.Offer("6.1-amd64", "1", (), 1, (), "key")}
+        raise LabSetupError("apt-cache show failed: Killed")
+
+    monkeypatch.setattr(debian.Apt, "_ask", ask)
+    return folder
+
+
+def test_lists_stay_where_new_ones_cannot_be_had(
+    unreadable: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Offline nothing is lost, and the next minute does not wait for a connection again."""
+    tried = []
+
+    def update(folder: Path) -> None:
+        tried.append(folder)
+        folder.mkdir()
+        (folder / "half").touch()
+        raise LabSetupError("no connection")
+
+    monkeypatch.setattr(archive, "_update", update)
+    for _ in range(2):
+        with pytest.raises(LabSetupError, match="apt-cache show failed: Killed"):
+            archive.ask(unreadable)
+        assert (unreadable / "lists").read_text() == "30 MB"
+        assert not (unreadable / "half").exists()
+    assert len(tried) == 1
+    assert capfd.readouterr().err.count("made again") == 1
+    assert list(unreadable.parent.iterdir()) == [unreadable]
+
+
+def test_lists_that_apt_cannot_read_are_fetched_again(
+    unreadable: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def update(folder: Path) -> None:
+        folder.mkdir()
+        (folder / "lists").write_text("new")
+
+    monkeypatch.setattr(archive, "_update", update)
+    assert list(archive.ask(unreadable).offers) == ["6.1-amd64"]
+    assert list(unreadable.parent.iterdir()) == [unreadable]
+
+
+def test_a_run_that_was_killed_while_it_fetched_new_lists(unreadable: Path) -> None:
+    """The old ones were aside."""
+    (unreadable / "lists").write_text("new")
+    unreadable.rename(unreadable.with_name("archive.old"))
+    unreadable.mkdir()
+    assert list(archive.ask(unreadable).offers) == ["6.1-amd64"]
+    assert list(unreadable.parent.iterdir()) == [unreadable]

@@ -415,10 +415,10 @@ def test_full_disk_keeps_what_was_written(tmp_path, capsys):
     ("text", "complaint"),
     [
         (None, "cannot read"),
-        ("{", "is not JSON"),
-        ("[]", "is not a results file"),
+        ("{", "no JSON"),
+        ("[]", "is no results file of kvmnest run --json: it must be object"),
         ('{"schema": 2, "cases": []}', "has schema 2, this kvmnest reads schema 1"),
-        ('{"schema": 1, "cases": [{"id": "a", "outcome": "great"}]}', "without a known outcome"),
+        ('{"schema": 1, "cases": [{"id": "a", "outcome": "great"}]}', "it must contain "),
     ],
 )
 def test_results_that_cannot_be_read(tmp_path, text, complaint):
