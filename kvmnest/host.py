@@ -53,6 +53,17 @@ def cpu_model() -> str:
     return f"{found.get('model name', 'unknown CPU')} ({'-'.join(numbers)})"
 
 
+@functools.cache
+def cpu_flags() -> str:
+    """Features of the first CPU as /proc/cpuinfo lists them, separated by spaces."""
+    try:
+        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as lines:
+            flags = next((line for line in lines if line.startswith("flags")), "")
+    except OSError:
+        return ""
+    return flags.partition(":")[2].strip()
+
+
 def params_text(params: dict[str, str]) -> str:
     """Parameters in one line."""
     if not params:
@@ -74,11 +85,6 @@ def no_vmx_reason() -> str:
             " modprobe kvm_intel nested=1 (to keep it: options kvm_intel nested=1 in"
             " /etc/modprobe.d/kvm.conf)"
         )
-    try:
-        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as lines:
-            flags = next((line.split() for line in lines if line.startswith("flags")), [])
-    except OSError:
-        flags = []
-    if "vmx" in flags:
+    if "vmx" in cpu_flags().split():
         return "the CPU has VMX, but kvm_intel is not the module behind /dev/kvm"
     return "this CPU has no VMX (no vmx flag in /proc/cpuinfo)"

@@ -285,6 +285,7 @@ def main(arguments: list[str]) -> int:
         pytest=plan["pytest"],
         kernel=host.kernel(),
         cpu=host.cpu_model(),
+        cpu_flags=host.cpu_flags(),
         kvm_params=host.kvm_intel_params(),
         nested_roundtrip=plan["options"]["--nested-roundtrip"],
         kernel_log=os.access(kmsg.PATH, os.R_OK),

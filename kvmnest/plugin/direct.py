@@ -21,7 +21,9 @@ class DirectRun:
 
     @cached_property
     def _known(self) -> known.Known:
-        return known.load(self._target, host.kernel(), host.kvm_intel_params())
+        return known.load(
+            self._target, host.kernel(), host.kvm_intel_params(), cpu_flags=host.cpu_flags()
+        )
 
     @pytest.hookimpl(wrapper=True, trylast=True)
     def pytest_runtest_makereport(

@@ -38,6 +38,7 @@ class EventStream:
             pytest=pytest.__version__,
             kernel=host.kernel(),
             cpu=host.cpu_model(),
+            cpu_flags=host.cpu_flags(),
             kvm_params=host.kvm_intel_params(),
             nested_roundtrip=bool(self._config.getoption("--nested-roundtrip")),
             kernel_log=self._kernel_log.readable,

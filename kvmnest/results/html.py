@@ -35,11 +35,12 @@ def _text(value: object) -> str:
 
 def _facts(document: dict[str, Any]) -> Iterator[str]:
     params = " ".join(f"{name}={value}" for name, value in document["kvm_params"].items())
+    told = document.get("facts", {})
     facts = {
         "target": document["target"],
         "started": document.get("started"),
         "seconds": document.get("seconds"),
-        **{n: v for n, v in document.get("facts", {}).items() if isinstance(v, str)},
+        **{n: v for n, v in told.items() if isinstance(v, str) and n != "cpu_flags"},
         "kvm_intel": params,
         "problems": "; ".join(document.get("problems", ())),
     }

@@ -121,7 +121,11 @@ class Reporter:
             moved = "Y" if self.run.options.get("nested_roundtrip") else "N"
             params = {**event["kvm_params"], "nested_roundtrip": moved}
             self._known = known.load(
-                self.run.target, event["kernel"], params, emulator=self.run.emulator
+                self.run.target,
+                event["kernel"],
+                params,
+                emulator=self.run.emulator,
+                cpu_flags=event.get("cpu_flags", ""),
             )
         elif event["kernel"] != self.run.kernel:
             raise HarnessError(f"the kernel changed from {self.run.kernel} to {event['kernel']}")

@@ -120,12 +120,27 @@ def test_applies(tmp_path, extra, applies):
         ('hidden_by = "bochs <3"', "bochs 2.7", False),
         ('hidden_by = "bochs <3"', "bochs 3.0", True),
         ('hidden_by = "bochs <3"', "", True),
+        ('emulator = "bochs <3.0-25"', "bochs 2.7", True),
+        ('emulator = "bochs <3.0-25"', "bochs 3.0", True),
+        ('emulator = "bochs <3.0-25"', "bochs 3.0-24", True),
+        ('emulator = "bochs <3.0-25"', "bochs 3.0-25", False),
+        ('emulator = "bochs <=3.0"', "bochs 3.0-25", True),
     ],
 )
 def test_emulators(tmp_path, extra, emulator, applies):
     path = tmp_path / "known.toml"
     path.write_text(ENTRY + extra)
     record = known.load("lab", KERNEL, {}, path, emulator=emulator)
+    assert bool(record.match("test_a.py::test_b[1]")) is applies
+
+
+@pytest.mark.parametrize(
+    ("flags", "applies"), [("fpu vme", True), ("fpu umip vme", False), ("fpu umip2", True)]
+)
+def test_what_the_cpu_lacks(tmp_path, flags, applies):
+    path = tmp_path / "known.toml"
+    path.write_text(ENTRY + 'cpu_lacks = "umip"')
+    record = known.load("kvm", KERNEL, {}, path, cpu_flags=flags)
     assert bool(record.match("test_a.py::test_b[1]")) is applies
 
 
