@@ -131,18 +131,6 @@ def test_pkrs(l1: L1) -> None:
     expect_refused(tries, BAD_GUEST, each(Field.GUEST_IA32_PKRS, bad, load))
 
 
-@pytest.mark.needs(EntryCtl.LOAD_CET_STATE)
-def test_cet_state(l1: L1) -> None:
-    """Guest CET state: canonical addresses, aligned SSP, no reserved bits of IA32_S_CET."""
-    tries = entries(l1)
-    load = tries.using(EntryCtl.LOAD_CET_STATE)
-    bad = not_canonical(l1)
-    expect_refused(tries, BAD_GUEST, each(Field.GUEST_SSP, [*bad, 1, 2], load))
-    expect_refused(tries, BAD_GUEST, each(Field.GUEST_INTR_SSP_TABLE, bad, load))
-    reserved = [1 << bit for bit in range(6, 10)] + [3 << 10]
-    expect_refused(tries, BAD_GUEST, each(Field.GUEST_S_CET, [*bad, *reserved], load))
-
-
 # --- descriptor tables ---
 
 

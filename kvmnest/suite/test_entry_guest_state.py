@@ -220,14 +220,21 @@ def test_nmi_while_blocked_by_sti(l1: L1) -> None:
         assert l1.l2_frame(1) == [Vector.NMI]
 
 
+_NMI_WHILE_BLOCKED = {_INFO: _NMI, _BLOCKING: int(Interruptibility.NMI)}
+
+
 @pytest.mark.needs(PinCtl.VIRTUAL_NMIS)
-def test_nmi_while_blocked_by_nmi(l1: L1) -> None:
-    """With virtual NMIs no NMI is injected under blocking by NMI; without them it is."""
+def test_virtual_nmi_while_blocked_by_nmi(l1: L1) -> None:
+    """With virtual NMIs no NMI is injected under blocking by NMI."""
     tries = entries(l1)
-    blocked = {_INFO: _NMI, _BLOCKING: int(Interruptibility.NMI)}
     virtual = tries.using(PinCtl.VIRTUAL_NMIS | PinCtl.NMI_EXITING)
-    expect_refused(tries, BAD_GUEST, [{**blocked, **virtual}])
-    expect_delivered(tries, [blocked, {**virtual, _INFO: _NMI, _BLOCKING: 0}])
+    expect_refused(tries, BAD_GUEST, [{**_NMI_WHILE_BLOCKED, **virtual}])
+    expect_delivered(tries, [{**virtual, _INFO: _NMI, _BLOCKING: 0}])
+
+
+def test_nmi_while_blocked_by_nmi(l1: L1) -> None:
+    """Without virtual NMIs an NMI is injected under blocking by NMI."""
+    expect_delivered(entries(l1), [_NMI_WHILE_BLOCKED])
 
 
 def test_exceptions_while_blocked(l1: L1) -> None:
@@ -262,7 +269,7 @@ def _single_step(flags: int, blocking: int, pending: int, debugctl: int = 0) -> 
 
 
 def test_single_step_while_blocked(l1: L1) -> None:
-    """Under blocking by STI or MOV SS, BS is pending exactly when RFLAGS.TF is 1 and BTF 0."""
+    """Under blocking by STI or MOV SS, with BTF 0, BS is pending exactly when RFLAGS.TF is 1."""
     tries = entries(l1)
     tries.vmcs.update(tries.using(EntryCtl.LOAD_DEBUG_CONTROLS))
     step, bs = _IF_SET | Rflags.TF, int(PendingDebug.BS)
@@ -272,9 +279,18 @@ def test_single_step_while_blocked(l1: L1) -> None:
             _single_step(step, blocking, 0),
             _single_step(step, blocking, int(PendingDebug.B0)),
             _single_step(_IF_SET, blocking, bs),
-            _single_step(step, blocking, bs, int(DebugCtl.BTF)),
         ]
     expect_refused(tries, BAD_GUEST, bad)
+
+
+def test_branch_step_while_blocked(l1: L1) -> None:
+    """Under blocking by STI or MOV SS, BS is not pending when TF and BTF are 1."""
+    tries = entries(l1)
+    tries.vmcs.update(tries.using(EntryCtl.LOAD_DEBUG_CONTROLS))
+    step, bs, btf = _IF_SET | Rflags.TF, int(PendingDebug.BS), int(DebugCtl.BTF)
+    for blocking in (_STI, _MOV_SS):
+        expect_refused(tries, BAD_GUEST, [_single_step(step, blocking, bs, btf)])
+        expect_accepted(tries, [_single_step(step, blocking, 0, btf)])
 
 
 def test_single_step_consistent(l1: L1) -> None:
@@ -284,7 +300,6 @@ def test_single_step_consistent(l1: L1) -> None:
     step = 2 | Rflags.TF
     consistent = [
         _single_step(step, _MOV_SS, int(PendingDebug.BS)),
-        _single_step(step, _MOV_SS, 0, int(DebugCtl.BTF)),
         _single_step(2, _MOV_SS, 0),
         _single_step(step, 0, 0),
     ]
