@@ -49,6 +49,7 @@ port_e9_hack: enabled=1
 
 _SOUND = "sound: driver=dummy\nspeaker: enabled=0\n"  # else it opens the host's device
 _TERMINAL = Path("/usr/lib/x86_64-linux-gnu/bochs/plugins/libbx_term_gui.so")
+_VMX = b"VMENTER FAIL"
 _NO_SOUND = b"Bochs is not compiled with lowlevel sound support"
 # What Bochs wants of a VGA BIOS, which the ROM never calls: signature, one block, a checksum of 0.
 _VGA_ROM = bytes([0x55, 0xAA, 1, 0xCB]).ljust(511, b"\0") + bytes(
@@ -81,7 +82,10 @@ KERNEL_PARAMETERS = (
 
 @dataclass(frozen=True)
 class Emulator:
-    """A Bochs binary, what matters here about its build, and the CPU model it is to emulate."""
+    """A Bochs binary, what matters here about its build, and the CPU model it is to emulate.
+
+    ``repairs`` counts the repairs of its source, for one that was built here.
+    """
 
     path: str
     version: str
@@ -90,6 +94,7 @@ class Emulator:
     debugger: bool
     display: str
     sound: bool
+    repairs: int = 0
     where = "in the lab"
 
     @property
@@ -100,8 +105,8 @@ class Emulator:
 
     @property
     def cpu_emulator(self) -> str:
-        """Name and version."""
-        return f"bochs {self.version}"
+        """Name and version, with the number of repairs: "bochs 3.0", "bochs 3.0-26"."""
+        return f"bochs {self.version}" + (f"-{self.repairs}" if self.repairs else "")
 
     def process(self) -> "Bochs":
         """A process of it, not yet started. Raises LabSetupError."""
@@ -132,8 +137,11 @@ def locate(path: str | None = None, model: str | None = None, cpus: int = 1) -> 
         raise LabSetupError("Bochs has no terminal display: apt-get install bochs-term")
     version = re.search(r"Bochs x86 Emulator (\d[\w.]*)", text)
     models = _models(found)
-    # A build with the display that shows nothing names its class, even when it is stripped.
+    # A build with the display that shows nothing names its class, even when it is stripped; one
+    # with VMX holds its messages. Debian's program is a script that starts the binary.
     binary = Path(found).read_bytes()
+    if binary.startswith(b"\x7fELF") and _VMX not in binary:
+        raise LabSetupError(f"{found} was built without VMX: configure it with --enable-vmx=2")
     return Emulator(
         path=found,
         version=version[1] if version else "?",
@@ -142,6 +150,7 @@ def locate(path: str | None = None, model: str | None = None, cpus: int = 1) -> 
         debugger="-rc filename" in text,
         display="nogui" if b"bx_nogui_gui_c" in binary else "term",
         sound=_NO_SOUND not in binary,
+        repairs=int(bochs_build.notes(Path(found)).get("repairs", 0)),
     )
 
 

@@ -29,6 +29,8 @@ from kvmnest.lab.errors import LabSetupError
 KIND = "bochs"
 _FORMAT = 1
 _KEPT = 4
+_ROOM = 100  # MiB on the disk that the lists of sources, the tree and the program take
+_ROOM_LEFT = 2  # less is taken for full after a failure
 _PATIENCE = 10.0  # seconds that compilers get to end when they are told to
 _OPTIONS = (
     "--enable-x86-64", "--enable-long-phy-address", "--enable-vmx=2", "--enable-svm",
@@ -128,6 +130,19 @@ def build(
             return ready or _Build(smp, on_line, on_progress, jobs).run()
     except OSError as error:
         raise LabSetupError(cache.describe(error, "building Bochs")) from error
+    except LabSetupError as error:
+        _check_room(_ROOM_LEFT, error)  # tar and apt tell something else last
+        raise
+
+
+def _check_room(least: int, cause: Exception | None = None) -> None:
+    """Raise LabSetupError if the cache's disk has less than ``least`` MiB left."""
+    free = shutil.disk_usage(cache.root()).free >> 20
+    if free < least:
+        raise LabSetupError(
+            f"no space left on the disk: {cache.root()} has {free} MiB free, building Bochs needs"
+            f" {_ROOM} MiB (XDG_CACHE_HOME names another place)"
+        ) from cause
 
 
 def log_file(smp: bool = False) -> Path:
@@ -170,11 +185,16 @@ class _Build:
         _remove_others(self._folder)
         tree = self._folder / "tree"
         if not tree.is_dir():
+            _check_room(_ROOM)
             tarball = self._folder / self._source.tarball
             if not tarball.is_file():
                 self._on_line(f"fetching {tarball.name} (4 MB)")
                 bochs_source.fetch(self._source, tarball)
-            bochs_source.unpack(tarball, self._source, tree)
+            try:
+                bochs_source.unpack(tarball, self._source, tree)
+            except LabSetupError:
+                tarball.unlink()  # it may have been damaged since it was fetched
+                raise
         else:
             self._on_line("going on with the build that was interrupted")
         self._compile(tree, _FLAGS)

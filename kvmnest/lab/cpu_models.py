@@ -10,6 +10,7 @@ from pathlib import Path
 from kvmnest import reading
 from kvmnest.errors import HarnessError, UsageError
 from kvmnest.known import kernel_in_range
+from kvmnest.lab.errors import LabSetupError
 
 MODELS_FILE = Path(__file__).parent.parent / "data" / "cpu-models.toml"
 ALL = "all"
@@ -64,14 +65,13 @@ def usable(version: str, has: Iterable[str]) -> list[Model]:
 def choose(wanted: str | None, version: str, has: Iterable[str]) -> Model:
     """The model called ``wanted``, or the best for a Bochs that has models ``has``.
 
-    Raises UsageError if it has no such model, or if that has no VMX.
+    Raises UsageError if it has no such model, or if that has no VMX; LabSetupError if none has.
     """
     found = {model.name: model for model in usable(version, has)}
+    if not found:
+        raise LabSetupError(f"Bochs {version} has no CPU model with VMX")
     if wanted is None:
-        for name in (*_data().preferred, *reversed(found)):
-            if name in found:
-                return found[name]
-        raise UsageError(f"Bochs {version} has no CPU model with VMX")
+        return next(found[n] for n in (*_data().preferred, *reversed(found)) if n in found)
     if wanted not in found:
         why = "has no VMX" if wanted in set(has) else f"Bochs {version} has no such model"
         raise UsageError(f"--cpu-model {wanted}: {why}; there are {', '.join(found)}")

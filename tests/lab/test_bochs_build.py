@@ -133,6 +133,36 @@ def test_a_source_that_does_not_compile(small: Path, tmp_path: Path) -> None:
     assert bochs_build.built() is None
 
 
+def test_a_full_disk(small: Path, tmp_path: Path) -> None:
+    """It is called that, and what was done stays."""
+    makefile = MAKEFILE.format(slow="no").replace("-o two.o", "-o /dev/full")
+    pack(small, {"configure": CONFIGURE, "Makefile": makefile, "one.cc": MAIN, "two.cc": ""})
+    with pytest.raises(bochs_build.BuildFailed, match=r"no space left on the disk \(log: "):
+        bochs_build.build()
+    assert (bochs_build.log_file().parent / "tree/one.o").is_file()
+    assert bochs_build.built() is None
+
+
+def test_too_little_room(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is fetched."""
+    usage = shutil._ntuple_diskusage(1 << 40, 0, 50 << 20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    small.unlink()
+    with pytest.raises(
+        LabSetupError, match=r"has 50 MiB free, building Bochs needs 100 MiB \(XDG_CACHE_HOME"
+    ):
+        bochs_build.build()
+
+
+def test_a_damaged_tarball_is_fetched_again(small: Path) -> None:
+    whole = small.read_bytes()
+    small.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(LabSetupError, match=r"unpacking small_9\.9\+x\.orig\.tar\.xz failed"):
+        bochs_build.build()
+    small.write_bytes(whole)
+    assert bochs_build.build().is_file()
+
+
 def test_what_is_built_is_no_bochs(small: Path) -> None:
     main = "int main() { return 0; }"
     makefile = MAKEFILE.format(slow="no")
@@ -140,12 +170,6 @@ def test_what_is_built_is_no_bochs(small: Path) -> None:
     with pytest.raises(bochs_build.BuildFailed, match="does not run"):
         bochs_build.build()
     assert bochs_build.built() is None
-
-
-def test_no_compiler(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", "/nonexistent")
-    with pytest.raises(LabSetupError, match=r"more tools: apt-get install .*g\+\+.* make "):
-        bochs_build.build()
 
 
 DRIVER = """
@@ -166,6 +190,16 @@ def start(small: Path) -> subprocess.Popen[str]:
         text=True,
         start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+
+
+def test_no_compiler(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nonexistent")
+    process = start(small)
+    output = process.communicate()[0]
+    assert process.returncode == 3
+    assert re.fullmatch(
+        r"kvmnest: building Bochs needs more tools: apt-get install .*g\+\+.* make .*\n", output
     )
 
 

@@ -4,10 +4,10 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from kvmnest.errors import UsageError
 from kvmnest.lab import bochs, cpu_models, fleet
 from kvmnest.lab.errors import LabSetupError
 
@@ -47,7 +47,7 @@ def test_what_a_bochs_has_of_the_models_decides() -> None:
     assert cpu_models.choose(None, "3.0", ["pentium", "corei7_haswell_4770"]).name == (
         "corei7_haswell_4770"
     )
-    with pytest.raises(UsageError, match=r"Bochs 3\.0 has no CPU model with VMX"):
+    with pytest.raises(LabSetupError, match=r"Bochs 3\.0 has no CPU model with VMX"):
         cpu_models.choose(None, "3.0", ["pentium"])
 
 
@@ -58,6 +58,46 @@ def test_a_model_that_does_not_do(model: str, why: str) -> None:
     done = kvmnest("lab", "run", "--cpu-model", model, "--", "true")
     assert (done.returncode, done.stdout) == (2, "")
     assert re.fullmatch(rf"kvmnest: --cpu-model {model}: .*{why}; there are .*\n", done.stderr)
+
+
+# What a Bochs without VMX answers; its models have the same names.
+NO_VMX = """
+#include <stdio.h>
+int main(int argc, char **argv) {
+    puts("Bochs x86 Emulator 3.0\\nSupported CPU models:\\n\\ncorei7_skylake_x");
+}
+"""
+NO_MODEL = """#!/bin/sh
+[ "$2" = cpu ] && { echo Supported CPU models:; echo; echo pentium; exit; }
+echo Bochs x86 Emulator 3.0
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (NO_VMX, "was built without VMX: configure it with --enable-vmx=2"),
+        (NO_MODEL, "no CPU model with VMX"),
+        ("#!/bin/sh\nkill -SEGV $$\n", "is no Bochs"),
+        ("no program", "does not run"),
+    ],
+    ids=["no VMX", "no model", "dies", "no program"],
+)
+def test_a_bochs_that_does_not_do(tmp_path: Path, text: str, why: str) -> None:
+    program = tmp_path / "bochs"
+    if text == NO_VMX:
+        (tmp_path / "bochs.c").write_text(text)
+        subprocess.run(["gcc", "-o", program, tmp_path / "bochs.c"], check=True)
+    else:
+        program.write_text(text)
+    program.chmod(0o755)
+    for verb in (
+        ["lab", "run", "--bochs", str(program), "--", "true"],
+        ["lab", "emulators", "--bochs", str(program)],
+    ):
+        done = kvmnest(*verb)
+        assert (done.returncode, done.stdout) == (3, "")
+        assert re.fullmatch(rf"kvmnest: [^\n]*{why}[^\n]*\n", done.stderr)
 
 
 def test_a_model_is_for_bochs() -> None:
