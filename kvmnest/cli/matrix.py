@@ -11,6 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from kvmnest import settings
 from kvmnest.cli.lab import add_emulator_options, emulator, parameters
 from kvmnest.errors import UsageError
 from kvmnest.lab import DEFAULT_KERNEL
@@ -45,6 +46,14 @@ def add_parser(subparsers: Any) -> None:
         default=[],
         metavar="NAME=VALUE[,NAME=VALUE]",
         help="run each kernel with these parameters too (repeatable)",
+    )
+    parser.add_argument(
+        "--settings",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="run each kernel under these settings too, each a set of parameters"
+        f" ({', '.join(setting.name for setting in settings.every())}); all: under every one",
     )
     parser.add_argument(
         "--jobs",
@@ -91,8 +100,11 @@ def _run(options: argparse.Namespace) -> int:
 
     _check(options)
     models = _models(options)
-    settings = [(), *(tuple(parameters(text.split(",")).items()) for text in options.setting)]
-    _no_duplicates("--setting", settings[1:])
+    given = [tuple(parameters(text.split(",")).items()) for text in options.setting]
+    _no_duplicates("--settings", options.settings)
+    named = settings.choose(options.settings)
+    given += [tuple(setting.params.items()) for setting in named]
+    _no_duplicates("--setting", given)
     # What a long run would end in is found before it.
     for path in (options.json, options.html):
         if path:
@@ -111,7 +123,8 @@ def _run(options: argparse.Namespace) -> int:
         out.line,
         options.parts,
     )
-    documents = matrix.run(_cells(options.kernels, settings, models), engine)
+    cells = _cells(options.kernels, [(), *given], models)
+    documents = matrix.run([cell for cell in cells if _has_parameters(cell, named, out)], engine)
     if options.json:
         write_file(options.json, json.dumps(as_json(documents), indent=1))
     if options.html:
@@ -143,17 +156,30 @@ class _Out:
 
 def _cells(
     kernels: Sequence[str],
-    settings: Sequence[tuple[tuple[str, str], ...]],
+    parameter_sets: Sequence[tuple[tuple[str, str], ...]],
     models: Sequence[str],
 ) -> list[Any]:
     from kvmnest.matrix.cell import Cell
 
     return [
-        Cell(kernel, setting, model)
+        Cell(kernel, params, model)
         for model in models
-        for setting in settings
+        for params in parameter_sets
         for kernel in kernels
     ]
+
+
+def _has_parameters(cell: Any, named: Sequence[settings.Setting], out: _Out) -> bool:
+    """Whether a cell's kernel has the parameters of its named setting; if not, say so."""
+    from kvmnest.lab import kernels
+
+    setting = next((each for each in named if tuple(each.params.items()) == cell.params), None)
+    if setting is None or setting.kernels == "any":
+        return True
+    if setting.exists_on(kernels.resolve(cell.kernel).release):
+        return True
+    out.line(f"{cell.name}: left out, this kernel has no such parameter")
+    return False
 
 
 def _models(options: argparse.Namespace) -> list[str]:

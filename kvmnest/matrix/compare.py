@@ -74,6 +74,16 @@ def differences(documents: Documents) -> list[tuple[str, list[str]]]:
     return rows
 
 
+def ran_nowhere(documents: Documents) -> list[tuple[str, str]]:
+    """Cases that were skipped in every column that has them: (id, why in the first of these)."""
+    kept = {name: documents[name] for name in ran(documents)}
+    return [
+        (case, next(reason(one) for one in found if one))
+        for case, found in by_case(kept).items()
+        if all(one["outcome"] == "skipped" for one in found if one)
+    ]
+
+
 def changes(documents: Documents) -> list[Step]:
     """Between which two neighbours cases changed; columns without results are left out."""
     names = ran(documents)
@@ -114,7 +124,8 @@ def by_patch(documents: Documents) -> dict[int, list[dict[str, int]]]:
 def as_json(documents: Documents) -> dict[str, Any]:
     """The document of ``--json``: see the page "The matrix" of the documentation.
 
-    ``schema`` 1; ``columns``: results document by column; ``changes``: neighbours that differ.
+    ``schema`` 1; ``columns``: results document by column; ``changes``: neighbours that differ;
+    ``ran_nowhere``: cases that every column skipped.
     """
     steps = [
         {
@@ -127,4 +138,10 @@ def as_json(documents: Documents) -> dict[str, Any]:
         }
         for step in changes(documents)
     ]
-    return {"schema": 1, "changes": steps, "columns": dict(documents)}
+    nowhere = [{"id": case, "reason": why} for case, why in ran_nowhere(documents)]
+    return {
+        "schema": 1,
+        "changes": steps,
+        "ran_nowhere": nowhere,
+        "columns": dict(documents),
+    }

@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from textwrap import wrap
 
-from kvmnest.matrix.compare import Documents, by_patch, changes, differences, patch_title, ran
+from kvmnest.matrix.compare import (
+    Documents,
+    by_patch,
+    changes,
+    differences,
+    patch_title,
+    ran,
+    ran_nowhere,
+)
 
 #: A letter for each outcome; "" is for a case that did not run.
 LETTERS = {"passed": "P", "failed": "F", "skipped": "S", "known": "K", "error": "E", "": "-"}
@@ -41,6 +49,13 @@ def lines(documents: Documents, width: int, *, colour: bool = False) -> Iterator
         legend = "passed, failed or in error (F), known (K), skipped (S); * marks what differs"
         yield from wrap(legend, width)
         yield from _patch_table(kept, width, colour)
+        yield ""
+    nowhere = ran_nowhere(kept)
+    if nowhere:
+        yield f"skipped everywhere: {_cases(len(nowhere))}"
+        for case, why in nowhere:
+            yield from _folded(case, width, 2)
+            yield _cut(f"      {why}", width)
         yield ""
 
 

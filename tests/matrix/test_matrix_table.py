@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from matrix_documents import case, column, document, empty
 
 from kvmnest.matrix.cell import merge
-from kvmnest.matrix.compare import as_json, changes, differences
+from kvmnest.matrix.compare import as_json, changes, differences, ran_nowhere
 from kvmnest.matrix.table import lines
 from kvmnest.results.model import OUTCOMES
 
@@ -63,6 +63,21 @@ def test_json():
         "to": "k3",
         "cases": [{"id": "c", "before": "", "after": "skipped", "reason": "needs X"}],
     }
+
+
+def test_cases_that_ran_nowhere():
+    """Skipped in each column that has them; a column without results does not count."""
+    documents = {
+        "k1": document(case("a", "skipped", detail="needs A"), case("b", "skipped")),
+        "k2": empty("no kernel"),
+        "k3": document(case("a", "skipped", detail="needs B"), case("b", "known")),
+    }
+    assert ran_nowhere(documents) == [("a", "needs A")]
+    assert as_json(documents)["ran_nowhere"] == [{"id": "a", "reason": "needs A"}]
+    text = "\n".join(lines(documents, 80))
+    assert "skipped everywhere: 1 case\n  a\n      needs A\n" in text
+    assert ran_nowhere(LADDER) == [("c", "needs X")]
+    assert "skipped everywhere" not in "\n".join(lines({"k1": LADDER["k1"]}, 80))
 
 
 def test_lines():

@@ -1,0 +1,52 @@
+"""Named settings: sets of module parameters of KVM under which the suite is worth running.
+
+They stand in ``kvmnest/data/settings.toml``.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kvmnest import reading
+from kvmnest.errors import HarnessError, UsageError
+from kvmnest.known import kernel_in_range
+
+ALL = "all"
+_FILE = Path(__file__).parent / "data" / "settings.toml"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Parameters of kvm_intel and kvm under one name; ``kernels`` is a range, see known.toml."""
+
+    name: str
+    params: Mapping[str, str]
+    why: str = ""
+    kernels: str = field(default="any")
+
+    def exists_on(self, release: str) -> bool:
+        """Whether a kernel of this release has the parameters."""
+        return kernel_in_range(release, self.kernels)
+
+
+@functools.cache
+def every() -> tuple[Setting, ...]:
+    """All settings, in the order of the file. Raises HarnessError if it is damaged."""
+    try:
+        return tuple(Setting(**entry) for entry in reading.toml(_FILE)["setting"])
+    except (KeyError, TypeError) as error:
+        raise HarnessError(f"{_FILE} is no list of settings: {error}") from error
+
+
+def choose(names: Sequence[str]) -> tuple[Setting, ...]:
+    """The settings of these names; all of them for "all". Raises UsageError for another name."""
+    if list(names) == [ALL]:
+        return every()
+    known = {setting.name: setting for setting in every()}
+    for name in names:
+        if name not in known:
+            raise UsageError(f"no setting is called {name} ({', '.join(known)}, or {ALL} alone)")
+    return tuple(known[name] for name in names)
