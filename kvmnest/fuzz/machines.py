@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -15,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from kvmnest import reading
+from kvmnest import reading, scratch
 from kvmnest.errors import HarnessError
 from kvmnest.fuzz.execute import Seen
 from kvmnest.fuzz.journal import EVENT_SCHEMA
@@ -113,7 +112,7 @@ class LocalMachine:
 
     def run(self, cases: Numbered, on_event: OnEvent, journal: Path | None) -> str:
         """See Machine."""
-        with tempfile.TemporaryDirectory(prefix="kvmnest-") as folder:
+        with scratch.folder() as folder:
             source = Path(folder) / "cases.json"
             source.write_bytes(_write_cases(cases))
             events = journal or Path(folder) / "events"

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import re
 import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from kvmnest import scratch
 from kvmnest.errors import HarnessError
 from kvmnest.kernel import build_tools
 from kvmnest.lab import cache, debian, kernels, tools
@@ -91,9 +91,9 @@ def _fetch(release: str, apt: debian.Apt) -> KernelSource:
             _unpack(apt, name, folder)
         _complete_headers(folder, release)
         build_tools.make_runnable(folder, lambda name, to: _unpack(apt, name, to))
-        with tempfile.TemporaryDirectory(prefix="kvmnest-") as scratch:
-            _unpack(apt, source, Path(scratch))
-            archives = list(Path(scratch).glob("usr/src/linux-source-*.tar.*"))
+        with scratch.folder() as unpacked:
+            _unpack(apt, source, Path(unpacked))
+            archives = list(Path(unpacked).glob("usr/src/linux-source-*.tar.*"))
             if not archives:
                 raise LabSetupError(f"{source} holds no kernel source")
             top = archives[0].name.partition(".tar")[0]
@@ -145,10 +145,10 @@ def _noted(release: str) -> KernelSource | None:
 
 
 def _unpack(apt: debian.Apt, package: str, folder: Path) -> None:
-    with tempfile.TemporaryDirectory(prefix="kvmnest-") as scratch:
+    with scratch.folder() as unpacked:
         # apt's own user may write into a folder of root only if it is allowed to enter it.
-        Path(scratch).chmod(0o755)
-        debian.unpack(apt.download_package(package, Path(scratch)), folder)
+        Path(unpacked).chmod(0o755)
+        debian.unpack(apt.download_package(package, Path(unpacked)), folder)
 
 
 def _complete_headers(folder: Path, release: str) -> None:

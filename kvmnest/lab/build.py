@@ -4,9 +4,9 @@ Runs when the package is built, or on demand in a source checkout; needs binutil
 """
 
 import subprocess
-import tempfile
 from pathlib import Path
 
+from kvmnest import scratch
 from kvmnest.lab import tools
 from kvmnest.lab.errors import LabSetupError
 
@@ -26,7 +26,7 @@ def build() -> Path:
         raise LabSetupError(f"{TARGET} is missing from this installation of kvmnest")
     if TARGET.is_file() and TARGET.stat().st_mtime_ns >= SOURCE.stat().st_mtime_ns:
         return TARGET
-    with tempfile.TemporaryDirectory(prefix="kvmnest-") as folder:
+    with scratch.folder() as folder:
         obj, elf, rom = (str(Path(folder) / name) for name in ("rom.o", "rom.elf", "rom.bin"))
         for argv in (
             ["as", "--64", "-o", obj, str(SOURCE)],

@@ -6,13 +6,12 @@ import json
 import os
 import re
 import subprocess
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
-from kvmnest import reading
+from kvmnest import reading, scratch
 from kvmnest.errors import KvmnestError
 from kvmnest.lab import tools
 from kvmnest.lab.errors import KernelSpecError, LabSetupError
@@ -270,5 +269,5 @@ def _dpkg_deb(deb: Path, *arguments: str) -> bytes:
 def fetch(apt: Apt, release: str, target: Path) -> None:
     """Download and unpack the packages of ``release``, which ``apt`` offers, into ``target``."""
     for package in apt.offers[release].packages:
-        with tempfile.TemporaryDirectory(prefix="kvmnest-") as scratch:
-            unpack(apt.download_package(package, Path(scratch)), target)
+        with scratch.folder() as unpacked:
+            unpack(apt.download_package(package, Path(unpacked)), target)

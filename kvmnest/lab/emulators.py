@@ -2,12 +2,9 @@
 
 import contextlib
 import ctypes
-import fcntl
 import os
-import shutil
 import signal
 import subprocess
-import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -15,14 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from kvmnest import scratch
 from kvmnest.lab import cache, tools
 from kvmnest.lab.errors import LabSetupError
 from kvmnest.lab.image import Sink
 
 #: Writes the picture of guest memory, see kvmnest.lab.image.
 Picture = Callable[[Sink], None]
-
-_PREFIX = "kvmnest-lab-"
 
 
 class Installed(Protocol):
@@ -98,27 +94,6 @@ def version_text(program: str, *options: str) -> str:
     return (done.stdout + done.stderr).decode(errors="replace")
 
 
-def _sweep() -> None:
-    """Remove folders whose owner was killed: the lock inside is free again, or gone already.
-
-    A folder has its lock before it gets its name, and loses it only while it is removed.
-    """
-    for folder in Path(tempfile.gettempdir()).glob(_PREFIX + "*"):
-        with contextlib.suppress(OSError):
-            if folder.stat().st_uid != os.getuid():
-                continue
-            try:
-                fd = os.open(folder / "lock", os.O_RDWR | os.O_CLOEXEC)
-            except FileNotFoundError:
-                shutil.rmtree(folder, ignore_errors=True)
-                continue
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder, ignore_errors=True)
-            finally:
-                os.close(fd)
-
-
 def _child_setup(personality: int) -> Callable[[], None]:
     """For the child before exec: it ends with this process, and has the personality(2)."""
     libc, die_with_parent = ctypes.CDLL(None), tools.die_with_parent()
@@ -144,12 +119,8 @@ class Running(ABC):
         self._program = program
         self._process: subprocess.Popen[bytes] | None = None
         try:
-            _sweep()
-            # It gets the name that _sweep looks for when its lock is held, not before.
-            made = Path(tempfile.mkdtemp(prefix=f".{_PREFIX}"))
-            self._lock = os.open(made / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            fcntl.flock(self._lock, fcntl.LOCK_EX)
-            self.folder = made.rename(made.with_name(made.name.removeprefix(".")))
+            self._scratch = scratch.Folder(self.stop)
+            self.folder = self._scratch.path
         except OSError as e:
             raise LabSetupError(cache.describe(e, "making the lab's folder")) from e
 
@@ -160,8 +131,7 @@ class Running(ABC):
     def __exit__(self, *_: object) -> None:
         """Stop the emulator and remove its folder."""
         self.stop()
-        shutil.rmtree(self.folder, ignore_errors=True)
-        os.close(self._lock)
+        self._scratch.remove()
 
     @abstractmethod
     def boot(self, memory: int, cpus: int, write: Picture) -> None:

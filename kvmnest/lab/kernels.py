@@ -11,12 +11,12 @@ import hashlib
 import marshal
 import re
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from kvmnest import scratch
 from kvmnest.lab import DEFAULT_KERNEL, archive, cache, debian, modules, packages
 from kvmnest.lab.decompress import vmlinux_of
 from kvmnest.lab.errors import KernelSpecError, LabSetupError
@@ -176,15 +176,15 @@ def _from_debs(debs: Sequence[Path]) -> Kernel:
     key = cache.digest([_FORMAT, *(deb.read_bytes() for deb in debs)])
 
     def build(to: Path) -> None:
-        with tempfile.TemporaryDirectory(prefix="kvmnest-") as scratch:
+        with scratch.folder() as unpacked:
             for deb in debs:
-                debian.unpack(deb, Path(scratch))
+                debian.unpack(deb, Path(unpacked))
             try:
-                _store_unpacked(Path(scratch), to)
+                _store_unpacked(Path(unpacked), to)
             except KernelSpecError as e:
                 # The package is what the user knows, not where it was unpacked.
                 names = ", ".join(map(str, debs))
-                raise KernelSpecError(f"{names}: {str(e).replace(scratch, 'it')}") from e
+                raise KernelSpecError(f"{names}: {str(e).replace(unpacked, 'it')}") from e
 
     return _cached(key, build)
 
@@ -288,10 +288,10 @@ def _from_version(spec: str) -> Kernel:
     key = cache.digest([_FORMAT, apt.offers[release].key])
 
     def build(to: Path) -> None:
-        with tempfile.TemporaryDirectory(prefix="kvmnest-") as scratch:
+        with scratch.folder() as unpacked:
             cache.tell(f"fetching kernel {release} from Debian's archive, once: 5 to 30 s")
-            debian.fetch(apt, release, Path(scratch))
-            _store_unpacked(Path(scratch), to)
+            debian.fetch(apt, release, Path(unpacked))
+            _store_unpacked(Path(unpacked), to)
 
     kernel = _cached(key, build)
     _note(notes / release, key)

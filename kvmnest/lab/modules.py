@@ -2,14 +2,13 @@
 
 import io
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from elftools.elf.elffile import ELFFile
 
-from kvmnest import reading
+from kvmnest import reading, scratch
 from kvmnest.lab import tools
 from kvmnest.lab.decompress import decompress
 from kvmnest.lab.errors import KernelSpecError
@@ -106,7 +105,7 @@ def builtin_names(listing: str) -> frozenset[str]:
 
 def lean(path: Path) -> bytes:
     """The module without symbols and sections the lab does not use (and so unsigned)."""
-    with tempfile.TemporaryDirectory(prefix="kvmnest-") as folder:
+    with scratch.folder() as folder:
         source, target = Path(folder) / "in.ko", Path(folder) / "out.ko"
         source.write_bytes(decompress(path.read_bytes()))
         drop = [f"--remove-section={name}" for name in _DROP]

@@ -14,12 +14,12 @@ import re
 import subprocess
 import sys
 import sysconfig
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import kvmnest
+from kvmnest import scratch
 from kvmnest.l1.build import build_if_stale
 from kvmnest.lab import cache, tools
 from kvmnest.lab.compiling import compile_sources, rewritten
@@ -82,9 +82,10 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 
 def _stripped(path: Path) -> bytes:
     """The ELF file without symbols, which the guest would only copy around."""
-    with tempfile.NamedTemporaryFile(prefix="kvmnest-") as target:
-        tools.run(["strip", "-o", target.name, str(path)], f"strip {path}")
-        return Path(target.name).read_bytes()
+    with scratch.folder() as folder:
+        target = Path(folder) / "stripped"
+        tools.run(["strip", "-o", str(target), str(path)], f"strip {path}")
+        return target.read_bytes()
 
 
 def _interpreter_and_loader() -> tuple[Path, str]:

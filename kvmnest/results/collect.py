@@ -7,7 +7,6 @@ import marshal
 import os
 import subprocess
 import sys
-import tempfile
 import types
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import kvmnest
+from kvmnest import scratch
 from kvmnest.lab import cache
 from kvmnest.lab.rootfs import REWRITTEN, SITE
 from kvmnest.results.targets import Ended, LocalTarget
@@ -64,16 +64,15 @@ def collect(arguments: Sequence[str]) -> Collected:
         "PYTHONDONTWRITEBYTECODE": "",
     }
     events: list[dict[str, Any]] = []
-    with tempfile.NamedTemporaryFile(prefix="kvmnest-plan-") as file:
+    with scratch.folder() as folder:
+        file = Path(folder) / "plan"
         target = LocalTarget(environment=environment)
-        ended = target.run(
-            [*arguments, "--collect-only", f"--kvmnest-plan={file.name}"], events.append
-        )
-        plan = file.read()
+        ended = target.run([*arguments, "--collect-only", f"--kvmnest-plan={file}"], events.append)
+        plan = file.read_bytes() if file.is_file() else b""
         if not plan:
             return Collected(b"", "", "", 0, events, ended)
         content = marshal.loads(plan)
-        unsupported = content["unsupported"] or _check(file.name)
+        unsupported = content["unsupported"] or _check(str(file))
     count = next((event["count"] for event in events if event["e"] == "collected"), 0)
     return Collected(
         b"" if unsupported else plan, unsupported, content["pyc_tail"], count, events, ended
