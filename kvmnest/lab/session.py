@@ -15,6 +15,9 @@ from kvmnest.lab.errors import LabHang, LabLost, LabModuleError, LabPanic, LabRu
 
 # A boot takes some 16 s of the emulator's CPU time, whatever else the host is busy with.
 BOOT_LIMIT = 60.0
+# Silence is measured in its CPU time. One that uses none is stopped, or waits for a disk: after so
+# many looks at it, 0.2 s each (not seconds, which also pass while this process sleeps).
+STOPPED_LIMIT = 300
 _STUCK = re.compile(r"watchdog: (BUG: soft lockup|.*hard LOCKUP)|rcu_\w+ (self-)?detected stall")
 
 Sink = Callable[[bytes], object]
@@ -72,10 +75,10 @@ class Session:
         Raises LabPanic, LabHang, LabLost, LabModuleError, LabRunError.
         """
         self._emulator = emulator
-        last_sign = emulator.clock()
+        last_sign = before = emulator.clock()
         poll = select.poll()
         poll.register(emulator.output, select.POLLIN)
-        console_size = 0
+        console_size, stopped = 0, 0
         while self._status is None:
             data = b""
             if poll.poll(200):
@@ -83,8 +86,12 @@ class Session:
                     data = os.read(emulator.output, 1 << 16)
             if data:
                 self._receive(data)
-                last_sign = emulator.clock()
+                last_sign, stopped = emulator.clock(), 0
             else:
+                now = emulator.clock()
+                before, stopped = now, stopped + 1 if now == before else 0
+                if stopped > STOPPED_LIMIT:
+                    raise LabHang("the emulator does not run: stopped or blocked", self._tail())
                 size = emulator.console_size()
                 if size != console_size:
                     console_size, last_sign = size, emulator.clock()

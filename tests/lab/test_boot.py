@@ -1,5 +1,6 @@
 """Real boots of Debian's kernel in Bochs. Each takes some ten seconds, so each shows much."""
 
+import io
 import marshal
 import os
 import shutil
@@ -14,7 +15,7 @@ import pytest
 from lab_processes import children_of, emulator_of, gone, watch
 
 from kvmnest.errors import UsageError
-from kvmnest.lab import bochs, cache, kernels, modules
+from kvmnest.lab import bochs, cache, kernels, modules, session
 from kvmnest.lab.emulators import Choice
 from kvmnest.lab.errors import (
     KernelSpecError,
@@ -26,6 +27,11 @@ from kvmnest.lab.errors import (
 )
 from kvmnest.lab.guest import EVENTS_PATH
 from kvmnest.lab.machine import Lab
+from kvmnest.results.lab_target import LabTarget
+from kvmnest.results.model import Run
+from kvmnest.results.progress import Progress
+from kvmnest.results.reporter import Reporter
+from kvmnest.results.runner import Plan, pytest_arguments
 
 pytestmark = pytest.mark.skipif(shutil.which("bochs") is None, reason="bochs is not installed")
 
@@ -245,3 +251,38 @@ def test_wrong_settings_are_refused():
         bochs.locate("/nonexistent/bochs")
     with pytest.raises(LabSetupError, match="is no Bochs"):
         bochs.locate("/bin/true")
+
+
+def test_an_emulator_that_is_stopped_is_told(monkeypatch):
+    """It uses no CPU time, by which the silence of a guest is measured."""
+    monkeypatch.setattr(session, "STOPPED_LIMIT", 10)
+
+    def stop(data: bytes) -> None:
+        if data.startswith(b"up"):
+            os.kill(bochs_of(os.getpid()), signal.SIGSTOP)
+
+    started = time.monotonic()
+    with pytest.raises(LabHang, match="the emulator does not run"):
+        Lab().run(["python3", "-c", "print('up', flush=True)\nwhile True: pass"], on_output=stop)
+    assert time.monotonic() - started < 60
+
+
+@pytest.mark.parametrize("when", ["result", "end"])
+def test_an_emulator_that_is_killed_at_the_end(when):
+    """The results are there, and nobody waits for the rest."""
+    reporter = Reporter(Run("lab"), Progress(io.StringIO()))
+    target = LabTarget(patience=300)
+    killed = []
+
+    def take(event):
+        reporter.event(event)
+        if event["e"] == when:
+            killed.append(time.monotonic())
+            os.kill(bochs_of(os.getpid()), signal.SIGKILL)
+
+    case = "kvmnest.suite.test_vmxon::test_vmxon_enters_vmx_operation"
+    ended = target.run(pytest_arguments(Plan(), "lab", [case], []), take)
+    assert time.monotonic() - killed[0] < 10
+    assert ended.status in (0, None)  # it may have said all before it was gone
+    assert len(reporter.run.cases) == 1
+    assert reporter.run.complete
