@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from kvmnest.repro.corpus import Reproducer
     from kvmnest.repro.evidence import Shown
 
-_USAGE = """kvmnest repro [options] ID... (ids, CVE numbers, files of yours, or all)
+_USAGE = """kvmnest repro [options] ID... (ids, CVE numbers, files of yours, all, or unfixed)
        kvmnest repro list [--json]
        kvmnest repro show ID
        kvmnest repro new ID
@@ -101,6 +101,8 @@ def _tell(verdict: Verdict) -> None:
 
 def _upstream(each: Reproducer) -> str:
     bug = each.bug
+    if not bug.subject:
+        return f"not fixed (kvmnest found {each.id})" if each.shipped else "not fixed"
     commit = f'{bug.hash} ("{bug.subject}")' if bug.hash else f'"{bug.subject}"'
     return f"{commit}{f', {bug.cve}' if bug.cve else ''}"
 

@@ -30,6 +30,14 @@ class Edit:
 
     def apply(self, source: str) -> str:
         """Return the edited source. Raises EditError if it does not match exactly once."""
+        first, last = self._place(source)
+        return source[:first] + self.replacement.strip() + source[last:]
+
+    def line(self, source: str) -> int:
+        """Number of the line where the expression begins. Raises EditError as ``apply``."""
+        return source.count("\n", 0, self._place(source)[0]) + 1
+
+    def _place(self, source: str) -> tuple[int, int]:
         start, end = function_span(source, self.function) if self.function else (0, len(source))
         pattern = r"\s+".join(re.escape(word) for word in self.expression.split())
         found = list(re.finditer(pattern, source[start:end])) if pattern else []
@@ -38,8 +46,8 @@ class Edit:
             where = f"{self.function}()" if self.function else "the file"
             shown = " ".join(self.expression.split())
             raise EditError(f"{self.file}: {shown!r:.90} {count} in {where}")
-        first, last = (start + position for position in found[0].span())
-        return source[:first] + self.replacement.strip() + source[last:]
+        first, last = found[0].span()
+        return start + first, start + last
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, kw_only=True)
 class Bug:
-    """A bug that kernels had; its title is the first line of the script's docstring.
+    """A bug; its title is the first line of the script's docstring.
 
     Attributes:
-        subject: subject of the upstream commit that fixed it.
+        subject: subject of the upstream commit that fixed it; "" if none has.
         hash: that commit, as far as it is known for sure.
         cve: "CVE-YEAR-NUMBER".
         since: version, or commit, that brought the bug; "" unless it is known for sure.
@@ -25,9 +25,10 @@ class Bug:
         edit: brings the bug back into today's KVM: ``file``, ``function``, ``expression``, which
             must occur once in the function, and ``replacement`` (see ``kvmnest.kernel.edits``).
         newer: its texts for later sources, oldest first: ``since`` ("7.2") and what differs.
+        fix: edits, as ``edit``, that mend today's KVM, for a bug that nobody has fixed.
     """
 
-    subject: str
+    subject: str = ""
     hash: str = ""
     cve: str = ""
     since: str = ""
@@ -38,3 +39,4 @@ class Bug:
     params: Mapping[str, str] = field(default_factory=dict)
     edit: Mapping[str, str] = field(default_factory=dict)
     newer: Sequence[Mapping[str, str]] = ()
+    fix: Sequence[Mapping[str, str]] = ()

@@ -1,5 +1,8 @@
 """The corpus of reproducers, and a user's own: read from their scripts.
 
+``kvmnest.repro.bugs`` has the bugs that were fixed upstream, its part ``unfixed`` those that
+are not: the defects of ``kvmnest found``.
+
 A reproducer is a Python file with a docstring whose first line is the title, one ``BUG = Bug(...)``
 and one pytest function. The file's name gives the id: ``vmx_cpl.py`` is vmx-cpl.
 """
@@ -26,6 +29,7 @@ from kvmnest.kernel.edits import Edit, Newer, newer_texts, text_for
 from kvmnest.repro.bug import Bug
 
 PACKAGE = "kvmnest.repro.bugs"
+UNFIXED = f"{PACKAGE}.unfixed"
 _EDIT = ("file", "function", "expression", "replacement")
 
 
@@ -62,6 +66,11 @@ class Reproducer:
         return Edit(**self.bug.edit) if self.bug.edit else None
 
     @property
+    def fix(self) -> tuple[Edit, ...]:
+        """Edits that mend the newest source; none for a bug that was fixed upstream."""
+        return tuple(Edit(**each) for each in self.bug.fix)
+
+    @property
     def newer(self) -> tuple[Newer, ...]:
         """Its texts for later sources."""
         return newer_texts(self.edit, self.bug.newer) if self.edit else ()
@@ -75,17 +84,20 @@ class Reproducer:
         edit = self.edit_for(release)
         words = sorted(vars(edit).items()) if edit else []
         does = [sorted(self.params.items()), words, self.bug.death]
+        if self.fix:
+            does.append([sorted(vars(each).items()) for each in self.fix])
         text = json.dumps([self.does.splitlines(), does])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @functools.cache
-def load() -> tuple[Reproducer, ...]:
-    """All reproducers of kvmnest, by id. Raises HarnessError if one is not as it should be."""
-    package = import_module(PACKAGE)
+def load(package: str = PACKAGE) -> tuple[Reproducer, ...]:
+    """The reproducers of a package, by id. Raises HarnessError if one is not as it should be."""
     found = []
-    for info in pkgutil.iter_modules(package.__path__):
-        name = f"{PACKAGE}.{info.name}"
+    for info in pkgutil.iter_modules(import_module(package).__path__):
+        if info.ispkg:
+            continue
+        name = f"{package}.{info.name}"
         try:
             module = import_module(name)
             path = Path(str(module.__file__))
@@ -96,7 +108,9 @@ def load() -> tuple[Reproducer, ...]:
 
 
 def select(names: Sequence[str]) -> list[Reproducer]:
-    """Reproducers by id, CVE number or file; "all" for all of kvmnest's.
+    """Reproducers by id, CVE number or file.
+
+    "all" means all bugs that were fixed upstream, "unfixed" all that were not.
 
     Raises UsageError for an unknown name and for a file that is no reproducer.
     """
@@ -110,9 +124,11 @@ def select(names: Sequence[str]) -> list[Reproducer]:
 def _named(name: str) -> list[Reproducer]:
     if is_file(name):
         return [read(Path(name))]
-    if name == "all":
-        return list(load())
-    hits = [each for each in load() if name in (each.id, each.bug.cve)]
+    packages = {"all": PACKAGE, "unfixed": UNFIXED}
+    if name in packages:
+        return list(load(packages[name]))
+    known = (*load(), *load(UNFIXED))
+    hits = [each for each in known if name in (each.id, each.bug.cve)]
     if not hits:
         own = Path(f"{name.replace('-', '_')}.py")
         near = difflib.get_close_matches(name, [each.id for each in load()], 1)
@@ -140,7 +156,7 @@ def read(path: Path) -> Reproducer:
     except HarnessError as error:
         raise UsageError(str(error)) from error
     own = path.resolve()
-    for each in load():
+    for each in (*load(), *load(UNFIXED)):
         if own == each.path:
             return each
     module = types.ModuleType(own.stem)
@@ -177,8 +193,9 @@ def _reproducer(module: types.ModuleType, path: Path, source: str, case: str) ->
     if len(tests) != 1:
         count = "no" if not tests else len(tests)
         raise UsageError(f"{path} has {count} functions named test_...: a reproducer has one")
-    if bug.edit and (set(bug.edit) != set(_EDIT) or not all(map(_is_text, bug.edit.values()))):
-        raise UsageError(f"{path}: edit needs the texts {', '.join(_EDIT)}, and nothing else")
+    for edit in (bug.edit, *bug.fix):
+        if edit and (set(edit) != set(_EDIT) or not all(map(_is_text, edit.values()))):
+            raise UsageError(f"{path}: edit needs the texts {', '.join(_EDIT)}, and nothing else")
     try:
         newer_texts(Edit(**(bug.edit or dict.fromkeys(_EDIT, ""))), bug.newer)
     except ValueError as error:

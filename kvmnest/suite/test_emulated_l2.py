@@ -11,8 +11,9 @@ from kvmnest.kvm.exits import IO_OUT, IoExit, MmioExit
 from kvmnest.l1 import L1, code
 from kvmnest.suite.support.bitmaps import set_io_bitmaps
 from kvmnest.suite.support.emulation import PREFIX, forced
+from kvmnest.suite.support.entries import BAD_GUEST, address_bits
 from kvmnest.suite.support.guest import Guest
-from kvmnest.vmx import ExitReason, IoQualification, Proc2Ctl, ProcCtl, Vector
+from kvmnest.vmx import ExitReason, Field, IoQualification, Proc2Ctl, ProcCtl, Vector
 from kvmnest.vmx.outcome import Fault, HostExit, Outcome, Succeed
 
 pytestmark = [
@@ -193,3 +194,21 @@ def test_pause_behind_a_stale_translation(l1: L1) -> None:
     outs = HostExit(IoExit(IO_OUT, 1, PORT, 1, b"\x21"))
     pause = guest.exit(ExitReason.PAUSE, 2, offset=len(store))
     assert seen in (outs, pause)
+
+
+@pytest.mark.sdm("VM-Entry Failures During or After Loading Guest State")
+@pytest.mark.needs(ProcCtl.USE_TSC_OFFSETTING, Proc2Ctl.USE_TSC_SCALING)
+@pytest.mark.parametrize("name", ["offset", "multiplier", "both"])
+def test_tsc_of_l1_after_a_failed_entry(l1: L1, forced: bytes, name: str) -> None:
+    """An emulated RDTSC of L1 knows nothing of L2's TSC when an entry has failed."""
+    guest = Guest(l1, ProcCtl.USE_TSC_OFFSETTING, Proc2Ctl.USE_TSC_SCALING)
+    guest.vmcs[Field.TSC_OFFSET] = 0 if name == "multiplier" else 1 << 50
+    guest.vmcs[Field.TSC_MULTIPLIER] = 1 << 48 if name == "offset" else 1 << 52
+    bad = guest.vmcs[Field.GUEST_CR3] | 1 << address_bits(l1)[0]
+    assert guest.run(code.NOP, GUEST_CR3=bad) == BAD_GUEST
+    times = []
+    for instruction in (code.RDTSC, PREFIX + code.RDTSC, code.RDTSC):
+        seen = l1.call(instruction)
+        assert seen == Succeed()
+        times.append(seen.regs["rdx"] << 32 | seen.regs["rax"])
+    assert times == sorted(times)

@@ -88,6 +88,18 @@ def test_lme_without_paging(l1: L1) -> None:
         assert guest.run(code.NOP, GUEST_IA32_EFER=value) == BAD_GUEST, value
 
 
+@pytest.mark.needs(Proc2Ctl.UNRESTRICTED_GUEST)
+@pytest.mark.parametrize("mode", [L2Mode.UNPAGED, L2Mode.REAL], ids=lambda mode: mode.name)
+def test_lme_without_load_efer(l1: L1, mode: L2Mode) -> None:
+    """LME is loaded only if CR0.PG is; without paging it stays as it was in L1."""
+    guest = _guest(l1, mode=mode)
+    guest.off(EntryCtl.LOAD_EFER)
+    for rest in (Efer.NXE, Efer.NXE | Efer.SCE, 0):
+        assert l1.wrmsr(Msr.IA32_EFER, LONG | rest) == Succeed()
+        assert _read_efer(guest, GUEST_IA32_EFER=0) == Efer.LME | rest
+        assert l1.rdmsr(Msr.IA32_EFER).value & LONG == LONG
+
+
 @pytest.mark.parametrize("ept", [True, False], ids=["ept", "no-ept"])
 def test_bad_cr3(l1: L1, ept: bool) -> None:
     """A CR3 wider than a physical address fails the entry; a good one then runs."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvmnest.l1 import L1, L2Mode
+from kvmnest.l1 import L1, L2Mode, code
 from kvmnest.suite.support.entries import (
     BAD_GUEST,
     EPT_OR_NOT,
@@ -16,7 +16,9 @@ from kvmnest.suite.support.entries import (
     expect_refused,
     flips,
 )
+from kvmnest.suite.support.guest import Guest
 from kvmnest.vmx import Cr0, Cr4, Efer, EntryCtl, Field, Proc2Ctl
+from kvmnest.vmx.outcome import Succeed
 
 pytestmark = [
     pytest.mark.series(14),
@@ -189,3 +191,17 @@ def test_efer_without_paging(l1: L1) -> None:
     bad = [int(Efer.LMA), int(Efer.LMA | Efer.LME)]
     expect_refused(tries, BAD_GUEST, each(_EFER, bad, load))
     expect_accepted(tries, [{**load, _EFER: 0}, {**load, _EFER: int(Efer.LME)}])
+
+
+# --- what is not loaded ---
+
+
+@pytest.mark.sdm("Loading Guest Control Registers, Debug Registers, and MSRs")
+@pytest.mark.parametrize("bits", [Cr0.CD, Cr0.NW, Cr0.CD | Cr0.NW], ids=["CD", "NW", "CD-NW"])
+def test_cache_bits_are_not_loaded(l1: L1, bits: Cr0) -> None:
+    """VM entry never modifies CD and NW: L2 has, and the exit saves, those of L1."""
+    guest = Guest(l1)
+    cr0 = guest.vmcs[_CR0]
+    seen = guest.run(code.mov_from_cr(0, "rbx"), GUEST_CR0=cr0 | bits)
+    assert seen == Succeed()
+    assert (seen.regs["rbx"], *guest.vmcs.read(_CR0)) == (cr0, cr0)

@@ -318,3 +318,14 @@ def test_no_blocking_after_an_exit(l1: L1) -> None:
         assert seen == Succeed()
         assert guest.vmcs.read(Field.GUEST_INTERRUPTIBILITY_INFO) == (bit,)
         assert l1.vcpu.get_vcpu_events().interrupt.shadow == 0
+
+
+@pytest.mark.sdm("Loading Host Control Registers, Debug Registers, MSRs")
+@pytest.mark.parametrize("bits", [Cr0.CD, Cr0.CD | Cr0.NW], ids=["CD", "CD-NW"])
+def test_cache_bits_are_not_loaded(l1: L1, bits: Cr0) -> None:
+    """A VM exit never modifies CR0.CD and CR0.NW."""
+    guest = Guest(l1)
+    before = l1.read_cr(0)
+    guest.vmcs.set_bits(Field.HOST_CR0, bits)
+    assert guest.run(code.NOP) == Succeed()
+    assert l1.read_cr(0) == before

@@ -23,7 +23,7 @@ from kvmnest.vmx import (
     Rflags,
 )
 from kvmnest.vmx.outcome import Exit, Succeed
-from kvmnest.vmx.registers import STATUS_FLAGS
+from kvmnest.vmx.registers import PAT_RESET, STATUS_FLAGS
 
 pytestmark = [pytest.mark.series(18), pytest.mark.sdm("Saving Guest State")]
 
@@ -146,6 +146,18 @@ def test_pat(l1: L1) -> None:
     assert guest.vmcs.read(Field.GUEST_IA32_PAT) == (first,)
 
 
+@pytest.mark.needs(ExitCtl.SAVE_PAT)
+@pytest.mark.sdm("Saving Control Registers, Debug Registers, and MSRs")
+def test_pat_of_l1(l1: L1) -> None:
+    """Without "load IA32_PAT" L2 runs with L1's PAT, and that is saved."""
+    guest = _open_guest(l1, ExitCtl.SAVE_PAT)
+    guest.off(EntryCtl.LOAD_PAT, ExitCtl.LOAD_PAT)
+    for pat in (PAT_RESET, 0x0006050401000706):
+        assert l1.wrmsr(Msr.PAT, pat) == Succeed()
+        assert guest.run(code.NOP, GUEST_IA32_PAT=0x0505050505050505) == Succeed()
+        assert guest.vmcs.read(Field.GUEST_IA32_PAT) == (pat,)
+
+
 @pytest.mark.needs(ExitCtl.SAVE_EFER, ExitCtl.LOAD_EFER, EntryCtl.LOAD_EFER)
 @pytest.mark.sdm("Saving Control Registers, Debug Registers, and MSRs")
 def test_efer(l1: L1) -> None:
@@ -176,6 +188,20 @@ def test_debug_controls(l1: L1) -> None:
     if l1.caps.supports(ExitCtl.SAVE_DEBUG_CONTROLS) and _may_be_clear(l1):
         guest.off(ExitCtl.SAVE_DEBUG_CONTROLS)
         assert guest.run(program, regs, GUEST_DR7=0x401, GUEST_IA32_DEBUGCTL=0) == Succeed()
+        assert guest.vmcs.read(Field.GUEST_DR7, Field.GUEST_IA32_DEBUGCTL) == (0x401, 0)
+
+
+@pytest.mark.needs(ExitCtl.SAVE_DEBUG_CONTROLS)
+@pytest.mark.sdm("Saving Control Registers, Debug Registers, and MSRs")
+def test_debugctl_of_l1(l1: L1) -> None:
+    """Without "load debug controls" L2 has L1's DR7 and IA32_DEBUGCTL, and these are saved."""
+    if l1.caps.clamp(EntryCtl(0)) & EntryCtl.LOAD_DEBUG_CONTROLS:
+        pytest.skip("needs EntryCtl.LOAD_DEBUG_CONTROLS that can be 0")
+    guest = _open_guest(l1, ExitCtl.SAVE_DEBUG_CONTROLS)
+    guest.off(EntryCtl.LOAD_DEBUG_CONTROLS)
+    for wrong in (DebugCtl.LBR, DebugCtl.BTF):
+        assert l1.write_dr(7, 0x401) == Succeed()
+        assert guest.run(code.NOP, GUEST_DR7=0x455, GUEST_IA32_DEBUGCTL=wrong) == Succeed()
         assert guest.vmcs.read(Field.GUEST_DR7, Field.GUEST_IA32_DEBUGCTL) == (0x401, 0)
 
 

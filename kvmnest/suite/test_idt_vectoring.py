@@ -384,3 +384,15 @@ def test_no_event_in_flight(l1: L1) -> None:
         assert guest.vmcs.read(Field.IDT_VECTORING_INFO_FIELD)[0] >> 31 == 0, name
         if name == "interrupt":
             assert l1.wrmsr(0x80B, 0) == Succeed()
+
+
+@pytest.mark.sdm("VM-Entry Controls for Event Injection")
+@pytest.mark.parametrize("name", ["INT-n", "INT3", "UD", "GP-selector", "interrupt", "NMI"])
+def test_entry_fields_are_left_alone(l1: L1, name: str) -> None:
+    """An exit in an event's delivery does not touch the fields for the event to inject."""
+    event, guest = EVENTS[name], _guest(l1)
+    fields = {Field.VM_ENTRY_EXCEPTION_ERROR_CODE: 0x1234, Field.VM_ENTRY_INSTRUCTION_LEN: 15}
+    guest.vmcs.update(fields)
+    seen = _run(guest, event, GUEST_RSP=UNMAPPED, EXCEPTION_BITMAP=1 << Vector.PF)
+    assert seen == Exit(ExitReason.EXCEPTION_NMI, idt_info=event.info)
+    assert dict(zip(fields, guest.vmcs.read(*fields), strict=True)) == fields

@@ -283,3 +283,27 @@ def test_nmi_window_before_interrupt_window(l1: L1) -> None:
     guest.off(ProcCtl.NMI_WINDOW_EXITING)
     seen = guest.go_on()
     assert (seen.reason, seen.rip) == (ExitReason.INTERRUPT_WINDOW, guest.at())
+
+
+@VIRTUAL
+@pytest.mark.sdm("Information for VM Exits Due to Vectored Events")
+@pytest.mark.parametrize("name", ["RDMSR", "WRMSR", "MOV-to-CR4"])
+def test_no_unblocking_without_iret(l1: L1, name: str) -> None:
+    """A fault that is not IRET's has bit 12 clear, also where a hypervisor below raises it."""
+    program = {
+        "RDMSR": code.RDMSR,
+        "WRMSR": code.WRMSR,
+        "MOV-to-CR4": code.mov_to_cr(4, "rcx"),
+    }[name]
+    guest = _guest(l1, PinCtl.NMI_EXITING, PinCtl.VIRTUAL_NMIS)
+    # No such MSR; and no such bits of CR4.
+    regs = {"rcx": 0x1FFF if "MSR" in name else 1 << 63, "rax": 0, "rdx": 0}
+    for blocking in (0, BLOCKED):
+        seen = guest.run(
+            program,
+            regs,
+            EXCEPTION_BITMAP=1 << Vector.GP,
+            GUEST_INTERRUPTIBILITY_INFO=blocking,
+        )
+        assert seen == guest.exception(Vector.GP, 0), blocking
+        assert _blocking(guest) == blocking

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from kvmnest.l1 import L1, L2Mode, Shadow
-from kvmnest.vmx import Cr4, ExitReason, Field, Proc2Ctl, Rflags, Vector, VmxError
+from kvmnest.vmx import Cr0, Cr4, ExitReason, Field, Proc2Ctl, ProcCtl, Rflags, Vector, VmxError
 from kvmnest.vmx.outcome import Exit, Fault, Outcome, Succeed, VMfailInvalid, VMfailValid
 
 pytestmark = [pytest.mark.series(16), pytest.mark.sdm("VMLAUNCH/VMRESUME")]
@@ -270,3 +270,26 @@ def test_exit_leaves_l1_in_its_own_state(launched: L1) -> None:
     assert launched.read_cr(3) == Succeed(cr3)
     assert launched.read_cr(4) == Succeed(cr4)
     assert cr4 & Cr4.VMXE
+
+
+# --- a failure that KVM leaves to the processor ---
+
+
+@pytest.mark.needs(ProcCtl.USE_TPR_SHADOW)
+@pytest.mark.parametrize(
+    "bit",
+    [Cr0.TS, Cr0.WP, Cr0.AM, Cr4.TSD, Cr4.DE, Cr4.PCE, Cr4.VME],
+    ids=lambda bit: f"{type(bit).__name__.upper()}-{bit.name}",
+)
+def test_late_vmfail_leaves_control_registers(l1: L1, bit: Cr0 | Cr4) -> None:
+    """An entry that fails by its controls leaves CR0 and CR4, as L1 has just written them."""
+    vmcs = l1.launchable()
+    vmcs.set_bits(Field.CPU_BASED_VM_EXEC_CONTROL, ProcCtl.USE_TPR_SHADOW)
+    vmcs[Field.VIRTUAL_APIC_PAGE_ADDR] = l1.alloc()
+    vmcs[Field.TPR_THRESHOLD] = 1  # above the TPR in the page
+    number = 0 if isinstance(bit, Cr0) else 4
+    before = l1.read_cr(number)
+    assert isinstance(before, Succeed)
+    assert l1.write_cr(number, before.value ^ bit) == Succeed()
+    assert l1.vmlaunch() == VMfailValid(VmxError.ENTRY_INVALID_CONTROL_FIELD)
+    assert l1.read_cr(number) == Succeed(before.value ^ bit)

@@ -1,0 +1,39 @@
+"""An activity state that IA32_VMX_MISC does not report is not refused."""
+
+import pytest
+
+from kvmnest.l1 import L1
+from kvmnest.repro import Bug
+from kvmnest.vmx import ActivityState, ExitReason, Field, Misc, Msr, ProcCtl
+from kvmnest.vmx.outcome import EntryFailure
+
+BUG = Bug(
+    vulnerable="L2 is entered in the HLT state",
+    correct="VM entry fails: invalid guest state",
+    fix=(
+        {
+            "file": "arch/x86/kvm/vmx/nested.c",
+            "function": "nested_vmx_check_guest_state",
+            "expression": "if (nested_check_guest_non_reg_state(vmcs12))",
+            "replacement": """
+                if (CC(vmcs12->guest_activity_state &&
+                       !(to_vmx(vcpu)->nested.msrs.misc_low &
+                         BIT(5 + vmcs12->guest_activity_state))) ||
+                    nested_check_guest_non_reg_state(vmcs12))""",
+        },
+    ),
+)
+
+
+@pytest.mark.sdm("Checks on Guest Non-Register State")
+@pytest.mark.needs(Misc.ACTIVITY_HLT, ProcCtl.INTERRUPT_WINDOW_EXITING)
+def test_state_that_userspace_took_away(l1: L1) -> None:
+    """The state must be one that IA32_VMX_MISC reports; KVM lets userspace take it away."""
+    misc = l1.vcpu.get_msrs([Msr.IA32_VMX_MISC])[Msr.IA32_VMX_MISC]
+    l1.set_feature_msrs({Msr.IA32_VMX_MISC: misc & ~Misc.ACTIVITY_HLT})
+    vmcs = l1.launchable()
+    # An open interrupt window ends the HLT state at once, should L2 get there.
+    vmcs.set_bits(Field.CPU_BASED_VM_EXEC_CONTROL, ProcCtl.INTERRUPT_WINDOW_EXITING)
+    vmcs[Field.GUEST_RFLAGS] = 0x202
+    vmcs[Field.GUEST_ACTIVITY_STATE] = ActivityState.HLT
+    assert l1.vmlaunch() == EntryFailure(ExitReason.INVALID_GUEST_STATE, qualification=0)
