@@ -329,3 +329,15 @@ def test_cache_bits_are_not_loaded(l1: L1, bits: Cr0) -> None:
     guest.vmcs.set_bits(Field.HOST_CR0, bits)
     assert guest.run(code.NOP) == Succeed()
     assert l1.read_cr(0) == before
+
+
+@pytest.mark.sdm("Loading Host Segment and Descriptor-Table Registers")
+@pytest.mark.parametrize("name", ["ds", "es", "ss", "fs", "gs"])
+def test_null_selectors(l1: L1, name: str) -> None:
+    """A segment is unusable if its selector is loaded with zero; the others are not."""
+    guest = Guest(l1)
+    guest.vmcs[Field[f"HOST_{name.upper()}_SELECTOR"]] = 0
+    assert guest.run(code.NOP) == Succeed()
+    sregs = l1.vcpu.get_sregs()
+    unusable = {each for each in ("ds", "es", "ss", "fs", "gs") if getattr(sregs, each).unusable}
+    assert unusable == {name}

@@ -13,6 +13,7 @@ from kvmnest.vmx import (
     Field,
     IntrType,
     PinCtl,
+    Proc2Ctl,
     ProcCtl,
     Vector,
     intr_info,
@@ -307,3 +308,20 @@ def test_no_unblocking_without_iret(l1: L1, name: str) -> None:
         )
         assert seen == guest.exception(Vector.GP, 0), blocking
         assert _blocking(guest) == blocking
+
+
+@VIRTUAL
+@pytest.mark.needs(Proc2Ctl.ENABLE_EPT)
+@pytest.mark.sdm("Exit Qualification for EPT Violations")
+def test_ept_violation_of_iret(l1: L1) -> None:
+    """An EPT violation on IRET's stack: bit 12 tells that NMIs were blocked, and are no more."""
+    guest = _guest(l1, PinCtl.NMI_EXITING, PinCtl.VIRTUAL_NMIS)
+    stack = l1.alloc()
+    l1.write_int(l1.sym("ept_pml4_pt") + stack // 4096 * 8, 0)
+    for program, blocking, told in ((b"\x58", 0, 0), (b"\x58", BLOCKED, 0), (IRETQ, 0, 0)):
+        seen = guest.run(program, GUEST_RSP=stack, GUEST_INTERRUPTIBILITY_INFO=blocking)
+        assert (seen.reason, seen.physical & ~0xFFF) == (ExitReason.EPT_VIOLATION, stack)
+        assert (seen.qualification >> 12 & 1, _blocking(guest)) == (told, blocking)
+    seen = guest.run(IRETQ, GUEST_RSP=stack, GUEST_INTERRUPTIBILITY_INFO=BLOCKED)
+    assert (seen.reason, seen.physical & ~0xFFF) == (ExitReason.EPT_VIOLATION, stack)
+    assert (seen.qualification >> 12 & 1, _blocking(guest)) == (1, 0)
