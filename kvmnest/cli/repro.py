@@ -34,7 +34,8 @@ def add_parser(subparsers: Any) -> None:
         description="Run reproducers of real bugs. list: all there are, and what was seen on a"
         " fixed kernel and on one with the bug. show: the script of one. new: write a script to"
         " start from. verify: run reproducers on a kernel as it is and on the same one with the"
-        " bug put back, in the lab.",
+        " bug put back (or mended, if nobody has fixed it), in the lab. all: those that were fixed"
+        " upstream; unfixed: those that were not.",
         epilog="exit codes: 0 FIXED (verify: shown both ways), 1 VULNERABLE (any of them; verify:"
         " not shown both ways), 2 usage, 3 harness or environment error, 4 NOT APPLICABLE,"
         " 130 interrupted",
@@ -108,7 +109,7 @@ def _upstream(each: Reproducer) -> str:
 
 
 def _list(reproducers: tuple[Reproducer, ...], *, as_json: bool) -> None:
-    from kvmnest.repro import evidence
+    from kvmnest.repro import corpus, evidence
 
     record = evidence.load()
     if as_json:
@@ -128,8 +129,10 @@ def _list(reproducers: tuple[Reproducer, ...], *, as_json: bool) -> None:
                 (f"{seen.kernel} with the bug put back", seen.put_back),
             ):
                 print(f"    {kernel}: {what.verdict}: {what.evidence}")
+    unfixed = len(corpus.load(corpus.UNFIXED))
     both = sum(any(seen.both_ways for seen in record.get(each.id, ())) for each in reproducers)
     print(f"{len(reproducers)} bugs, {both} of them shown both ways (kvmnest repro verify)")
+    print(f"{unfixed} more are not fixed upstream (kvmnest found)")
 
 
 def _needs(each: Reproducer) -> str:
@@ -182,6 +185,9 @@ def _verify(reproducers: list[Reproducer], options: argparse.Namespace) -> int:
     own = [each.path for each in reproducers if not each.shipped]
     if options.record and own:
         raise UsageError(f"--record is for kvmnest's own reproducers, not for {own[0]}")
+    unfixed = [each.id for each in reproducers if each.fix]
+    if options.record and unfixed:
+        raise UsageError(f"{unfixed[0]} is recorded by kvmnest found --verify --record")
     record = evidence.start(options.record) if options.record else {}
     release = kernels.resolve(options.kernel).release
     verifier = Verifier(options.kernel, release, emulator(options), parameters(options.kvm_param))
@@ -203,5 +209,6 @@ def _verify(reproducers: list[Reproducer], options: argparse.Namespace) -> int:
 def _tell_shown(each: Reproducer, seen: Shown) -> None:
     print(f"{'BOTH WAYS' if seen.both_ways else 'NOT SHOWN'}  {each.id}: {each.title}")
     print(f"           {seen.kernel}: {seen.stock.verdict}: {seen.stock.evidence}")
-    print(f"           bug put back: {seen.put_back.verdict}: {seen.put_back.evidence}")
+    change = "with its fix" if seen.mended else "bug put back"
+    print(f"           {change}: {seen.put_back.verdict}: {seen.put_back.evidence}")
     sys.stdout.flush()

@@ -29,17 +29,25 @@ class Seen:
 
 @dataclass(frozen=True)
 class Shown:
-    """A reproducer on a kernel as it is (``stock``) and with its bug put back."""
+    """A reproducer on a kernel as it is (``stock``) and with its bug put back.
+
+    ``mended``: it is a bug that nobody has fixed, and ``put_back`` the kernel with the script's
+    fix. Such a one is not recorded here.
+    """
 
     kernel: str
     script: str
     stock: Seen
     put_back: Seen
+    mended: bool = False
 
     @property
     def both_ways(self) -> bool:
-        """FIXED on the stock kernel, VULNERABLE with the bug."""
-        return (self.stock.verdict, self.put_back.verdict) == ("FIXED", "VULNERABLE")
+        """VULNERABLE with the bug, FIXED without."""
+        with_bug, without = self.put_back, self.stock
+        if self.mended:
+            with_bug, without = without, with_bug
+        return (without.verdict, with_bug.verdict) == ("FIXED", "VULNERABLE")
 
 
 #: Id -> what each kernel showed, oldest series first.

@@ -1,4 +1,7 @@
-"""Show reproducers both ways in the lab: on a kernel as it is, and with the bug put back."""
+"""Show reproducers both ways in the lab: on a kernel as it is, and with the bug put back.
+
+A bug that nobody has fixed is put back nowhere: its fix is put in.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +52,8 @@ def verify(
         for verdict in check(reproducers, lambda params: verifier.target(params, None))
     }
     for reproducer in reproducers:
-        on_line(f"{reproducer.id} on {verifier.release} with the bug put back")
+        change = "its fix" if reproducer.fix else "the bug put back"
+        on_line(f"{reproducer.id} on {verifier.release} with {change}")
         seen = stock[reproducer.case]
         yield (
             reproducer,
@@ -57,17 +61,19 @@ def verify(
                 verifier.release,
                 reproducer.script(verifier.release),
                 seen,
-                _put_back(reproducer, verifier),
+                _edited(reproducer, verifier),
+                mended=bool(reproducer.fix),
             ),
         )
 
 
-def _put_back(reproducer: Reproducer, verifier: Verifier) -> Seen:
+def _edited(reproducer: Reproducer, verifier: Verifier) -> Seen:
     edit = reproducer.edit_for(verifier.release)
-    if edit is None:
-        return Seen(NO_VERDICT, "the script has no edit that brings the bug back")
+    edits = reproducer.fix or ((edit,) if edit else ())
+    if not edits:
+        return Seen(NO_VERDICT, "the script has no edit that brings the bug back, and no fix")
     try:
-        modules = build_modules([edit], verifier.release)
+        modules = build_modules(edits, verifier.release)
     except (EditError, BuildError) as error:
         return Seen(NO_VERDICT, f"the edit does not fit {verifier.release}: {error}")
     (verdict,) = check([reproducer], lambda params: verifier.target(params, modules))

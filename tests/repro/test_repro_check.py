@@ -123,6 +123,8 @@ def test_parameters_of_the_machine():
         (["verify", "vmx-cpl", "--kvm-modules", "/"], "builds the modules itself"),
         (["verify", "vmx-cpl", "--record", "/none/x.json"], "there is no folder /none"),
         (["vmx-cpl", "--record", "x.json"], "--record is for kvmnest repro verify"),
+        (["verify", "int1-lost", "--record", "x.json"], "kvmnest found --verify --record"),
+        (["new", "int1-lost"], "kvmnest repro show int1-lost"),
         (["new", "Bad_Id"], "is no id"),
         (["new", "../x"], "is no id"),
         (["new", "vmx-cpl"], "kvmnest repro show vmx-cpl"),
@@ -148,6 +150,7 @@ def test_list(capsys):
     text = capsys.readouterr().out
     assert text.count("\n    since ") == len(found)
     assert "CVE-2018-12904" in text
+    assert f"{len(corpus.load(corpus.UNFIXED))} more are not fixed upstream" in text
 
 
 def test_show(capsys):

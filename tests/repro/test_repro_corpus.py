@@ -29,6 +29,7 @@ def test_it(l1: L1) -> None:
     """Rule."""
     assert l1.vmxon()
 '''
+EDIT = '{"file": "f.c", "function": "f", "expression": "x", "replacement": "y"}'
 
 
 def test_the_corpus_is_large():
@@ -56,7 +57,9 @@ def test_the_catalogue_of_mutants_repeats_nothing():
         assert each.bug.subject not in text
 
 
-@pytest.mark.parametrize("each", corpus.load(), ids=lambda each: each.id)
+@pytest.mark.parametrize(
+    "each", [*corpus.load(), *corpus.load(corpus.UNFIXED)], ids=lambda each: each.id
+)
 def test_a_script_is_short_and_stands_alone(each):
     """A reader needs this file and the documented API, nothing of the suite."""
     tree = ast.parse(each.path.read_text())
@@ -74,11 +77,23 @@ def test_a_script_is_short_and_stands_alone(each):
     assert ast.get_docstring(test)
     assert test.end_lineno - test.lineno <= 30
     bug = each.bug
-    assert bug.subject
+    # Either a fix upstream that an edit takes back, or edits that are a fix.
+    assert bool(bug.subject) == bool(bug.edit) != bool(bug.fix)
     assert bug.vulnerable != bug.correct
     assert not bug.hash or re.fullmatch(r"[0-9a-f]{12}", bug.hash)
     assert not bug.cve or re.fullmatch(r"CVE-\d{4}-\d{4,}", bug.cve)
-    assert each.edit.file.startswith("arch/x86/kvm/")
+    for edit in each.fix or (each.edit,):
+        assert edit.file.startswith(("arch/x86/kvm/", "virt/kvm/"))
+
+
+def test_words_for_many():
+    """ "all" is a question about fixed bugs; the others have a word of their own."""
+    assert corpus.select(["all"]) == list(corpus.load())
+    unfixed = corpus.select(["unfixed"])
+    assert unfixed == list(corpus.load(corpus.UNFIXED))
+    assert not {each.id for each in unfixed} & {each.id for each in corpus.load()}
+    assert corpus.select([unfixed[0].id, str(unfixed[0].path)]) == unfixed[:1]
+    assert all(each.shipped for each in unfixed)
 
 
 def test_every_script_was_shown_both_ways():
@@ -100,6 +115,7 @@ def test_every_script_was_shown_both_ways():
         ("assert l1.vmxon()", "assert not l1.vmxon()", True),
         ('correct="b"', 'correct="b", params={"ept": "0"}', True),
         ('correct="b"', 'correct="b", death="VmLost: "', True),
+        ('correct="b"', f'correct="b", fix=[{EDIT}]', True),
     ],
 )
 def test_a_record_gets_stale_by_what_a_script_does(tmp_path, old, new, changes):
@@ -148,8 +164,9 @@ def test_a_script_of_the_user(tmp_path):
         (SCRIPT.encode().replace(b"def test_it", b"def it"), "no functions named test_"),
         (SCRIPT.encode() + b"def test_more():\n    pass\n", "2 functions named test_"),
         (SCRIPT.encode().replace(b'"b"', b'"b", edit={"file": "a"}'), "edit needs the texts"),
+        (SCRIPT.encode().replace(b'"b"', b'"b", fix=[{"file": "a"}]'), "edit needs the texts"),
         (SCRIPT.encode().replace(b'"b"', b'"b", params={"ept": 0}'), "params are texts"),
-        (SCRIPT.encode().replace(b'subject="x", ', b""), "missing 1 required keyword-only"),
+        (SCRIPT.encode().replace(b', vulnerable="a"', b""), "missing 1 required keyword-only"),
     ],
 )
 def test_what_is_no_reproducer(tmp_path, source, said):

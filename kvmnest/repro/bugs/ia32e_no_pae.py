@@ -14,6 +14,7 @@ BUG = Bug(
     fixed="v6.3-rc3",
     vulnerable="L2 runs in IA-32e mode with CR4.PAE 0",
     correct="VM entry fails: invalid guest state",
+    death="KvmError: KVM_RUN",  # of the VM, on newer kernels
     params={"ept": "0"},
     edit={
         "file": "arch/x86/kvm/vmx/nested.c",
