@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvmnest.cli.lab import add_options, emulator, parameters
-from kvmnest.errors import UsageError
+from kvmnest.errors import HarnessError, UsageError
 
 if TYPE_CHECKING:
     from kvmnest.found import Defect
@@ -35,12 +36,19 @@ def add_parser(subparsers: Any) -> None:
         description="List defects of KVM: what is seen, what the SDM says, which kernels have it,"
         " where it is in the source, what mends it. --verify runs their reproducers in the lab on"
         " a kernel as it is and on one whose KVM is built with the fixes.",
-        epilog="exit codes: 0 listed (--verify: each is seen, and gone with its fix), 1 --verify:"
-        " one is not, 2 usage, 3 harness or environment error, 130 interrupted",
+        epilog="exit codes: 0 listed or built (--verify: each is seen, and gone with its fix), 1"
+        " --verify: one is not, --build: a fix does not fit, 2 usage, 3 harness or environment"
+        " error, 130 interrupted",
     )
     parser.add_argument("ids", nargs="*", metavar="ID", help="only these, in full")
     parser.add_argument("--json", action="store_true", help="print a JSON document")
     parser.add_argument("--verify", action="store_true", help="have a kernel show them")
+    parser.add_argument(
+        "--build",
+        type=Path,
+        metavar="DIR",
+        help="put kvm.ko and kvm-intel.ko with the fixes into DIR, for --kvm-modules DIR",
+    )
     parser.add_argument(
         "--as-it-is", action="store_true", help="--verify: without building any fix"
     )
@@ -60,11 +68,15 @@ def run(options: argparse.Namespace) -> int:
     if unknown:
         raise UsageError(f"no such defect: {sorted(unknown)[0]} (kvmnest found lists them)")
     chosen = [defect for defect in defects if not options.ids or defect.id in options.ids]
+    if options.verify and options.build:
+        raise UsageError("--verify builds for itself: no --build")
     if options.verify:
         return _verify(chosen, options)
-    for name in ("as_it_is", "record", "kernel", "kvm_modules", "kvm_param", "boot"):
-        if getattr(options, name):
+    for name in ("as_it_is", "record", "kvm_modules", "kvm_param", "boot", "kernel"):
+        if getattr(options, name) and not (options.build and name == "kernel"):
             raise UsageError(f"--{name.replace('_', '-')} is for kvmnest found --verify")
+    if options.build:
+        return _build(chosen, options)
     shown = record.load()
     if options.json:
         entries = [
@@ -118,6 +130,30 @@ def _wrapped(text: str) -> None:
 def _function(case: str) -> str:
     """The case without its parameters, which kvmnest run takes as it is."""
     return case.partition("[")[0].rstrip("*")
+
+
+def _build(defects: Sequence[Defect], options: argparse.Namespace) -> int:
+    from kvmnest.found.verify import fixed_modules
+    from kvmnest.kernel.build import BuildError
+    from kvmnest.kernel.edits import EditError
+    from kvmnest.lab import kernels
+
+    release = kernels.resolve(options.kernel).release
+    try:
+        modules = fixed_modules(defects, release)
+    except (BuildError, EditError) as error:
+        print(f"kvmnest: the fixes do not fit {release}: {error}", file=sys.stderr)
+        return 1
+    try:
+        options.build.mkdir(parents=True, exist_ok=True)
+        for name in ("kvm.ko", "kvm-intel.ko"):
+            shutil.copyfile(modules / name, options.build / name)
+    except OSError as error:
+        raise HarnessError(f"cannot write to {options.build}: {error.strerror}") from error
+    print(
+        f"{options.build}: kvm.ko and kvm-intel.ko for {release} with the fixes of {len(defects)}"
+    )
+    return 0
 
 
 def _verify(defects: Sequence[Defect], options: argparse.Namespace) -> int:

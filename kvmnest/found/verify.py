@@ -63,10 +63,17 @@ def _line(defect: Defect, tree: Path) -> str:
     return f"{defect.file}:{line}"
 
 
+def fixed_modules(defects: Sequence[Defect], release: str) -> Path:
+    """Folder with modules that have the fixes of these defects. Raises as ``build_modules``."""
+    return build_modules(
+        [edit for defect in defects for edit in defect.reproducer.fix],
+        release,
+    )
+
+
 def _fixed(defects: Sequence[Defect], verifier: Verifier) -> dict[str, Seen]:
-    edits = [edit for defect in defects for edit in defect.reproducer.fix]
     try:
-        modules = build_modules(edits, verifier.release)
+        modules = fixed_modules(defects, verifier.release)
     except (EditError, BuildError) as error:
         nothing = Seen(NO_VERDICT, f"the fix does not fit {verifier.release}: {error}")
         return {defect.id: nothing for defect in defects}

@@ -104,6 +104,8 @@ def test_the_verb(capsys):
         (["--as-it-is"], "--as-it-is is for kvmnest found --verify"),
         (["--kernel", "newest"], "--kernel is for kvmnest found --verify"),
         (["--verify", "--kvm-modules", "/tmp"], "builds the modules itself"),
+        (["--verify", "--build", "fixed"], "no --build"),
+        (["--build", "fixed", "--record", "x.json"], "--record is for kvmnest found --verify"),
         (["--verify", "--record", "/nowhere/x.json"], "no such folder"),
     ],
 )
