@@ -26,6 +26,7 @@ from kvmnest.vmx import (
     Field,
     Interruptibility,
     IntrType,
+    Misc,
     PendingDebug,
     PinCtl,
     Rflags,
@@ -138,6 +139,25 @@ def test_events_refused_in_halt(l1: L1) -> None:
     ]
     wrong = [hex(info) for info in bad if tries({_INFO: info}) != BAD_GUEST]
     assert not wrong
+
+
+@pytest.mark.needs(Misc.ACTIVITY_WAIT_FOR_SIPI, PinCtl.ACTIVATE_PREEMPTION_TIMER)
+@pytest.mark.parametrize("name", ["interrupt", "NMI", "DB", "UD"])
+def test_events_refused_in_wait_for_sipi(l1: L1, name: str) -> None:
+    """In the wait-for-SIPI state no event can be injected."""
+    events = {
+        "interrupt": _interrupt(),
+        "NMI": _NMI,
+        "DB": _exception(Vector.DB),
+        "UD": _exception(Vector.UD),
+    }
+    tries = entries(l1)
+    # The timer ends the wait, should it begin.
+    tries.vmcs.update(tries.using(PinCtl.ACTIVATE_PREEMPTION_TIMER))
+    tries.vmcs.update({Field.VMX_PREEMPTION_TIMER_VALUE: 0, _RFLAGS: _IF_SET})
+    waiting = {_STATE: ActivityState.WAIT_FOR_SIPI}
+    assert tries(waiting) == Exit(ExitReason.PREEMPTION_TIMER)
+    assert tries({**waiting, _INFO: events[name]}) == BAD_GUEST
 
 
 # --- interruptibility state ---

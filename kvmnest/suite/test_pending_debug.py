@@ -6,7 +6,7 @@ import pytest
 
 from kvmnest.l1 import L1, code
 from kvmnest.suite.support.guest import Guest
-from kvmnest.vmx import Field, IntrType, Vector, intr_info
+from kvmnest.vmx import ActivityState, Field, IntrType, Misc, PinCtl, Vector, intr_info
 from kvmnest.vmx.outcome import Fault, Succeed
 
 pytestmark = [
@@ -28,6 +28,22 @@ def test_delivered_at_entry(l1: L1, pending: int) -> None:
     # It is used up.
     assert guest.vmcs.read(Field.GUEST_PENDING_DBG_EXCEPTIONS) == (0,)
     assert guest.go_on() == Succeed()
+
+
+@pytest.mark.needs(Misc.ACTIVITY_HLT, PinCtl.ACTIVATE_PREEMPTION_TIMER)
+@pytest.mark.parametrize("pending", [BS, B0, BS | B0], ids=["BS", "B0", "BS-B0"])
+def test_in_the_hlt_state(l1: L1, pending: int) -> None:
+    """The debug exception ends the HLT state; blocking by MOV SS is the only thing against it."""
+    guest = Guest(l1, PinCtl.ACTIVATE_PREEMPTION_TIMER)
+    seen = guest.run(
+        code.NOP,
+        EXCEPTION_BITMAP=1 << 1,
+        GUEST_ACTIVITY_STATE=ActivityState.HLT,
+        GUEST_PENDING_DBG_EXCEPTIONS=pending,
+        # Ends the HLT state if nothing else does.
+        VMX_PREEMPTION_TIMER_VALUE=100_000,
+    )
+    assert seen == guest.exception(Vector.DB, qualification=pending & ~(1 << 12))
 
 
 def test_delivered_to_l2(l1: L1) -> None:

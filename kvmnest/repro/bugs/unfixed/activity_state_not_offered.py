@@ -16,10 +16,10 @@ BUG = Bug(
             "function": "nested_vmx_check_guest_state",
             "expression": "if (nested_check_guest_non_reg_state(vmcs12))",
             "replacement": """
-                if (CC(vmcs12->guest_activity_state &&
+                if (nested_check_guest_non_reg_state(vmcs12) ||
+                    CC(vmcs12->guest_activity_state &&
                        !(to_vmx(vcpu)->nested.msrs.misc_low &
-                         BIT(5 + vmcs12->guest_activity_state))) ||
-                    nested_check_guest_non_reg_state(vmcs12))""",
+                         BIT(5 + vmcs12->guest_activity_state))))""",
         },
     ),
 )
