@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kvmnest.errors import HarnessError
+from kvmnest import reading
 from kvmnest.files import write_json
 from kvmnest.repro.corpus import Reproducer
 from kvmnest.repro.evidence import Seen
@@ -67,16 +67,34 @@ def edits_hash(reproducer: Reproducer) -> str:
 
 def load(path: Path = RECORD) -> Record:
     """Read a record. Raises HarnessError if it is damaged."""
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        if document["schema"] != SCHEMA:
-            raise ValueError(f"schema {document['schema']}, not {SCHEMA}")
-        return {
-            name: {release: _shown(entry) for release, entry in kernels.items()}
-            for name, kernels in document["shown"].items()
-        }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise HarnessError(f"{path} is no record of kvmnest found --verify: {error}") from error
+    document = reading.document(path, "record of kvmnest found --verify", _SCHEMA)
+    return {
+        name: {release: _shown(entry) for release, entry in kernels.items()}
+        for name, kernels in document["shown"].items()
+    }
+
+
+def _object(required: tuple[str, ...], **properties: object) -> dict[str, object]:
+    return {
+        "type": "object",
+        "required": [*required],
+        "additionalProperties": False,
+        "properties": properties,
+    }
+
+
+def _by_name(value: object) -> dict[str, object]:
+    return {"type": "object", "additionalProperties": value}
+
+
+_TEXT = {"type": "string"}
+_SEEN = _object(("verdict", "evidence"), verdict=_TEXT, evidence=_TEXT)
+_SHOWN = _object(
+    ("script", "stock"),
+    **dict.fromkeys(("script", "edits", "line"), _TEXT),
+    **dict.fromkeys(("stock", "together", "alone"), _SEEN),
+)
+_SCHEMA = _object(("schema", "shown"), schema={"const": SCHEMA}, shown=_by_name(_by_name(_SHOWN)))
 
 
 def _shown(entry: Mapping[str, Any]) -> Shown:

@@ -19,6 +19,7 @@ from kvmnest.cases import events
 from kvmnest.cli import bench
 from kvmnest.cli.main import main
 from kvmnest.errors import KvmnestError
+from kvmnest.found import record as found_record
 from kvmnest.fuzz import judge, machines
 from kvmnest.lab import bochs_build, bochs_source, cache, cpu_models, debian, kernels, modules
 from kvmnest.lab.decompress import vmlinux_of
@@ -326,6 +327,26 @@ READERS = {
             }
         ),
         refused(lambda p: evidence.save(p, evidence.start(p))),
+    ),
+    "found": Reader(
+        lambda: json_bytes(
+            {
+                "schema": 1,
+                "shown": {
+                    "a": {
+                        "7.3": {
+                            "script": "s",
+                            "stock": {"verdict": "VULNERABLE", "evidence": "x"},
+                            "edits": "e",
+                            "line": "a.c:1",
+                            "together": {"verdict": "FIXED", "evidence": "y"},
+                            "alone": {"verdict": "FIXED", "evidence": "y"},
+                        }
+                    }
+                },
+            }
+        ),
+        refused(lambda p: found_record.save(p, found_record.load(p))),
     ),
     "last failed": Reader(lambda: json_bytes(["test_a.py::test_b"]), refused(note_of_failures)),
     "offers": Reader(offers, refused(read_offers)),
