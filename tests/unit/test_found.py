@@ -50,9 +50,8 @@ def test_a_defect_is_told_in_full(defect):
     script = defect.reproducer
     assert not script.bug.subject
     assert script.fix
-    assert {edit.file for edit in script.fix} <= {
-        *("arch/x86/kvm/vmx/nested.c", "arch/x86/kvm/vmx/vmx.c", "virt/kvm/kvm_main.c")
-    }
+    for edit in script.fix:
+        assert edit.file.startswith(("arch/x86/kvm/", "virt/kvm/"))
     for name in ("seen", "right", "file", "function", "line", "loss", "fix", "witness"):
         assert getattr(defect, name), name
         assert "\n" not in getattr(defect, name)
