@@ -122,7 +122,7 @@ def save(path: Path, record: Record) -> None:
 
 def age(release: str) -> tuple[int, ...]:
     """Numbers of a release, by which kernels are sorted: 6.1.0-56 is older than 6.12.118."""
-    return tuple(int(number) for number in re.findall(r"\d+", release.partition("+")[0]))
+    return tuple(int(number) for number in re.findall(r"\d+", short(release)))
 
 
 def short(release: str) -> str:
