@@ -81,7 +81,7 @@ def save(l1: Machine, vcpu: Vcpu) -> VcpuState:
         sregs=vcpu.get_sregs(),
         regs=vcpu.get_regs(),
         msrs=_read_msrs(l1, vcpu),
-        xcrs=vcpu.get_xcrs(),
+        xcrs=_xcrs(vcpu),
         xsave=vcpu.get_xsave(),
         debugregs=vcpu.get_debugregs(),
         events=vcpu.get_vcpu_events(),
@@ -92,13 +92,20 @@ def save(l1: Machine, vcpu: Vcpu) -> VcpuState:
     )
 
 
+def _xcrs(vcpu: Vcpu) -> Any:
+    """The extended control registers; None on a processor without XSAVE, which has none to set."""
+    xcrs = vcpu.get_xcrs()
+    return xcrs if xcrs.nr_xcrs else None
+
+
 def restore(vcpu: Vcpu, state: VcpuState) -> None:
     """Write a vCPU's whole state into a fresh vCPU that has its CPUID already."""
     vcpu.set_sregs(state.sregs)
     vcpu.set_msrs(state.msrs)
     if state.tsc_offset is not None:
         vcpu.set_tsc_offset(state.tsc_offset)
-    vcpu.set_xcrs(state.xcrs)
+    if state.xcrs is not None:
+        vcpu.set_xcrs(state.xcrs)
     vcpu.set_xsave(state.xsave)
     if state.lapic is not None:
         vcpu.set_lapic(state.lapic)
