@@ -17,6 +17,7 @@ from kvmnest.lab import DEFAULT_KERNEL
 if TYPE_CHECKING:
     from kvmnest.lab.bochs_build import Progress
     from kvmnest.lab.emulators import Choice
+    from kvmnest.lab.fleet import Found
     from kvmnest.results.targets import Target
 
 
@@ -74,6 +75,11 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         epilog="exit codes: 0 listed, 2 usage, 3 no emulator can be used, 130 interrupted",
     )
     emulators.add_argument("--bochs", metavar="PATH", help="a Bochs of yours")
+    emulators.add_argument(
+        "--measure",
+        action="store_true",
+        help="do not list CPU models, but measure the speed of each Bochs",
+    )
     emulators.add_argument(
         "--kernel", metavar="SPEC", help=f"the kernel to ask (default: {DEFAULT_KERNEL})"
     )
@@ -233,6 +239,8 @@ def _emulators(args: argparse.Namespace) -> int:
     used = next((entry.emulator for entry in found if entry.used), None)
     if used is None:
         raise LabSetupError(found[0].why)
+    if args.measure:
+        return _measure([entry for entry in found if entry.emulator], args.kernel)
     models = cpu_models.usable(used.version, used.models)
     if args.json:
         offers = [] if args.no_boot else list(fleet.offers(used, args.kernel))
@@ -273,6 +281,19 @@ def _emulators(args: argparse.Namespace) -> int:
             print(f"      {line}")
         before = has or before
         sys.stdout.flush()
+    return 0
+
+
+def _measure(found: "Sequence[Found]", kernel: str | None) -> int:
+    """Print a table of CPU seconds, a row for each emulator as soon as it is measured."""
+    from kvmnest.lab.measure import ROUNDS, speeds
+
+    print(f"seconds of CPU, the least of {ROUNDS}: a cold boot; VM entries and exits of an L1")
+    print(f"{'boot':>6} {'L1':>6}  emulator", flush=True)
+    for entry, speed in zip(found, speeds([entry.path for entry in found], kernel), strict=True):
+        assert entry.emulator is not None
+        name = f"Bochs {entry.emulator.version}, {entry.origin}, {entry.path}"
+        print(f"{speed.boot:6.2f} {speed.work:6.2f}  {name}", flush=True)
     return 0
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kvmnest.lab import bochs, cpu_models, fleet
+from kvmnest.lab import bochs, cpu_models, fleet, measure
 from kvmnest.lab.errors import LabSetupError
 
 
@@ -132,3 +132,13 @@ def test_the_list() -> None:
     assert f"  {told['default']} (default)" in lines
     assert set(told["models"]) <= {line.split()[0] for line in lines}
     assert [entry["used"] for entry in told["emulators"]].count(True) == 1
+
+
+def test_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CPU seconds of the emulator's process: a command that computes costs more than the boot."""
+    monkeypatch.setattr(measure, "_WORK", ("python3", "-c", "sum(range(3_000_000))"))
+    path = bochs.locate().path
+    (row,) = measure.speeds([path], rounds=1)
+    assert row.path == path
+    assert row.boot > 1
+    assert row.work > 0.2
