@@ -107,7 +107,9 @@ def test_needs_ept(l1: L1, flag: Proc2Ctl | Proc3Ctl) -> None:
     expect_refused(tries, BAD_CONTROL, [{**fields, **tries.using(flag)}])
     if flag in (Proc2Ctl.UNRESTRICTED_GUEST, Proc2Ctl.ENABLE_PML):
         with_ept = tries.using(flag, Proc2Ctl.ENABLE_EPT)
-        expect_accepted(tries, [{**fields, **with_ept, _EPTP: l1.sym("ept_pml4") | 0x5E}])
+        # Page-modification logging needs the accessed and dirty flags, bit 6, too.
+        eptp = l1.sym("ept_pml4") | (0x5E if flag is Proc2Ctl.ENABLE_PML else 0x1E)
+        expect_accepted(tries, [{**fields, **with_ept, _EPTP: eptp}])
 
 
 @pytest.mark.needs(Proc2Ctl.ENABLE_EPT, Proc2Ctl.ENABLE_PML, EptVpidCap.ACCESSED_DIRTY)
