@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from kvmnest.errors import UsageError
+
 
 def add_parser(subparsers: Any) -> None:
     """Add the verb."""
@@ -23,6 +25,12 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--needs", metavar="TEXT", help="only those that need something of which this is a part"
     )
+    parser.add_argument(
+        "--against",
+        metavar="SUITE",
+        help="list the tests of another suite (kvm-unit-tests, selftests, XTF, guest-tests) with"
+        " the cases that assert the same, and what is missing",
+    )
     parser.add_argument("--json", action="store_true", help="print a JSON document")
 
 
@@ -30,6 +38,8 @@ def run(options: argparse.Namespace) -> int:
     """Run the verb."""
     from kvmnest.results import listing, names
 
+    if options.against is not None:
+        return _against(options)
     found = listing.cases(options.selected, options.keyword)
     if options.patch is not None:
         found = [case for case in found if case.series == options.patch]
@@ -61,6 +71,20 @@ def run(options: argparse.Namespace) -> int:
     reasons = {case.skip for case in found if case.skip}
     if len(reasons) == 1:
         print(f"the others cannot: {reasons.pop()}")
+    return 0
+
+
+def _against(options: argparse.Namespace) -> int:
+    from kvmnest import anchors
+
+    if options.selected or options.keyword or options.patch is not None or options.needs:
+        raise UsageError("--against lists another suite: it goes with --json only")
+    if options.json:
+        found = [{**asdict(row), "state": row.state} for row in anchors.of(options.against)]
+        print(json.dumps(found, indent=1))
+        return 0
+    for line in anchors.lines(options.against):
+        print(line)
     return 0
 
 

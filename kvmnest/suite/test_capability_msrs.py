@@ -3,7 +3,17 @@
 import pytest
 
 from kvmnest.l1 import L1
-from kvmnest.vmx import EntryCtl, ExitCtl, Field, Msr, PinCtl, ProcCtl, Vector
+from kvmnest.vmx import (
+    EntryCtl,
+    EptVpidCap,
+    ExitCtl,
+    Field,
+    Msr,
+    PinCtl,
+    Proc2Ctl,
+    ProcCtl,
+    Vector,
+)
 from kvmnest.vmx.msrs import VMX_MSRS
 from kvmnest.vmx.outcome import Fault, Succeed
 
@@ -37,6 +47,28 @@ def test_l1_reads_what_kvm_reports(l1: L1) -> None:
     assert values
     for msr, value in values.items():
         assert l1.rdmsr(msr) == Succeed(value), hex(msr)
+
+
+#: Bits of capability MSRs that the SDM defines.
+DEFINED = {
+    Msr.IA32_VMX_BASIC: (1 << 31) - 1 | 0x1FFF << 32 | 0x1FF << 48 | 1 << 58,
+    Msr.IA32_VMX_MISC: (1 << 64) - 1 & ~(0x1F << 9 | 1 << 31),
+    Msr.IA32_VMX_VMCS_ENUM: 0x3FE,
+    Msr.IA32_VMX_EPT_VPID_CAP: sum(EptVpidCap) | 0x3F << 48,
+}
+
+
+@pytest.mark.parametrize("msr", DEFINED, ids=lambda msr: msr.name)
+def test_reserved_bits_are_0(l1: L1, msr: Msr) -> None:
+    """Bits that have no meaning are reported as 0."""
+    if msr not in _present(l1):
+        pytest.skip(f"no {msr.name}")
+    value = l1.rdmsr(msr).value
+    assert value & ~DEFINED[msr] == 0
+    if msr is Msr.IA32_VMX_MISC:
+        assert value >> 16 & 0x1FF <= 256  # CR3-target values
+        if l1.caps.supports(Proc2Ctl.UNRESTRICTED_GUEST):
+            assert value & 1 << 5  # VM exits save IA32_EFER.LMA
 
 
 def test_read_only(l1: L1) -> None:

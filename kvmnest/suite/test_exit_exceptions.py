@@ -316,3 +316,19 @@ def test_blocking_is_saved(l1: L1, blocking: int) -> None:
         info = intr_info(vector, IntrType.HARDWARE_EXCEPTION, True)
         assert seen == Exit(ExitReason.EXCEPTION_NMI, rip=guest.at(), intr_info=info)
         assert guest.vmcs[Field.GUEST_INTERRUPTIBILITY_INFO] == blocking
+
+
+# --- an instruction of another vendor ---
+
+
+@pytest.mark.parametrize("intercepted", [True, False], ids=["intercepted", "not-intercepted"])
+def test_vmmcall(l1: L1, intercepted: bool) -> None:
+    """VMMCALL is no instruction of this processor: #UD, no VMCALL exit, and L2's code stays."""
+    vmmcall = b"\x0f\x01\xd9"
+    guest = Guest(l1)
+    seen = guest.run(vmmcall, EXCEPTION_BITMAP=1 << Vector.UD if intercepted else 0)
+    if intercepted:
+        assert seen == guest.exception(Vector.UD)
+    else:
+        assert seen == Fault(Vector.UD, rip=0)
+    assert l1.read(l1.sym("l2_code"), 3) == vmmcall

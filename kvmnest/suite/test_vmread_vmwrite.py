@@ -143,6 +143,19 @@ def test_operand_not_mapped(l1: L1, name: str) -> None:
         assert seen == Fault(Vector.PF, error_code=write, cr2=at, rip=0), field.name
 
 
+@pytest.mark.sdm(SDM_WRITE)
+@pytest.mark.parametrize("rflags", [0x2, 0x8D7], ids=["clear", "set"])
+def test_vmwrite_from_unmapped_memory(l1: L1, rflags: int) -> None:
+    """The fault leaves the status flags as they were, and the field."""
+    l1.launchable()
+    for field in (Field.GUEST_RIP, Field.GUEST_LDTR_LIMIT):
+        before = l1.vmread(field)
+        seen = _do(l1, "vmwrite", field, at=0x40000120, rflags=rflags)
+        assert seen == Fault(Vector.PF, error_code=0, cr2=0x40000120, rip=0), field.name
+        assert seen.rflags & 0x8D5 == rflags & 0x8D5, field.name
+        assert l1.vmread(field) == before, field.name
+
+
 @pytest.mark.parametrize("name", BOTH)
 def test_operand_not_canonical(l1: L1, name: str) -> None:
     """#GP(0) through DS, #SS(0) through SS."""
