@@ -13,7 +13,7 @@ from pathlib import Path
 from kvmnest import reading
 from kvmnest.errors import KvmnestError
 from kvmnest.lab import cache
-from kvmnest.results import names
+from kvmnest.results import listing, names
 from kvmnest.results.model import Run
 
 _SCHEMA = {"type": "array", "items": {"type": "string"}}
@@ -32,6 +32,10 @@ def narrow(selected: Sequence[str]) -> list[str]:
         failed = [name for name in failed if name.startswith(wanted)]
     else:
         failed = [name for name in failed if not name.startswith("/")]
+    if any("[" in name and not name.startswith("/") for name in failed):
+        # The parameters of a case may have become others since.
+        ids = {case.id for case in listing.cases([])}
+        failed = [name for name in failed if name.startswith("/") or name in ids]
     return failed or list(selected)
 
 

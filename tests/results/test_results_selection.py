@@ -110,7 +110,14 @@ def test_last_failed_of_another_folder(sample, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "name",
-    ["test_m.py::test_a", "test_vpid.py::test_gone[x]", "/nowhere/test_m.py::test_a", "x", ""],
+    [
+        "test_m.py::test_a",
+        "test_vpid.py::test_gone[x]",
+        "test_vpid.py::test_two_guests[gone]",
+        "/nowhere/test_m.py::test_a",
+        "x",
+        "",
+    ],
 )
 def test_last_failed_of_a_suite_that_has_no_such_case(tmp_path, monkeypatch, name):
     """What an older version, or another folder, left in the memory is no reason to stop."""
