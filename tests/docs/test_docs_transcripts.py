@@ -55,7 +55,7 @@ def test_options(tmp_path: Path) -> None:
     cut = shown[7:]
     assert [cut[2], cut[4]] == ["$ kvmnest --help", "..."]
     assert len(cut) == 8
-    page.write_text(page.read_text().replace("exit=3", "exit=1"))
+    page.write_text(page.read_text().replace("exit=2", "exit=1"))
     assert transcripts(str(page)).returncode == 3
 
 
