@@ -238,7 +238,9 @@ def test_a_build_that_is_interrupted_goes_on(small: Path, tmp_path: Path, number
     assert process.returncode == 0, output
     assert "going on with the build" in output
     program = Path(output.splitlines()[-1])
-    assert (program.parent / "build.log").read_text().count("echo one") == 1
+    # Not compiled again; SIGKILL may have lost the line of the first time.
+    compiled = (program.parent / "build.log").read_text().count("echo one")
+    assert compiled == 1 or (compiled == 0 and number == signal.SIGKILL)
 
 
 def test_two_builders(small: Path, tmp_path: Path) -> None:
