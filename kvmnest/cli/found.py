@@ -150,9 +150,8 @@ def _build(defects: Sequence[Defect], options: argparse.Namespace) -> int:
             shutil.copyfile(modules / name, options.build / name)
     except OSError as error:
         raise HarnessError(f"cannot write to {options.build}: {error.strerror}") from error
-    print(
-        f"{options.build}: kvm.ko and kvm-intel.ko for {release} with the fixes of {len(defects)}"
-    )
+    fixes = f"{len(defects)} fix{'' if len(defects) == 1 else 'es'}"
+    print(f"{options.build}: kvm.ko and kvm-intel.ko for {release} with {fixes}")
     return 0
 
 

@@ -19,7 +19,7 @@ def test_verify_and_build(capsys, tmp_path):
     assert shown.line.startswith("arch/x86/kvm/vmx/nested.c:")
     assert main(["found", "--build", str(tmp_path / "fixed"), DEFECT]) == 0
     assert (tmp_path / "fixed/kvm.ko").stat().st_size > 100_000
-    assert "with the fixes of 1 defects" in capsys.readouterr().out
+    assert "with 1 fix\n" in capsys.readouterr().out
 
 
 def test_a_fix_that_does_not_fit(capsys, tmp_path):
