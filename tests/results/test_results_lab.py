@@ -71,7 +71,6 @@ def test_nothing_selected_boots_nothing(tmp_path):
     ("arguments", "text"),
     [
         (("-k", "not ("), "Wrong expression passed to '-k'"),
-        (("test_vmxon.py::test_no_such_case",), "test_no_such_case"),
     ],
 )
 def test_a_wrong_selection_is_a_usage_error(tmp_path, arguments, text):
