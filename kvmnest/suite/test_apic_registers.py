@@ -6,7 +6,7 @@ import pytest
 
 from kvmnest.l1 import L1, code
 from kvmnest.suite.support.bitmaps import set_msr_bitmap
-from kvmnest.suite.support.guest import NOT_VALID, Guest
+from kvmnest.suite.support.guest import Guest
 from kvmnest.suite.support.virtual_apic import DELIVERY, VICR_LO, VTPR, VirtualApic
 from kvmnest.vmx import ApicAccess, ApicAccessType, ExitReason, Field, Msr, Proc2Ctl, ProcCtl
 from kvmnest.vmx.outcome import Exit, Fault, Succeed
@@ -67,23 +67,13 @@ class _Apic:
         return {at: value for at, value in seen.items() if value != _value(at)}
 
     def access_exit(self, offset: int, kind: ApicAccessType) -> Exit:
-        return Exit(
-            ExitReason.APIC_ACCESS,
-            qualification=ApicAccess(offset, kind).encode(),
-            rip=self.guest.at(),
-            intr_info=NOT_VALID,
-            idt_info=NOT_VALID,
+        return self.guest.exit(
+            ExitReason.APIC_ACCESS, qualification=ApicAccess(offset, kind).encode()
         )
 
     def write_exit(self, offset: int, length: int) -> Exit:
         """The APIC-write exit, behind the instruction."""
-        return Exit(
-            ExitReason.APIC_WRITE,
-            qualification=offset,
-            rip=self.guest.at(length),
-            intr_info=NOT_VALID,
-            idt_info=NOT_VALID,
-        )
+        return self.guest.exit(ExitReason.APIC_WRITE, offset=length, qualification=offset)
 
 
 # --- the APIC-access page ---
@@ -187,13 +177,8 @@ def test_write_with_interrupt_delivery(l1: L1) -> None:
     # Each of these says something else, and exits: no shorthand, to all, NMI, level, a low vector.
     for value in (0x00051, 0x80051, 0xC0051, 0x40451, 0x48051, 0x4000F):
         seen = guest.run(store, command | {"rax": value})
-        assert seen == Exit(
-            ExitReason.APIC_WRITE,
-            qualification=ICR_LOW,
-            rip=guest.at(2),
-            intr_info=NOT_VALID,
-            idt_info=NOT_VALID,
-        ), hex(value)
+        written = guest.exit(ExitReason.APIC_WRITE, offset=2, qualification=ICR_LOW)
+        assert seen == written, hex(value)
         assert apic.register(VICR_LO) == value
     assert apic.state() == ([], [0x31, 0x51], 0, 0x51)
 
@@ -201,10 +186,8 @@ def test_write_with_interrupt_delivery(l1: L1) -> None:
 # --- x2APIC MSRs ---
 
 
-@pytest.mark.needs(Proc2Ctl.VIRTUALIZE_X2APIC_MODE, ProcCtl.USE_MSR_BITMAPS)
-@pytest.mark.sdm("Virtualizing MSR-Based APIC Accesses")
-def test_rdmsr(l1: L1) -> None:
-    """RDMSR of 800H to 8FFH reads 64 bits of the virtual-APIC page, also where there is no MSR."""
+def _x2apic(l1: L1) -> Guest:
+    """A guest whose x2APIC MSRs are those of the virtual-APIC page."""
     guest = Guest(
         l1,
         ProcCtl.USE_TPR_SHADOW,
@@ -212,10 +195,18 @@ def test_rdmsr(l1: L1) -> None:
         Proc2Ctl.VIRTUALIZE_X2APIC_MODE,
         Proc2Ctl.APIC_REGISTER_VIRTUALIZATION,
     )
+    guest.vmcs[Field.VIRTUAL_APIC_PAGE_ADDR] = l1.sym("virtual_apic")
+    guest.vmcs[Field.TPR_THRESHOLD] = 0
+    return guest
+
+
+@pytest.mark.needs(Proc2Ctl.VIRTUALIZE_X2APIC_MODE, ProcCtl.USE_MSR_BITMAPS)
+@pytest.mark.sdm("Virtualizing MSR-Based APIC Accesses")
+def test_rdmsr(l1: L1) -> None:
+    """RDMSR of 800H to 8FFH reads 64 bits of the virtual-APIC page, also where there is no MSR."""
+    guest = _x2apic(l1)
     set_msr_bitmap(l1)
     page = l1.sym("virtual_apic")
-    guest.vmcs[Field.VIRTUAL_APIC_PAGE_ADDR] = page
-    guest.vmcs[Field.TPR_THRESHOLD] = 0
     for msr in range(0x800, 0x900):
         l1.write_int(page + 16 * (msr & 0xFF), 0xB00 << 32 | msr, 16)
     l1.write_int(page + VTPR, 0xB00 << 32 | Msr.X2APIC_TPR, 16)
@@ -229,18 +220,10 @@ def test_rdmsr(l1: L1) -> None:
 @pytest.mark.sdm("Virtualizing MSR-Based APIC Accesses")
 def test_msr_bitmap_comes_first(l1: L1) -> None:
     """An access whose bit is set in the MSR bitmap exits, whatever would be virtualized."""
-    guest = Guest(
-        l1,
-        ProcCtl.USE_TPR_SHADOW,
-        ProcCtl.USE_MSR_BITMAPS,
-        Proc2Ctl.VIRTUALIZE_X2APIC_MODE,
-        Proc2Ctl.APIC_REGISTER_VIRTUALIZATION,
-    )
+    guest = _x2apic(l1)
     msrs = (*range(0x800, 0x840), 0x87F, 0x8FF)
     both = [(part, msr) for part in ("read-low", "write-low") for msr in msrs]
     set_msr_bitmap(l1, both)
-    guest.vmcs[Field.VIRTUAL_APIC_PAGE_ADDR] = l1.sym("virtual_apic")
-    guest.vmcs[Field.TPR_THRESHOLD] = 0
     for msr in msrs:
         regs = {"rcx": msr, "rax": 0, "rdx": 0}
         assert guest.run(code.RDMSR, regs) == guest.exit(ExitReason.RDMSR, 2), hex(msr)

@@ -20,7 +20,7 @@ from kvmnest.suite.support.ept import (
     poke,
     preset_flags,
 )
-from kvmnest.suite.support.guest import NOT_VALID, Guest, Masked
+from kvmnest.suite.support.guest import Guest, Masked
 from kvmnest.vmx import EptVpidCap, ExitReason, Field, Proc2Ctl
 from kvmnest.vmx.outcome import Exit, Succeed
 
@@ -226,13 +226,7 @@ def test_full(l1: L1, index: int) -> None:
     guest = window.guest
     seen = guest.run(Access.WRITE.value[1], {"rdi": window.linear, "rax": 0})
     # Only bit 12 (NMI unblocking due to IRET) is defined.
-    assert seen == Exit(
-        ExitReason.PML_FULL,
-        qualification=Masked(0, 1 << 12),
-        rip=guest.at(),
-        intr_info=NOT_VALID,
-        idt_info=NOT_VALID,
-    )
+    assert seen == guest.exit(ExitReason.PML_FULL, qualification=Masked(0, 1 << 12))
     assert _log(l1) == {}
     assert not window.get(1) & DIRTY
     assert l1.read(window.page, 8) == b"\xc3" * 8

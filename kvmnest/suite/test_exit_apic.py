@@ -50,13 +50,7 @@ def _vtpr(l1: L1) -> int:
 
 
 def _below(guest: Guest, offset: int) -> Exit:
-    return Exit(
-        ExitReason.TPR_BELOW_THRESHOLD,
-        qualification=0,
-        rip=guest.at(offset),
-        intr_info=NOT_VALID,
-        idt_info=NOT_VALID,
-    )
+    return guest.exit(ExitReason.TPR_BELOW_THRESHOLD, offset=offset)
 
 
 # --- CR8 ---
@@ -205,13 +199,7 @@ def _access(guest: Guest, instruction: bytes, offset: int) -> Outcome:
 
 
 def _apic_exit(guest: Guest, offset: int, kind: ApicAccessType) -> Exit:
-    return Exit(
-        ExitReason.APIC_ACCESS,
-        qualification=ApicAccess(offset, kind).encode(),
-        rip=guest.at(),
-        intr_info=NOT_VALID,
-        idt_info=NOT_VALID,
-    )
+    return guest.exit(ExitReason.APIC_ACCESS, qualification=ApicAccess(offset, kind).encode())
 
 
 @pytest.mark.needs(Proc2Ctl.VIRTUALIZE_APIC_ACCESSES)
@@ -275,11 +263,9 @@ def test_apic_access_of_a_delivery(l1: L1) -> None:
     assert guest.run(code.NOP, GUEST_RSP=page + 0x800) == Succeed()
     # UD2 pushes SS first.
     seen = guest.run(code.UD2, GUEST_RSP=page + 0x800)
-    assert seen == Exit(
+    assert seen == guest.exit(
         ExitReason.APIC_ACCESS,
         qualification=ApicAccess(0x7F8, ApicAccessType.LINEAR_EVENT_DELIVERY).encode(),
-        rip=guest.at(),
-        intr_info=NOT_VALID,
         idt_info=intr_info(Vector.UD, IntrType.HARDWARE_EXCEPTION),
     )
 

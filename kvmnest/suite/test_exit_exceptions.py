@@ -281,13 +281,7 @@ def test_triple_fault(l1: L1) -> None:
     """A triple fault of L2 exits without interruption information, and L1 lives on."""
     guest = Guest(l1)
     seen = guest.run(code.UD2, GUEST_IDTR_LIMIT=0)
-    assert seen == Exit(
-        ExitReason.TRIPLE_FAULT,
-        qualification=0,
-        rip=guest.at(),
-        intr_info=NOT_VALID,
-        idt_info=NOT_VALID,
-    )
+    assert seen == guest.exit(ExitReason.TRIPLE_FAULT)
     assert guest.vmcs.read(Field.GUEST_ACTIVITY_STATE) == (0,)
     # L1 repairs L2, which goes on.
     guest.vmcs[Field.GUEST_IDTR_LIMIT] = 0xFFF

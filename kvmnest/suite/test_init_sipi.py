@@ -12,7 +12,7 @@ from kvmnest.errors import HarnessError
 from kvmnest.kvm import Cap, KvmError, exits
 from kvmnest.l1 import L1, code
 from kvmnest.suite.support.apic import Apic
-from kvmnest.suite.support.guest import NOT_VALID, Guest
+from kvmnest.suite.support.guest import Guest
 from kvmnest.vmx import ActivityState, ExitReason, Field, Misc, Rflags, Vector
 from kvmnest.vmx.outcome import Exit, HostExit, Succeed
 
@@ -43,13 +43,7 @@ def _stopped(l1: L1, behind: bytes = code.NOP, **fields: int) -> Guest:
 
 
 def _exit(guest: Guest, reason: ExitReason, qualification: int, offset: int) -> Exit:
-    return Exit(
-        reason,
-        qualification=qualification,
-        rip=guest.at(offset),
-        intr_info=NOT_VALID,
-        idt_info=NOT_VALID,
-    )
+    return guest.exit(reason, offset=offset, qualification=qualification)
 
 
 def test_init_in_l2(l1: L1) -> None:

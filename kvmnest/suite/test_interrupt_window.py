@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kvmnest.l1 import L1, code
-from kvmnest.suite.support.guest import NOT_VALID, Guest
+from kvmnest.suite.support.guest import Guest
 from kvmnest.vmx import ExitReason, Field, IntrType, ProcCtl, Vector, intr_info
 from kvmnest.vmx.outcome import Exit, Fault, Succeed
 
@@ -20,13 +20,7 @@ POPFQ = b"\x50\x9d"  # PUSH RAX; POPFQ
 
 
 def _window(guest: Guest, offset: int = 0) -> Exit:
-    return Exit(
-        ExitReason.INTERRUPT_WINDOW,
-        qualification=0,
-        rip=guest.at(offset),
-        intr_info=NOT_VALID,
-        idt_info=NOT_VALID,
-    )
+    return guest.exit(ExitReason.INTERRUPT_WINDOW, offset=offset)
 
 
 @pytest.mark.parametrize(

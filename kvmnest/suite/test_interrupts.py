@@ -34,13 +34,7 @@ def _guest(l1: L1, *, exiting: bool, acknowledge: bool = False) -> Guest:
 def _interrupted(guest: Guest, offset: int = 0, vector: int | None = None) -> Exit:
     """The exit by an external interrupt before the instruction at an offset."""
     info = NOT_VALID if vector is None else intr_info(vector, IntrType.EXTERNAL_INTERRUPT)
-    return Exit(
-        ExitReason.EXTERNAL_INTERRUPT,
-        qualification=0,
-        rip=guest.at(offset),
-        intr_info=info,
-        idt_info=NOT_VALID,
-    )
+    return guest.exit(ExitReason.EXTERNAL_INTERRUPT, offset=offset, intr_info=info)
 
 
 @pytest.mark.needs(PinCtl.EXTERNAL_INTERRUPT_EXITING, ExitCtl.ACKNOWLEDGE_INTERRUPT_ON_EXIT)

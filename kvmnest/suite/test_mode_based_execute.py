@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import struct
 
 import pytest
 
@@ -19,11 +18,12 @@ from kvmnest.suite.support.ept import (
     invalidate,
     poke,
     qualification,
+    set_everywhere,
     with_linear_rights,
 )
-from kvmnest.suite.support.guest import NOT_VALID, Guest, Masked
-from kvmnest.vmx import EptQualification, EptVpidCap, ExitReason, Proc2Ctl
-from kvmnest.vmx.outcome import Exit, Outcome, Succeed
+from kvmnest.suite.support.guest import Guest, Masked
+from kvmnest.vmx import EptQualification, EptVpidCap, Proc2Ctl
+from kvmnest.vmx.outcome import Outcome, Succeed
 
 pytestmark = [
     pytest.mark.series(19),
@@ -55,10 +55,7 @@ class _Window(Window):
 
     def __init__(self, l1: L1) -> None:
         super().__init__(Guest(l1, Proc2Ctl.MODE_BASED_EXECUTE, ept=True))
-        start, end = l1.sym("ept_pml4"), l1.sym("ept_pml4_pt") + 8 * (l1.sym("RAM_SIZE") >> 12)
-        count = (end - start) // 8
-        entries = struct.unpack(f"<{count}Q", l1.read(start, end - start))
-        l1.write(start, struct.pack(f"<{count}Q", *(e | XU if e & RWX else e for e in entries)))
+        set_everywhere(l1, XU)
         for level in self.levels:
             l1.write_int(self.entry(level), self.get(level) | XU)
         self.user = True
@@ -81,16 +78,8 @@ class _Window(Window):
         known = qualification(kind.bit, rights & RWX)
         bit6 = EptQualification(user_executable=True).encode()
         known = Masked(known.value | (bit6 if rights & XU else 0), known.mask | bit6)
-        linear = self.linear + OFFSET
-        return Exit(
-            ExitReason.EPT_VIOLATION,
-            qualification=with_linear_rights(self.l1, known, user=self.user),
-            rip=linear if kind is Access.FETCH else self.guest.at(),
-            intr_info=NOT_VALID,
-            idt_info=NOT_VALID,
-            linear=linear,
-            physical=self.gpa + OFFSET,
-        )
+        rights_of_linear = with_linear_rights(self.l1, known, user=self.user)
+        return self.violation(kind, rights, OFFSET, rights_of_linear)
 
 
 def _mixes(l1: L1) -> list[int]:
@@ -158,16 +147,8 @@ def test_bit_10_without_the_control(l1: L1) -> None:
         window.map(user)
         for bit10 in (0, XU):
             window.permit(1, R | W | bit10)
-            linear = window.linear + OFFSET
-            expected = Exit(
-                ExitReason.EPT_VIOLATION,
-                qualification=with_linear_rights(l1, qualification(X, R | W), user=user),
-                rip=linear,
-                intr_info=NOT_VALID,
-                idt_info=NOT_VALID,
-                linear=linear,
-                physical=window.gpa + OFFSET,
-            )
+            known = with_linear_rights(l1, qualification(X, R | W), user=user)
+            expected = window.violation(Access.FETCH, R | W, OFFSET, known)
             assert window.access(Access.FETCH, OFFSET) == expected
             window.permit(1, RWX | bit10)
             assert window.access(Access.FETCH, OFFSET) == Succeed()

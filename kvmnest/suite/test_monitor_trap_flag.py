@@ -6,7 +6,7 @@ import pytest
 
 from kvmnest.l1 import L1, code
 from kvmnest.suite.support.bitmaps import set_msr_bitmap
-from kvmnest.suite.support.guest import NOT_VALID, Guest
+from kvmnest.suite.support.guest import Guest
 from kvmnest.vmx import ExitReason, Field, IntrType, Msr, ProcCtl, Rflags, Vector, intr_info
 from kvmnest.vmx.outcome import Exit, Fault, HostExit, Succeed
 
@@ -26,13 +26,7 @@ def _guest(l1: L1, *flags: ProcCtl) -> Guest:
 
 
 def _trap(guest: Guest, offset: int) -> Exit:
-    return Exit(
-        ExitReason.MONITOR_TRAP_FLAG,
-        qualification=0,
-        rip=guest.at(offset),
-        intr_info=NOT_VALID,
-        idt_info=NOT_VALID,
-    )
+    return guest.exit(ExitReason.MONITOR_TRAP_FLAG, offset=offset)
 
 
 def test_each_instruction(l1: L1) -> None:

@@ -10,9 +10,9 @@ from kvmnest.kvm import Cap, KvmError
 from kvmnest.kvm.exits import IO_OUT, IoExit
 from kvmnest.l1 import L1, code
 from kvmnest.suite.support.bitmaps import set_io_bitmaps, set_msr_bitmap
-from kvmnest.suite.support.guest import NOT_VALID, Guest
+from kvmnest.suite.support.guest import Guest
 from kvmnest.vmx import EntryCtl, ExitCtl, ExitReason, Field, Msr, PinCtl, ProcCtl
-from kvmnest.vmx.outcome import Exit, HostExit, Succeed
+from kvmnest.vmx.outcome import HostExit, Succeed
 
 pytestmark = [
     pytest.mark.series(24),
@@ -163,11 +163,5 @@ def test_triple_fault_ends_an_event(l1: L1) -> None:
     events.triple_fault.pending = 1
     events.flags |= 0x20  # KVM_VCPUEVENT_VALID_TRIPLE_FAULT
     l1.vcpu.set_vcpu_events(events)
-    assert guest.resume() == Exit(
-        ExitReason.TRIPLE_FAULT,
-        qualification=0,
-        rip=guest.at(len(OUT)),
-        intr_info=NOT_VALID,
-        idt_info=NOT_VALID,
-    )
+    assert guest.resume() == guest.exit(ExitReason.TRIPLE_FAULT, offset=len(OUT))
     assert guest.run(b"") == Succeed()

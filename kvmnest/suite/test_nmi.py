@@ -39,23 +39,11 @@ def _guest(l1: L1, *flags: PinCtl | ProcCtl) -> Guest:
 
 
 def _nmi_exit(guest: Guest, offset: int = 0) -> Exit:
-    return Exit(
-        ExitReason.EXCEPTION_NMI,
-        qualification=0,
-        rip=guest.at(offset),
-        intr_info=NMI_INFO,
-        idt_info=NOT_VALID,
-    )
+    return guest.exit(ExitReason.EXCEPTION_NMI, offset=offset, intr_info=NMI_INFO)
 
 
 def _window(guest: Guest, offset: int = 0) -> Exit:
-    return Exit(
-        ExitReason.NMI_WINDOW,
-        qualification=0,
-        rip=guest.at(offset),
-        intr_info=NOT_VALID,
-        idt_info=NOT_VALID,
-    )
+    return guest.exit(ExitReason.NMI_WINDOW, offset=offset)
 
 
 def _blocking(guest: Guest) -> int:

@@ -2,80 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import pytest
 
 from kvmnest.kvm.exits import IO_OUT, IoExit
 from kvmnest.l1 import L1, code
-from kvmnest.suite.support.apic import Apic
-from kvmnest.suite.support.guest import NOT_VALID
-from kvmnest.suite.support.virtual_apic import DELIVERY, VirtualApic
-from kvmnest.vmx import ExitCtl, ExitReason, Field, IntrType, Msr, PinCtl, intr_info
+from kvmnest.suite.support.virtual_apic import NOTIFICATION, POSTED, PostedInterrupts
+from kvmnest.vmx import ExitReason, IntrType, Msr, intr_info
 from kvmnest.vmx.outcome import Exit, Fault, HostExit, Succeed
 
-_NEEDS = (
-    *DELIVERY,
-    PinCtl.PROCESS_POSTED_INTERRUPTS,
-    ExitCtl.ACKNOWLEDGE_INTERRUPT_ON_EXIT,
-)
 pytestmark = [
     pytest.mark.series(20),
     pytest.mark.sdm("Posted-Interrupt Processing"),
-    pytest.mark.needs(*_NEEDS),
+    pytest.mark.needs(*POSTED),
 ]
 
-NOTIFICATION = 0xF2
 VECTOR = 0x51
 IF = 0x202
 _LATER = 20_000_000  # the APIC timer of KVM counts at 1 GHz
-_OUTSTANDING = 256  # the bit behind the 256 of the posted-interrupt requests
 OUT_80 = code.out8(0x80)
 
 
-class _Posted:
-    """L2 with virtual-interrupt delivery and a posted-interrupt descriptor, and L1's APIC."""
-
-    def __init__(self, l1: L1) -> None:
-        self.l1, self.apic = l1, Apic(l1)
-        self.virtual = VirtualApic(
-            l1, PinCtl.PROCESS_POSTED_INTERRUPTS, ExitCtl.ACKNOWLEDGE_INTERRUPT_ON_EXIT
-        )
-        self.guest = self.virtual.guest
-        self.descriptor = l1.alloc() + 64
-        self.guest.vmcs[Field.POSTED_INTR_NV] = NOTIFICATION
-        self.guest.vmcs[Field.POSTED_INTR_DESC_ADDR] = self.descriptor
-
-    def post(self, vectors: Iterable[int], outstanding: bool = True) -> None:
-        """Fill in the descriptor; the rest of it belongs to software."""
-        bits = sum(1 << vector for vector in vectors) | outstanding << _OUTSTANDING
-        self.l1.write_int(self.descriptor, bits | 0x5A << 504, 64)
-
-    def left(self) -> tuple[list[int], bool]:
-        """Vectors that are still posted, and whether a notification is outstanding."""
-        bits = self.l1.read_int(self.descriptor, 64)
-        assert bits >> 504 == 0x5A
-        return [n for n in range(256) if bits >> n & 1], bool(bits >> _OUTSTANDING & 1)
-
-    def dismissed(self) -> bool:
-        """Whether the notification is gone from L1's local APIC."""
-        return (self.apic.requested(), self.apic.in_service()) == ([], [])
-
-
-def _interrupted(posted: _Posted, vector: int, offset: int = 0) -> Exit:
-    return Exit(
+def _interrupted(posted: PostedInterrupts, vector: int, offset: int = 0) -> Exit:
+    return posted.guest.exit(
         ExitReason.EXTERNAL_INTERRUPT,
-        qualification=0,
-        rip=posted.guest.at(offset),
+        offset=offset,
         intr_info=intr_info(vector, IntrType.EXTERNAL_INTERRUPT),
-        idt_info=NOT_VALID,
     )
 
 
 @pytest.mark.parametrize("outstanding", [True, False], ids=["ON", "no-ON"])
 def test_notification_at_the_entry(l1: L1, outstanding: bool) -> None:
     """It waits in L1's APIC; L2 gets the posted vector without an exit, and the rest is clear."""
-    posted = _Posted(l1)
+    posted = PostedInterrupts(l1)
     for vectors in ([VECTOR], [0x20, VECTOR], [0x10, 0x41, 0xFF]):
         posted.virtual.set()
         posted.post(vectors, outstanding)
@@ -90,7 +48,7 @@ def test_notification_at_the_entry(l1: L1, outstanding: bool) -> None:
 
 def test_added_to_what_waits(l1: L1) -> None:
     """Posted vectors join VIRR; RVI becomes the highest of all."""
-    posted = _Posted(l1)
+    posted = PostedInterrupts(l1)
     posted.virtual.set(requested=[0x60], in_service=[0x75])
     posted.post([0x45, 0x72])
     posted.apic.send(NOTIFICATION)
@@ -106,7 +64,7 @@ def test_added_to_what_waits(l1: L1) -> None:
 
 def test_with_interrupts_disabled(l1: L1) -> None:
     """RFLAGS.IF does not hold the notification off; it holds the virtual interrupt off."""
-    posted = _Posted(l1)
+    posted = PostedInterrupts(l1)
     posted.post([VECTOR])
     posted.apic.send(NOTIFICATION)
     assert posted.guest.run(code.NOP, GUEST_RFLAGS=2) == Succeed()
@@ -119,7 +77,7 @@ def test_with_interrupts_disabled(l1: L1) -> None:
 
 def test_without_notification(l1: L1) -> None:
     """Nobody looks at the descriptor before a notification comes."""
-    posted = _Posted(l1)
+    posted = PostedInterrupts(l1)
     posted.post([VECTOR])
     assert posted.guest.run(code.NOP, GUEST_RFLAGS=IF) == Succeed()
     assert posted.virtual.state() == ([], [], 0, 0)
@@ -128,7 +86,7 @@ def test_without_notification(l1: L1) -> None:
 
 def test_another_vector_exits(l1: L1) -> None:
     """Any other vector is an external interrupt that exits, acknowledged."""
-    posted = _Posted(l1)
+    posted = PostedInterrupts(l1)
     for vector in (NOTIFICATION - 1, NOTIFICATION + 1, VECTOR):
         posted.post([VECTOR])
         posted.apic.send(vector)
@@ -141,7 +99,7 @@ def test_another_vector_exits(l1: L1) -> None:
 
 def test_sent_by_l2(l1: L1) -> None:
     """The notification comes while L2 runs: L2 sends it through L1's interrupt-command register."""
-    posted = _Posted(l1)
+    posted = PostedInterrupts(l1)
     posted.post([VECTOR])
     self_shorthand = 1 << 18 | NOTIFICATION
     regs = {"rcx": Msr.X2APIC_ICR, "rax": self_shorthand, "rdx": 0}
@@ -155,7 +113,7 @@ def test_sent_by_l2(l1: L1) -> None:
 @pytest.mark.parametrize("restored", [False, True], ids=["", "restored"])
 def test_from_the_host(l1: L1, restored: bool) -> None:
     """The notification is a message that comes while userspace has the vCPU, in L2."""
-    posted = _Posted(l1)
+    posted = PostedInterrupts(l1)
     posted.post([VECTOR])
     seen = posted.guest.run(OUT_80 + code.NOP, {"rax": 0}, GUEST_RFLAGS=IF)
     assert seen == HostExit(IoExit(IO_OUT, 1, 0x80, 1, b"\0"))
@@ -170,7 +128,7 @@ def test_from_the_host(l1: L1, restored: bool) -> None:
 @pytest.mark.series(24)
 def test_save_and_restore_with_a_notification_pending(l1: L1) -> None:
     """A notification that waits when the VM is saved is processed in the new one."""
-    posted = _Posted(l1)
+    posted = PostedInterrupts(l1)
     posted.post([VECTOR])
     seen = posted.guest.run(OUT_80 + code.NOP, {"rax": 0}, GUEST_RFLAGS=IF)
     assert seen == HostExit(IoExit(IO_OUT, 1, 0x80, 1, b"\0"))
@@ -184,7 +142,7 @@ def test_save_and_restore_with_a_notification_pending(l1: L1) -> None:
 @pytest.mark.parametrize("state", [0, 1], ids=["instruction", "activity-state"])
 def test_hlt_is_woken(l1: L1, state: int) -> None:
     """The notification comes from L1's timer while L2 sleeps: L2 wakes for the posted vector."""
-    posted = _Posted(l1)
+    posted = PostedInterrupts(l1)
     posted.post([VECTOR])
     posted.apic.start_timer(NOTIFICATION, _LATER)
     if state:
@@ -200,7 +158,7 @@ def test_hlt_is_woken(l1: L1, state: int) -> None:
 
 def test_in_l1(l1: L1) -> None:
     """Outside VMX non-root operation it is an interrupt like any other."""
-    posted = _Posted(l1)
+    posted = PostedInterrupts(l1)
     posted.post([VECTOR])
     posted.apic.send(NOTIFICATION)
     assert posted.apic.open_window() == [NOTIFICATION]
@@ -211,7 +169,7 @@ def test_in_l1(l1: L1) -> None:
 
 def test_too_low_for_l2(l1: L1) -> None:
     """A posted vector below L2's task priority is requested and waits for CR8."""
-    posted = _Posted(l1)
+    posted = PostedInterrupts(l1)
     posted.virtual.set(tpr=0x60)
     posted.post([VECTOR])
     posted.apic.send(NOTIFICATION)

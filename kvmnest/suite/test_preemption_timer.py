@@ -48,13 +48,7 @@ def _deadline(l1: L1) -> tuple[int, int]:
 
 
 def _expired(guest: Guest, offset: int = 0) -> Exit:
-    return Exit(
-        ExitReason.PREEMPTION_TIMER,
-        qualification=0,
-        rip=guest.at(offset),
-        intr_info=NOT_VALID,
-        idt_info=NOT_VALID,
-    )
+    return guest.exit(ExitReason.PREEMPTION_TIMER, offset=offset)
 
 
 def test_zero_expires_at_once(l1: L1) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from kvmnest.kvm import Cap
@@ -11,7 +13,7 @@ from kvmnest.suite.support.apic import Apic
 from kvmnest.suite.support.bitmaps import set_msr_bitmap
 from kvmnest.suite.support.ept import RWX, identity_entry, poke
 from kvmnest.suite.support.guest import NOT_VALID, Guest
-from kvmnest.suite.support.virtual_apic import DELIVERY, VirtualApic
+from kvmnest.suite.support.virtual_apic import NOTIFICATION, POSTED, PostedInterrupts
 from kvmnest.vmx import (
     Cr4,
     ExitCtl,
@@ -34,7 +36,7 @@ pytestmark = [
 ]
 
 OUT_80 = code.out8(0x80)
-VECTOR, NOTIFICATION = 0x51, 0xF2
+VECTOR = 0x51
 IF = 0x202
 X2APIC_BASE = 0xFEE00C00
 FIXED, NMI, INIT = 0, 4 << 8, 5 << 8
@@ -162,14 +164,8 @@ def _stopped(l1: L1, *flags: PinCtl | ExitCtl) -> Guest:
     return guest
 
 
-def _exit(guest: Guest, reason: ExitReason, info: int | None = None) -> Exit:
-    return Exit(
-        reason,
-        qualification=0,
-        rip=guest.at(len(OUT_80)),
-        intr_info=NOT_VALID if info is None else info,
-        idt_info=NOT_VALID,
-    )
+def _exit(guest: Guest, reason: ExitReason, info: Any = NOT_VALID) -> Exit:
+    return guest.exit(reason, offset=len(OUT_80), intr_info=info)
 
 
 @pytest.mark.series(20)
@@ -218,25 +214,18 @@ def test_init_from_the_other(l1: L1) -> None:
 
 @pytest.mark.series(20)
 @pytest.mark.sdm("Posted-Interrupt Processing")
-@pytest.mark.needs(
-    *DELIVERY, PinCtl.PROCESS_POSTED_INTERRUPTS, ExitCtl.ACKNOWLEDGE_INTERRUPT_ON_EXIT
-)
+@pytest.mark.needs(*POSTED)
 def test_posted_interrupt_from_the_other(l1: L1) -> None:
     """The second vCPU posts a vector and sends the notification: L2 gets it without an exit."""
     second = l1.add_cpu()
-    Apic(l1)
-    virtual = VirtualApic(
-        l1, PinCtl.PROCESS_POSTED_INTERRUPTS, ExitCtl.ACKNOWLEDGE_INTERRUPT_ON_EXIT
-    )
-    guest, descriptor = virtual.guest, l1.alloc()
-    guest.vmcs[Field.POSTED_INTR_NV] = NOTIFICATION
-    guest.vmcs[Field.POSTED_INTR_DESC_ADDR] = descriptor
+    posted = PostedInterrupts(l1)
+    guest = posted.guest
     assert isinstance(guest.run(OUT_80 + code.NOP, {"rax": 1}, GUEST_RFLAGS=IF), HostExit)
-    l1.write_int(descriptor, 1 << VECTOR | 1 << 256, 64)
+    posted.post([VECTOR])
     _send(l1, second, FIXED, NOTIFICATION)
     assert guest.resume() == Fault(VECTOR, error_code=0, rip=len(OUT_80))
-    assert virtual.state() == ([], [VECTOR], 0, VECTOR)
-    assert l1.read_int(descriptor, 64) == 0
+    assert posted.virtual.state() == ([], [VECTOR], 0, VECTOR)
+    assert posted.left() == ([], False)
 
 
 # --- one changes what the other uses ---

@@ -6,10 +6,9 @@ import pytest
 
 from kvmnest.kvm.exits import IO_OUT, IoExit
 from kvmnest.l1 import L1, code
-from kvmnest.suite.support.guest import NOT_VALID
 from kvmnest.suite.support.virtual_apic import DELIVERY, VPPR, VTPR, VirtualApic
 from kvmnest.vmx import ActivityState, ExitReason, Field, Interruptibility, Msr, ProcCtl, Vector
-from kvmnest.vmx.outcome import Exit, Fault, HostExit, Outcome, Succeed
+from kvmnest.vmx.outcome import Fault, HostExit, Outcome, Succeed
 
 pytestmark = [
     pytest.mark.series(19),
@@ -125,13 +124,7 @@ def test_interrupt_window_exiting(l1: L1) -> None:
     apic = VirtualApic(l1)
     apic.guest.on(ProcCtl.INTERRUPT_WINDOW_EXITING)
     apic.set(requested=[VECTOR])
-    assert _run(apic, code.NOP) == Exit(
-        ExitReason.INTERRUPT_WINDOW,
-        qualification=0,
-        rip=apic.guest.at(),
-        intr_info=NOT_VALID,
-        idt_info=NOT_VALID,
-    )
+    assert _run(apic, code.NOP) == apic.guest.exit(ExitReason.INTERRUPT_WINDOW)
     assert apic.state() == ([VECTOR], [], VECTOR, 0)
     apic.guest.off(ProcCtl.INTERRUPT_WINDOW_EXITING)
     assert apic.guest.go_on() == _delivered(VECTOR)

@@ -122,12 +122,19 @@ class Window:
         regs = {"rdi": self.linear + offset, "rax": VALUE}
         return self.guest.run(kind.value[1], regs)
 
-    def violation(self, kind: Access, allowed: int, offset: int = 0) -> Exit:
-        """The EPT violation of an access where the entries together allow ``allowed``."""
+    def violation(
+        self, kind: Access, allowed: int, offset: int = 0, known: Masked | None = None
+    ) -> Exit:
+        """The EPT violation of an access where the entries together allow ``allowed``.
+
+        ``known`` is the exit qualification where it says something else of the access.
+        """
         linear = self.linear + offset
+        if known is None:
+            known = with_linear_rights(self.l1, qualification(kind.bit, allowed))
         return Exit(
             ExitReason.EPT_VIOLATION,
-            qualification=with_linear_rights(self.l1, qualification(kind.bit, allowed)),
+            qualification=known,
             rip=linear if kind is Access.FETCH else self.guest.at(),
             intr_info=NOT_VALID,
             idt_info=NOT_VALID,
@@ -188,8 +195,13 @@ def identity_entry(l1: L1, address: int) -> int:
 
 def preset_flags(l1: L1) -> None:
     """Set the accessed and dirty flags in all entries of the one-to-one EPT tables."""
+    set_everywhere(l1, ACCESSED | DIRTY)
+
+
+def set_everywhere(l1: L1, bits: int) -> None:
+    """Set bits in all present entries of the one-to-one EPT tables."""
     start, end = l1.sym("ept_pml4"), l1.sym("ept_pml4_pt") + 8 * (l1.sym("RAM_SIZE") >> 12)
     count = (end - start) // 8
     entries = struct.unpack(f"<{count}Q", l1.read(start, end - start))
-    flagged = [entry | ACCESSED | DIRTY if entry else 0 for entry in entries]
+    flagged = [entry | bits if entry else 0 for entry in entries]
     l1.write(start, struct.pack(f"<{count}Q", *flagged))

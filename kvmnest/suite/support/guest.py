@@ -19,7 +19,7 @@ from kvmnest.vmx import (
 )
 from kvmnest.vmx.control_fields import FIELD_OF
 from kvmnest.vmx.numbers import enum_or_int
-from kvmnest.vmx.outcome import Exit, Fault, Outcome, Succeed
+from kvmnest.vmx.outcome import ANY, Exit, Fault, Outcome, Succeed
 
 #: Guest state that each run starts from, since the run before may have changed it.
 _FRESH = (
@@ -181,20 +181,15 @@ class Guest:
 
     # --- what is expected ---
 
-    def exit(self, reason: ExitReason, length: int, *, offset: int = 0, **more: Any) -> Exit:
+    def exit(self, reason: ExitReason, length: Any = ANY, *, offset: int = 0, **more: Any) -> Exit:
         """The VM exit that an instruction of this length at an offset causes.
 
-        The exit qualification is 0 unless stated: it is cleared for exits that do not define it.
+        One that comes before an instruction, or behind it like a trap, defines no length. The exit
+        qualification is 0 unless stated: it is cleared for exits that do not define it; nor is
+        there interruption or IDT-vectoring information unless stated.
         """
-        more.setdefault("qualification", 0)
-        return Exit(
-            reason,
-            rip=self.at(offset),
-            length=length,
-            intr_info=NOT_VALID,
-            idt_info=NOT_VALID,
-            **more,
-        )
+        expected = {"qualification": 0, "intr_info": NOT_VALID, "idt_info": NOT_VALID, **more}
+        return Exit(reason, rip=self.at(offset), length=length, **expected)
 
     def exception(
         self,
@@ -209,12 +204,12 @@ class Guest:
         """The VM exit that an exception intercepted by the exception bitmap causes."""
         if error is not None:
             more["intr_error"] = error
-        return Exit(
+        info = intr_info(vector, type, error is not None)
+        return self.exit(
             ExitReason.EXCEPTION_NMI,
+            offset=offset,
             qualification=qualification,
-            rip=self.at(offset),
-            intr_info=intr_info(vector, type, error is not None),
-            idt_info=NOT_VALID,
+            intr_info=info,
             **more,
         )
 

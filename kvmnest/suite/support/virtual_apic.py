@@ -9,9 +9,10 @@ import enum
 from collections.abc import Iterable
 
 from kvmnest.l1 import L1
+from kvmnest.suite.support.apic import Apic
 from kvmnest.suite.support.bitmaps import set_msr_bitmap
-from kvmnest.suite.support.guest import NOT_VALID, Guest
-from kvmnest.vmx import ExitReason, Field, PinCtl, Proc2Ctl, ProcCtl
+from kvmnest.suite.support.guest import Guest
+from kvmnest.vmx import ExitCtl, ExitReason, Field, PinCtl, Proc2Ctl, ProcCtl
 from kvmnest.vmx.outcome import Exit
 
 #: Offsets of registers in the page.
@@ -25,6 +26,16 @@ DELIVERY = (
     Proc2Ctl.APIC_REGISTER_VIRTUALIZATION,
     Proc2Ctl.VIRTUAL_INTERRUPT_DELIVERY,
 )
+#: What L2 needs beside so that interrupts can be posted to it.
+POSTED = (
+    *DELIVERY,
+    PinCtl.PROCESS_POSTED_INTERRUPTS,
+    ExitCtl.ACKNOWLEDGE_INTERRUPT_ON_EXIT,
+)
+#: The vector that tells the processor to look at the posted-interrupt descriptor.
+NOTIFICATION = 0xF2
+_OUTSTANDING = 256  # the bit behind the 256 of the posted-interrupt requests
+_SOFTWARES = 0x5A << 247  # in the bits behind, which belong to software
 _EOI_EXIT_BITMAPS = (
     *(Field.EOI_EXIT_BITMAP0, Field.EOI_EXIT_BITMAP1),
     *(Field.EOI_EXIT_BITMAP2, Field.EOI_EXIT_BITMAP3),
@@ -84,13 +95,7 @@ class VirtualApic:
 
     def eoi_exit(self, vector: int, offset: int) -> Exit:
         """The exit that the EOI of a vector causes, behind the instruction."""
-        return Exit(
-            ExitReason.VIRTUALIZED_EOI,
-            qualification=vector,
-            rip=self.guest.at(offset),
-            intr_info=NOT_VALID,
-            idt_info=NOT_VALID,
-        )
+        return self.guest.exit(ExitReason.VIRTUALIZED_EOI, offset=offset, qualification=vector)
 
     def vectors(self, first: int) -> list[int]:
         """Vectors whose bit is set in the eight registers from ``first``."""
@@ -104,3 +109,35 @@ class VirtualApic:
         for number in range(8):
             address = self.page + first + 16 * number
             self.l1.write_int(address, bits >> 32 * number & 0xFFFFFFFF, 4)
+
+
+class PostedInterrupts:
+    """L2 with virtual-interrupt delivery and a posted-interrupt descriptor, and L1's APIC."""
+
+    def __init__(self, l1: L1) -> None:
+        self.l1, self.apic = l1, Apic(l1)
+        self.virtual = VirtualApic(
+            l1, PinCtl.PROCESS_POSTED_INTERRUPTS, ExitCtl.ACKNOWLEDGE_INTERRUPT_ON_EXIT
+        )
+        self.guest = self.virtual.guest
+        self.descriptor = l1.alloc() + 64
+        self.guest.vmcs[Field.POSTED_INTR_NV] = NOTIFICATION
+        self.guest.vmcs[Field.POSTED_INTR_DESC_ADDR] = self.descriptor
+
+    def __repr__(self) -> str:
+        return "<posted interrupts of L2>"
+
+    def post(self, vectors: Iterable[int], outstanding: bool = True) -> None:
+        """Fill in the descriptor; the rest of it belongs to software."""
+        bits = sum(1 << vector for vector in vectors) | outstanding << _OUTSTANDING
+        self.l1.write_int(self.descriptor, bits | _SOFTWARES << 257, 64)
+
+    def left(self) -> tuple[list[int], bool]:
+        """Vectors that are still posted, and whether a notification is outstanding."""
+        bits = self.l1.read_int(self.descriptor, 64)
+        assert bits >> 257 == _SOFTWARES
+        return [n for n in range(256) if bits >> n & 1], bool(bits >> _OUTSTANDING & 1)
+
+    def dismissed(self) -> bool:
+        """Whether the notification is gone from L1's local APIC."""
+        return (self.apic.requested(), self.apic.in_service()) == ([], [])
