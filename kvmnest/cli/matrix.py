@@ -100,11 +100,10 @@ def _run(options: argparse.Namespace) -> int:
 
     _check(options)
     models = _models(options)
-    given = [tuple(parameters(text.split(",")).items()) for text in options.setting]
     _no_duplicates("--settings", options.settings)
-    named = settings.choose(options.settings)
-    given += [tuple(setting.params.items()) for setting in named]
-    _no_duplicates("--setting", given)
+    chosen = [settings.Setting(text, parameters(text.split(","))) for text in options.setting]
+    chosen += settings.choose(options.settings)
+    _no_duplicates("--setting", [tuple(setting.params.items()) for setting in chosen])
     # What a long run would end in is found before it.
     for path in (options.json, options.html):
         if path:
@@ -123,8 +122,8 @@ def _run(options: argparse.Namespace) -> int:
         out.line,
         options.parts,
     )
-    cells = _cells(options.kernels, [(), *given], models)
-    documents = matrix.run([cell for cell in cells if _has_parameters(cell, named, out)], engine)
+    cells = _cells(options.kernels, [settings.Setting("", {}), *chosen], models, out)
+    documents = matrix.run(cells, engine)
     if options.json:
         write_file(options.json, json.dumps(as_json(documents), indent=1))
     if options.html:
@@ -156,30 +155,29 @@ class _Out:
 
 def _cells(
     kernels: Sequence[str],
-    parameter_sets: Sequence[tuple[tuple[str, str], ...]],
+    chosen: Sequence[settings.Setting],
     models: Sequence[str],
+    out: _Out,
 ) -> list[Any]:
     from kvmnest.matrix.cell import Cell
 
-    return [
-        Cell(kernel, params, model)
-        for model in models
-        for params in parameter_sets
-        for kernel in kernels
-    ]
+    cells = []
+    for model in models:
+        for setting in chosen:
+            for kernel in kernels:
+                cell = Cell(kernel, tuple(setting.params.items()), model)
+                if _exists_on(setting, kernel):
+                    cells.append(cell)
+                else:
+                    out.line(f"{cell.name}: left out, this kernel has no such parameter")
+    return cells
 
 
-def _has_parameters(cell: Any, named: Sequence[settings.Setting], out: _Out) -> bool:
-    """Whether a cell's kernel has the parameters of its named setting; if not, say so."""
+def _exists_on(setting: settings.Setting, kernel: str) -> bool:
     from kvmnest.lab import kernels
 
-    setting = next((each for each in named if tuple(each.params.items()) == cell.params), None)
-    if setting is None or setting.kernels == "any":
-        return True
-    if setting.exists_on(kernels.resolve(cell.kernel).release):
-        return True
-    out.line(f"{cell.name}: left out, this kernel has no such parameter")
-    return False
+    # A setting of any kernel does not need the kernel: one that cannot be had is told later.
+    return setting.kernels == "any" or setting.exists_on(kernels.resolve(kernel).release)
 
 
 def _models(options: argparse.Namespace) -> list[str]:
