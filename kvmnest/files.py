@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from kvmnest.errors import HarnessError
 
 
-def write_json(path: Path, document: Mapping[str, Any]) -> None:
+def write_json(path: Path, document: Mapping[str, Any] | Sequence[Any]) -> None:
     """Replace a JSON file as a whole. Raises HarnessError if that is impossible."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -75,9 +75,7 @@ def _beginning(lines: list[str], first: int) -> int:
     if cut is not None:
         return cut
     if before and first < len(lines) and message(lines[first]).startswith("WARNING: "):
-        stamps = [_STAMP.match(lines[i]) for i in (first - 1, first)]
-        if all(stamps):
-            text, report = (float(stamp[1]) for stamp in stamps if stamp)
-            if 0 <= report - text < _ONE_TRAP:
-                return first - 1
+        text, report = _STAMP.match(lines[first - 1]), _STAMP.match(lines[first])
+        if text and report and 0 <= float(report[1]) - float(text[1]) < _ONE_TRAP:
+            return first - 1
     return first

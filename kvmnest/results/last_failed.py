@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import re
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from kvmnest import reading
 from kvmnest.errors import KvmnestError
+from kvmnest.files import write_json
 from kvmnest.lab import cache
 from kvmnest.results import listing, names
 from kvmnest.results.model import Run
-
-_SCHEMA = {"type": "array", "items": {"type": "string"}}
+from kvmnest.schema import TEXTS
 
 _SUITE = Path(__file__).parent.parent / "suite"
 
@@ -47,11 +44,8 @@ def remember(run: Run) -> None:
     ran = {_whole(case.id) for case in run.cases}
     failed = [name for name in _load() if name not in ran and _exists(name)]
     failed += [_whole(case.id) for case in run.cases if case.outcome in ("failed", "error")]
-    with contextlib.suppress(OSError, KvmnestError):
-        path = _path()
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump(failed, file)
-        os.replace(file.name, path)
+    with contextlib.suppress(KvmnestError):
+        write_json(_path(), failed)
 
 
 def _whole(name: str) -> str:
@@ -91,6 +85,6 @@ def _path() -> Path:
 def _load() -> list[str]:
     try:
         where = _path()
-        return list(reading.value(reading.data(where), "list of cases", _SCHEMA, str(where)))
+        return list(reading.value(reading.data(where), "list of cases", TEXTS, str(where)))
     except KvmnestError:
         return []  # a note that cannot be read is none
