@@ -10,7 +10,7 @@ from __future__ import annotations
 import datetime
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 Schema = Mapping[str, Any]
@@ -26,6 +26,27 @@ _WORDS = {
     **{"integer": "an integer", "number": "a number", "null": "null"},
 }
 _SAYING = frozenset(("$schema", "$id", "$comment", "$defs", "title", "description", "then", "else"))
+
+
+#: Parts of schemas that many have.
+TEXT: Schema = {"type": "string"}
+TEXTS: Schema = {"type": "array", "items": TEXT}
+COUNT: Schema = {"type": "integer", "minimum": 0}
+
+
+def exactly(required: Sequence[str], **properties: object) -> Schema:
+    """An object with these properties and no other, of which some have to be there."""
+    return {
+        "type": "object",
+        "required": [*required],
+        "additionalProperties": False,
+        "properties": properties,
+    }
+
+
+def by_name(value: object) -> Schema:
+    """An object with any names, each with a value that meets a schema."""
+    return {"type": "object", "additionalProperties": value}
 
 
 def problem(value: object, schema: Schema) -> str:
@@ -62,11 +83,8 @@ def _is(value: object, kind: str) -> bool:
 
 
 def _equal(one: object, other: object) -> bool:
-    """Equality of JSON: true is not 1."""
-    return json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True) or (
-        one == other and isinstance(one, int | float) and not isinstance(one, bool)
-        and not isinstance(other, bool)
-    )  # fmt: skip
+    """Equality of JSON, with a constant that is no list or object: true is not 1."""
+    return one == other and isinstance(one, bool) == isinstance(other, bool)
 
 
 def _type(value: Any, rule: Any, schema: Schema, root: Schema, at: str) -> Iterator[str]:

@@ -17,22 +17,16 @@ from kvmnest import reading
 from kvmnest.bisect import disk
 from kvmnest.bisect.probe import BAD, GOOD, SKIP, Answer
 from kvmnest.errors import HarnessError
-from kvmnest.schema import Schema
+from kvmnest.schema import TEXT, Schema, exactly
 
 SCHEMA = 2
 WHAT = "journal of kvmnest bisect"
 #: What an Answer looks like in a file.
-ANSWER_SCHEMA = {
-    "type": "object",
-    "required": ["verdict", "evidence"],
-    "additionalProperties": False,
-    "properties": {
-        "verdict": {"enum": [GOOD, BAD, SKIP]},
-        "evidence": {"type": "string"},
-        "kernel": {"type": "string"},
-        "kind": {"type": "string"},
-    },
-}
+ANSWER_SCHEMA = exactly(
+    ["verdict", "evidence"],
+    verdict={"enum": [GOOD, BAD, SKIP]},
+    **dict.fromkeys(("evidence", "kernel", "kind"), TEXT),
+)
 
 
 @dataclass(frozen=True)
@@ -119,16 +113,12 @@ def load(path: Path, question: str | None = None) -> Journal | None:
 
 def _schema(number: int) -> Schema:
     """Of the line with this number."""
-    text = {"type": "string"}
     if number == 1:
         names = ("question", "good", "bad", "came_from")
-        properties: dict[str, Any] = {"schema": {"const": SCHEMA}, **dict.fromkeys(names, text)}
+        properties: dict[str, Any] = {"schema": {"const": SCHEMA}, **dict.fromkeys(names, TEXT)}
         return {"type": "object", "required": [*properties], "properties": properties}
-    return {
-        "type": "object",
-        "required": ["name", "subject", "at", "answer"],
-        "properties": {"name": text, "subject": text, "at": text, "answer": ANSWER_SCHEMA},
-    }
+    step = {**dict.fromkeys(("name", "subject", "at"), TEXT), "answer": ANSWER_SCHEMA}
+    return {"type": "object", "required": [*step], "properties": step}
 
 
 def _step(line: dict[str, Any]) -> Step:

@@ -18,6 +18,7 @@ from kvmnest import reading
 from kvmnest.files import write_json
 from kvmnest.repro.corpus import Reproducer
 from kvmnest.repro.evidence import Seen
+from kvmnest.schema import TEXT, by_name, exactly
 
 RECORD = Path(__file__).parent.parent / "data" / "found-shown.json"
 SCHEMA = 1
@@ -74,27 +75,13 @@ def load(path: Path = RECORD) -> Record:
     }
 
 
-def _object(required: tuple[str, ...], **properties: object) -> dict[str, object]:
-    return {
-        "type": "object",
-        "required": [*required],
-        "additionalProperties": False,
-        "properties": properties,
-    }
-
-
-def _by_name(value: object) -> dict[str, object]:
-    return {"type": "object", "additionalProperties": value}
-
-
-_TEXT = {"type": "string"}
-_SEEN = _object(("verdict", "evidence"), verdict=_TEXT, evidence=_TEXT)
-_SHOWN = _object(
+_SEEN = exactly(("verdict", "evidence"), verdict=TEXT, evidence=TEXT)
+_SHOWN = exactly(
     ("script", "stock"),
-    **dict.fromkeys(("script", "edits", "line"), _TEXT),
+    **dict.fromkeys(("script", "edits", "line"), TEXT),
     **dict.fromkeys(("stock", "together", "alone"), _SEEN),
 )
-_SCHEMA = _object(("schema", "shown"), schema={"const": SCHEMA}, shown=_by_name(_by_name(_SHOWN)))
+_SCHEMA = exactly(("schema", "shown"), schema={"const": SCHEMA}, shown=by_name(by_name(_SHOWN)))
 
 
 def _shown(entry: Mapping[str, Any]) -> Shown:

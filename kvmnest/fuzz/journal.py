@@ -11,16 +11,13 @@ from typing import Any
 from kvmnest import reading
 from kvmnest.errors import HarnessError, UsageError
 from kvmnest.fuzz.execute import Seen
-from kvmnest.schema import Schema
+from kvmnest.schema import COUNT, TEXT, Schema, by_name
 
 SCHEMA = 1
 CRASHED = "crashed"
 
-_NUMBER = {"type": "integer", "minimum": 0}
-_TEXT = {"type": "string"}
 
-
-def _outcome(names: list[str], *numbers: dict[str, Any]) -> dict[str, Any]:
+def _outcome(names: list[str], *numbers: Schema) -> dict[str, Any]:
     every = [{"enum": names}, *numbers]
     count = len(every)
     return {"type": "array", "prefixItems": every, "minItems": count, "maxItems": count}
@@ -32,32 +29,32 @@ EVENT_SCHEMA = {
     "additionalProperties": False,
     "dependentRequired": {"outcome": ["end"], "end": ["outcome"]},
     "properties": {
-        "start": _NUMBER,
-        "end": _NUMBER,
+        "start": COUNT,
+        "end": COUNT,
         "outcome": {
             "anyOf": [
-                _outcome(["Exit", "VMfailValid", "Fault"], _NUMBER),
-                _outcome(["EntryFailure"], _NUMBER, _NUMBER),
+                _outcome(["Exit", "VMfailValid", "Fault"], COUNT),
+                _outcome(["EntryFailure"], COUNT, COUNT),
                 _outcome(["VMfailInvalid", CRASHED]),
-                _outcome(["HostExit", "other", "lost", CRASHED], _TEXT),
+                _outcome(["HostExit", "other", "lost", CRASHED], TEXT),
             ]
         },
-        "stopped": {"type": "array", "items": _NUMBER},
+        "stopped": {"type": "array", "items": COUNT},
         "facts": {
             "type": "object",
             "required": ["kernel", "msrs", "cpuid"],
             "properties": {
-                "kernel": _TEXT,
-                "cpu": _TEXT,
-                "params": {"type": "object", "additionalProperties": _TEXT},
+                "kernel": TEXT,
+                "cpu": TEXT,
+                "params": by_name(TEXT),
                 "msrs": {
                     "type": "object",
                     "propertyNames": {"pattern": "^[0-9]{1,10}$"},
-                    "additionalProperties": _NUMBER,
+                    "additionalProperties": COUNT,
                 },
                 "cpuid": {
                     "type": "array",
-                    "items": {"type": "array", "items": _NUMBER, "minItems": 6, "maxItems": 6},
+                    "items": {"type": "array", "items": COUNT, "minItems": 6, "maxItems": 6},
                 },
             },
         },

@@ -25,6 +25,7 @@ from kvmnest import reading
 from kvmnest.errors import KvmnestError
 from kvmnest.lab import bochs_source, cache, tools
 from kvmnest.lab.errors import LabSetupError
+from kvmnest.schema import TEXT, by_name
 
 KIND = "bochs"
 _FORMAT = 1
@@ -91,7 +92,7 @@ def built(smp: bool = False) -> Path | None:
     return program if program is not None and program.is_file() else None
 
 
-_NOTES = {"type": "object", "additionalProperties": {"type": "string"}}
+_NOTES = by_name(TEXT)
 
 
 def notes(program: Path) -> dict[str, str]:

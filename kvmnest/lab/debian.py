@@ -15,6 +15,7 @@ from kvmnest import reading, scratch
 from kvmnest.errors import KvmnestError
 from kvmnest.lab import tools
 from kvmnest.lab.errors import KernelSpecError, LabSetupError
+from kvmnest.schema import COUNT, TEXT, TEXTS, exactly
 
 _IMAGE = re.compile(r"linux-image-(\d+\.\d+\S*?-(?:cloud-|rt-)?amd64)$")
 # Since 6.19 the image package only depends on these, of the same version.
@@ -199,22 +200,12 @@ def _offer(
     )
 
 
-_TEXT = {"type": "string"}
-_TEXTS = {"type": "array", "items": _TEXT}
 _OFFER: dict[str, object] = {
-    **{name: _TEXT for name in ("release", "version", "key")},
-    **{name: _TEXTS for name in ("suites", "packages")},
-    "size": {"type": "integer", "minimum": 0},
+    **dict.fromkeys(("release", "version", "key"), TEXT),
+    **dict.fromkeys(("suites", "packages"), TEXTS),
+    "size": COUNT,
 }
-_NOTES = {
-    "type": "array",
-    "items": {
-        "type": "object",
-        "required": [*_OFFER],
-        "additionalProperties": False,
-        "properties": _OFFER,
-    },
-}
+_NOTES = {"type": "array", "items": exactly([*_OFFER], **_OFFER)}
 
 
 def _read_notes(path: Path) -> Iterator[Offer]:

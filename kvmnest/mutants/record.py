@@ -12,6 +12,7 @@ from kvmnest import reading
 from kvmnest.files import write_json
 from kvmnest.lab import cache
 from kvmnest.mutants.catalogue import Mutant
+from kvmnest.schema import COUNT, TEXT, TEXTS, by_name, exactly
 
 SCHEMA = 1
 
@@ -113,32 +114,21 @@ def load(path: Path, kernel: str) -> Record:
     return Record(path, kernel, scores, found["suite"], found["clean"])
 
 
-_TEXT = {"type": "string"}
+_SCORE = exactly(
+    ["verdict", "key"],
+    verdict={"enum": [*VERDICTS]},
+    ran=COUNT,
+    seconds={"type": "number", "minimum": 0},
+    **dict.fromkeys(("key", "suite", "case", "outcome", "text"), TEXT),
+)
 _SCHEMA = {
     "type": "object",
     "required": ["schema", "kernel", "suite", "clean", "scores"],
     "properties": {
         "schema": {"const": SCHEMA},
-        "kernel": _TEXT,
-        "suite": _TEXT,
-        "clean": {
-            "type": "object",
-            "additionalProperties": {"type": "array", "items": _TEXT},
-        },
-        "scores": {
-            "type": "object",
-            "additionalProperties": {
-                "type": "object",
-                "required": ["verdict", "key"],
-                "additionalProperties": False,
-                "properties": {
-                    "verdict": {"enum": [*VERDICTS]},
-                    "ran": {"type": "integer", "minimum": 0},
-                    "seconds": {"type": "number", "minimum": 0},
-                    **dict.fromkeys(("key", "suite", "case", "outcome", "text"), _TEXT),
-                },
-            },
-        },
+        **dict.fromkeys(("kernel", "suite"), TEXT),
+        "clean": by_name(TEXTS),
+        "scores": by_name(_SCORE),
     },
 }
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from kvmnest import reading
 from kvmnest.errors import UsageError
 from kvmnest.files import write_json
+from kvmnest.schema import TEXT, by_name, exactly
 
 RECORD = Path(__file__).parent.parent / "data" / "repro-shown.json"
 SCHEMA = 2
@@ -66,23 +67,9 @@ def load(path: Path = RECORD) -> dict[str, list[Shown]]:
     }
 
 
-def _texts(*names: str, **others: object) -> dict[str, object]:
-    """The schema of an object that has texts of these names, and others."""
-    properties = {**{name: {"type": "string"} for name in names}, **others}
-    return {
-        "type": "object",
-        "required": [*properties],
-        "additionalProperties": False,
-        "properties": properties,
-    }
-
-
-_SEEN = _texts("verdict", "evidence")
-_SHOWN = _texts("script", stock=_SEEN, put_back=_SEEN)
-_KERNELS = {"type": "object", "additionalProperties": _SHOWN}
-_SCHEMA = _texts(
-    schema={"const": SCHEMA}, shown={"type": "object", "additionalProperties": _KERNELS}
-)
+_SEEN = exactly(("verdict", "evidence"), verdict=TEXT, evidence=TEXT)
+_SHOWN = exactly(("script", "stock", "put_back"), script=TEXT, stock=_SEEN, put_back=_SEEN)
+_SCHEMA = exactly(("schema", "shown"), schema={"const": SCHEMA}, shown=by_name(by_name(_SHOWN)))
 
 
 def start(path: Path) -> dict[str, list[Shown]]:

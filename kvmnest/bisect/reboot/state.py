@@ -17,6 +17,7 @@ from kvmnest.bisect.journal import ANSWER_SCHEMA
 from kvmnest.bisect.plan import Plan
 from kvmnest.bisect.probe import Answer
 from kvmnest.errors import HarnessError, UsageError
+from kvmnest.schema import COUNT, TEXT, TEXTS, by_name, exactly
 
 SCHEMA = 1
 FOLDER = Path("/var/lib/kvmnest-bisect")
@@ -118,52 +119,41 @@ def load(folder: Path) -> State | None:
     return State(**content)
 
 
-def _object(required: list[str], **properties: object) -> dict[str, object]:
-    return {
-        "type": "object",
-        "required": required,
-        "additionalProperties": False,
-        "properties": properties,
-    }
-
-
-_TEXT, _FLAG = {"type": "string"}, {"type": "boolean"}
-_COUNT = {"type": "integer", "minimum": 0}
-_TEXTS = {"type": "array", "items": _TEXT}
+_FLAG = {"type": "boolean"}
 _TEXT_OR_NONE = {"type": ["string", "null"]}
-_SCHEMA = _object(
+_SCHEMA = exactly(
     ["schema", "plan", "home", "default", "prepared_in"],
     schema={"const": SCHEMA},
     folder={"type": "null"},
-    plan=_object(
+    plan=exactly(
         ["case", "params"],
-        params={"type": "object", "additionalProperties": _TEXT},
+        params=by_name(TEXT),
         find={"enum": ["bug", "fix"]},
         repeat={"type": "integer", "minimum": 1},
-        kernels=_TEXTS,
+        kernels=TEXTS,
         limit={"type": ["number", "null"], "minimum": 0},
         boot={"enum": ["lab", "qemu", "reboot"]},
-        **dict.fromkeys(("case", "good", "bad", "git", "build", "install", "release"), _TEXT),
+        **dict.fromkeys(("case", "good", "bad", "git", "build", "install", "release"), TEXT),
         **dict.fromkeys(("kernel", "kvm_modules", "emulator"), _TEXT_OR_NONE),
     ),
     phase={"enum": [PREPARE, SEARCH, FINISH, DONE]},
-    installed=_TEXTS,
+    installed=TEXTS,
     trial={
         "anyOf": [
             {"type": "null"},
-            _object(
+            exactly(
                 ["name"],
                 phase={"enum": [INSTALL, BOOT, ARMED, TEST]},
                 runs={"type": "array", "items": ANSWER_SCHEMA},
-                **dict.fromkeys(("name", "release", "boot_id"), _TEXT),
-                **dict.fromkeys(("boots", "missed", "lost"), _COUNT),
+                **dict.fromkeys(("name", "release", "boot_id"), TEXT),
+                **dict.fromkeys(("boots", "missed", "lost"), COUNT),
             ),
         ]
     },
-    homeward=_COUNT,
-    result=_TEXTS,
+    homeward=COUNT,
+    result=TEXTS,
     code={"type": "integer", "minimum": 0, "maximum": 255},
-    **dict.fromkeys(("home", "default", "prepared_in"), _TEXT),
+    **dict.fromkeys(("home", "default", "prepared_in"), TEXT),
     **dict.fromkeys(("keep_kernels", "stay"), _FLAG),
 )
 
