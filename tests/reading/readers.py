@@ -13,10 +13,9 @@ import pytest
 from kvmnest import found, known
 from kvmnest.bisect import journal
 from kvmnest.bisect.plan import Plan as BisectPlan
-from kvmnest.bisect.probe import BAD, GOOD, SKIP, Answer, Question
+from kvmnest.bisect.probe import BAD, GOOD, SKIP, Answer
 from kvmnest.bisect.reboot import state
 from kvmnest.cases import events
-from kvmnest.cli import bench
 from kvmnest.cli.main import main
 from kvmnest.errors import KvmnestError
 from kvmnest.found import record as found_record
@@ -372,34 +371,3 @@ READERS = {
     "kernel": Reader(elf, refused(kernel_image)),
     "module": Reader(module, refused(lambda p: modules.read(p)), "kvm.ko"),
 }
-
-
-@pytest.fixture
-def stand_ins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Nothing is booted or measured: the files are what is tried."""
-
-    class Machine:
-        name = "lab"
-
-        def __init__(self, *_: object) -> None:
-            pass
-
-        def run(self, cases: Any, on_event: Any, journal: Path | None) -> str:
-            if not cases:
-                on_event({"facts": FACTS})
-            for number, _ in cases:
-                on_event({"start": number})
-                on_event({"end": number, "outcome": ["Exit", 18]})
-            return ""
-
-    def unforeseen(error: BaseException) -> int:
-        raise error
-
-    measured = {"schema": 1, "kernel": "6.1", "cpu": "x", "seconds": {"a": 1.0}}
-    monkeypatch.setattr(machines, "LabMachine", Machine)
-    monkeypatch.setattr(bench, "_here", lambda options: measured)
-    monkeypatch.setattr(Question, "ask", lambda *_: Answer(GOOD, "passed"))
-    monkeypatch.setattr("kvmnest.bisect.over.package_version", lambda name: "")
-    monkeypatch.setattr("kvmnest.cli.main._unforeseen", unforeseen)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)
