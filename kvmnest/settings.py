@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from kvmnest import reading
@@ -20,16 +20,25 @@ _FILE = Path(__file__).parent / "data" / "settings.toml"
 
 @dataclass(frozen=True)
 class Setting:
-    """Parameters of kvm_intel and kvm under one name; ``kernels`` is a range, see known.toml."""
+    """Parameters of kvm_intel and kvm under one name.
+
+    ``files`` are patterns of the suite's files whose cases can answer differently; ``kernels`` is
+    a range, see known.toml.
+    """
 
     name: str
     params: Mapping[str, str]
     why: str = ""
-    kernels: str = field(default="any")
+    kernels: str = "any"
+    files: Sequence[str] = ("*",)
 
     def exists_on(self, release: str) -> bool:
         """Whether a kernel of this release has the parameters."""
         return kernel_in_range(release, self.kernels)
+
+
+#: No parameter is set.
+DEFAULT = Setting("", {})
 
 
 @functools.cache

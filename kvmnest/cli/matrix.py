@@ -122,7 +122,7 @@ def _run(options: argparse.Namespace) -> int:
         out.line,
         options.parts,
     )
-    cells = _cells(options.kernels, [settings.Setting("", {}), *chosen], models, out)
+    cells = _cells(options.kernels, [settings.DEFAULT, *chosen], models, out)
     documents = matrix.run(cells, engine)
     if options.json:
         write_file(options.json, json.dumps(as_json(documents), indent=1))

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from kvmnest import settings
 from kvmnest.cli.lab import add_options as add_lab_options
 from kvmnest.cli.lab import emulator, lab_only, parameters
 from kvmnest.cli.numbers import seconds
@@ -19,7 +21,7 @@ from kvmnest.cli.outputs import require_writable
 from kvmnest.errors import HarnessError, KvmnestError, UsageError
 from kvmnest.kmsg import LEVELS, WARNING
 from kvmnest.lab.debian import NEWEST
-from kvmnest.results import last_failed, names
+from kvmnest.results import last_failed, names, under_settings
 from kvmnest.results.environment import require_kvm, why_not_kvm
 from kvmnest.results.lab_target import LabTarget
 from kvmnest.results.model import Run
@@ -84,6 +86,20 @@ def add_parser(subparsers: Any) -> None:
         help="labs at once that share the cases (default: one for each core, at most 4)",
     )
     lab.add_argument("--cpus", type=int, default=1, metavar="N", help="CPUs (default: 1)")
+    lab.add_argument(
+        "--settings",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="then run again under these settings of KVM, each a set of parameters"
+        f" ({', '.join(setting.name for setting in settings.every())}; all: every one),"
+        " the cases that may answer differently; results are called CASE@NAME",
+    )
+    lab.add_argument(
+        "--every-case",
+        action="store_true",
+        help="with --settings: run all cases again under each setting",
+    )
     how = parser.add_argument_group("how")
     how.add_argument(
         "--nested-roundtrip",
@@ -129,17 +145,13 @@ def run(options: argparse.Namespace) -> int:
         if getattr(options, name) < 0:
             raise UsageError(f"--{name} must not be negative")
     selected = last_failed.narrow(options.selected) if options.last_failed else options.selected
-    modules, paths = split_selection(selected)
+    split_selection(selected)  # a name that is nothing is told at once
+    chosen = _settings(options)
     if options.jobs is not None and options.jobs < 1:
         raise UsageError(f"--jobs must be at least 1, not {options.jobs}")
     require_writable(options.json, options.junit, options.html, options.ktap)
     progress = Progress(sys.stdout, quiet=options.quiet, verbose=options.verbose)
     target = _target(options, progress)
-    again = _rerun_prefix(options, "kvm" if target.name == "kvm" else "lab")
-
-    def rerun(case_id: str) -> str:
-        return f"{again} {shlex.quote(case_id)}"
-
     plan = Plan(
         selected=selected,
         keyword=options.keyword,
@@ -155,19 +167,17 @@ def run(options: argparse.Namespace) -> int:
         progress,
         json_path=options.json,
         junit_path=options.junit,
-        rerun=rerun,
+        rerun=_rerun(options, target),
         strict_known=options.strict_known,
         maxfail=options.maxfail,
         own_clock=target.guest_clock,
     )
-    arguments = pytest_arguments(plan, target.name, modules, target.place(paths))
     signal.signal(signal.SIGTERM, _terminated)
     try:
-        targets = _split(target, arguments, options.jobs)
-        if len(targets) > 1:
-            Shards(reporter, rerun).run(targets, arguments)
+        if chosen:
+            _run_under(chosen, target, plan, reporter, options)
         else:
-            run_cases(targets[0], arguments, reporter)
+            _run(target, plan, reporter, options.jobs)
     except KvmnestError as error:
         reporter.run.problems.append(str(error).partition("\n")[0])
         reporter.finish(summary=bool(reporter.run.cases))
@@ -187,6 +197,77 @@ def run(options: argparse.Namespace) -> int:
             progress.line(line)
     _pages(options, reporter.run)
     return status
+
+
+def _run(target: Target, plan: Plan, reporter: Reporter, jobs: int | None) -> None:
+    modules, paths = split_selection(plan.selected)
+    arguments = pytest_arguments(plan, target.name, modules, target.place(paths))
+    targets = _split(target, arguments, jobs)
+    if len(targets) > 1:
+        Shards(reporter).run(targets, arguments)
+    else:
+        run_cases(targets[0], arguments, reporter)
+
+
+def _settings(options: argparse.Namespace) -> Sequence[settings.Setting]:
+    """The settings that are asked for. Raises UsageError."""
+    if options.every_case and not options.settings:
+        raise UsageError("--every-case needs --settings")
+    for name in options.settings:
+        if options.settings.count(name) > 1:
+            raise UsageError(f"--settings {name} is given more than once")
+    return settings.choose(options.settings)
+
+
+def _run_under(
+    chosen: Sequence[settings.Setting],
+    default: Target,
+    plan: Plan,
+    whole: Reporter,
+    options: argparse.Namespace,
+) -> None:
+    """Run all under the default, and under each setting again what may answer differently."""
+    assert isinstance(default, LabTarget)
+    progress = whole.progress
+    whole.more_to_come = True
+    _part(default, plan, whole, settings.DEFAULT, options)
+    first = [*whole.run.cases]
+    for setting in chosen:
+        only = under_settings.chosen(setting, first, every_case=options.every_case)
+        if whole.run.stopped or not only:
+            continue
+        if not setting.exists_on(default.release):
+            progress.line(f"{setting.name}: left out, this kernel has no such parameter")
+            continue
+        progress.line(f"{setting.name} ({_shown(setting.params)}): {len(only)} cases")
+        try:
+            target = _lab(options, progress, setting.params)
+            _part(target, dataclasses.replace(plan, only=only), whole, setting, options)
+        except KvmnestError as error:
+            whole.problem(f"{setting.name}: {str(error).partition(chr(10))[0]}")
+    whole.more_to_come = False
+    whole.run.complete = len(whole.run.cases) == len(whole.run.planned)
+    for line in under_settings.lines(whole.run, chosen):
+        progress.line(line)
+
+
+def _part(
+    target: LabTarget,
+    plan: Plan,
+    whole: Reporter,
+    setting: settings.Setting,
+    options: argparse.Namespace,
+) -> None:
+    rerun = _rerun(options, target, setting.params)
+    part = under_settings.UnderSetting(whole, setting, rerun)
+    try:
+        _run(target, plan, part, options.jobs)
+    finally:
+        part.end()
+
+
+def _shown(params: Mapping[str, str]) -> str:
+    return " ".join(f"{name}={value}" for name, value in params.items())
 
 
 def _pages(options: argparse.Namespace, done: Run) -> None:
@@ -209,6 +290,7 @@ def _pages(options: argparse.Namespace, done: Run) -> None:
 
 def _target(options: argparse.Namespace, progress: Progress) -> Target:
     wants_lab = lab_only(options) or ("--cpus" if options.cpus != 1 else "")
+    wants_lab = wants_lab or ("--settings" if options.settings else "")
     if options.target == "kvm":
         if wants_lab:
             raise UsageError(f"{wants_lab} needs --target lab: the host's kernel stays as it is")
@@ -220,14 +302,17 @@ def _target(options: argparse.Namespace, progress: Progress) -> Target:
             progress.line("target: this machine's /dev/kvm, which offers VMX to guests")
             return LocalTarget(patience=max(120.0, 4 * options.budget))
         progress.line(f"target: the lab, because /dev/kvm cannot run L1: {reason}")
-    kernel = options.kernel
-    if kernel is None and options.kvm_modules is None:
+    if options.kernel is None and options.kvm_modules is None:
         progress.line("kernel: the newest that Debian has released (--kernel names another)")
-        kernel = NEWEST
+    return _lab(options, progress, {})
+
+
+def _lab(options: argparse.Namespace, progress: Progress, params: Mapping[str, str]) -> LabTarget:
+    newest = options.kernel is None and options.kvm_modules is None
     return LabTarget(
-        kernel=kernel,
+        kernel=NEWEST if newest else options.kernel,
         kvm_modules=options.kvm_modules,
-        kvm_params=parameters(options.kvm_param),
+        kvm_params={**parameters(options.kvm_param), **params},
         cpus=options.cpus,
         emulator=emulator(options),
         patience=max(120.0, 4 * options.budget),
@@ -252,19 +337,23 @@ def _recorded(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _rerun_prefix(options: argparse.Namespace, target: str) -> str:
-    words = ["kvmnest", "run", "--target", target]
+def _rerun(
+    options: argparse.Namespace, target: Target, params: Mapping[str, str] | None = None
+) -> Callable[[str], str]:
+    """What gives the command that runs one case again."""
+    words = ["kvmnest", "run", "--target", "kvm" if target.name == "kvm" else "lab"]
     for name in ("kernel", "kvm_modules", "boot", "bochs", "cpu_model", "qemu"):
         value = getattr(options, name)
         if value is not None:
             words += [f"--{name.replace('_', '-')}", str(value)]
-    for value in options.kvm_param:
-        words += ["--kvm-param", value]
+    for name, value in {**parameters(options.kvm_param), **(params or {})}.items():
+        words += ["--kvm-param", f"{name}={value}"]
     if options.cpus != 1:
         words += ["--cpus", str(options.cpus)]
     if options.nested_roundtrip:
         words.append("--nested-roundtrip")
-    return shlex.join(words)
+    again = shlex.join(words)
+    return lambda case_id: f"{again} {shlex.quote(case_id)}"
 
 
 def _terminated(number: int, frame: FrameType | None) -> None:

@@ -88,6 +88,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="leave out cases whose id begins so",
     )
     group.addoption(
+        "--kvmnest-only",
+        action="append",
+        default=[],
+        metavar="ID",
+        help="of the cases that ship with kvmnest, leave out those with other ids",
+    )
+    group.addoption(
         "--kvmnest-plan", metavar="FILE", help="write what was collected for the light runner"
     )
     group.addoption(
@@ -140,6 +147,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         random.Random(seed).shuffle(items)
     left_out = tuple(config.getoption("--kvmnest-deselect"))
     _keep(config, items, lambda _, item: not policy.case_id(item.nodeid, item).startswith(left_out))
+    only = {*config.getoption("--kvmnest-only")}
+    if only:
+        _keep(config, items, lambda _, item: not policy.ships(item)
+              or policy.case_id(item.nodeid, item) in only)  # fmt: skip
     first = config.getoption("--kvmnest-from")
     if STREAM in config.stash:
         config.stash[STREAM].collected(items, first)

@@ -167,6 +167,11 @@ class LabTarget:
         return line
 
     @property
+    def release(self) -> str:
+        """Release of the kernel that is booted."""
+        return self._lab.kernel.release
+
+    @property
     def times(self) -> str:
         """Times of the last boot in one line."""
         times = self._lab.times

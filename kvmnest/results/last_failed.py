@@ -13,6 +13,7 @@ from kvmnest.files import write_json
 from kvmnest.lab import cache
 from kvmnest.results import listing, names
 from kvmnest.results.model import Run
+from kvmnest.results.under_settings import case_of
 from kvmnest.schema import TEXTS
 
 _SUITE = Path(__file__).parent.parent / "suite"
@@ -41,9 +42,10 @@ def remember(run: Run) -> None:
 
     A cache that cannot be written forgets: that must not fail a run.
     """
-    ran = {_whole(case.id) for case in run.cases}
+    ran = {_whole(case_of(case.id)) for case in run.cases}
     failed = [name for name in _load() if name not in ran and _exists(name)]
-    failed += [_whole(case.id) for case in run.cases if case.outcome in ("failed", "error")]
+    bad = (case_of(case.id) for case in run.cases if case.outcome in ("failed", "error"))
+    failed += dict.fromkeys(_whole(case) for case in bad)
     with contextlib.suppress(KvmnestError):
         write_json(_path(), failed)
 

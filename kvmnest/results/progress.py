@@ -29,10 +29,11 @@ class Progress:
         self._line = ""
         self._gone = False
 
-    def planned(self, total: int) -> None:
-        """The number of cases is known."""
+    def planned(self, total: int, *, again: bool = False) -> None:
+        """The number of cases is known; ``again``: more are known than before."""
         self._total = total
-        self._began = time.monotonic()
+        if not again:
+            self._began = time.monotonic()
 
     def running(self, run: Run, case_id: str) -> None:
         """A case starts."""

@@ -57,11 +57,13 @@ class Reporter:
         self.ended: int | None = None
         #: What ended its session before the last case, "" if nothing did.
         self.why_ended = ""
+        #: Whether cases will be planned that are not known yet.
+        self.more_to_come = False
         #: Files that could not be collected: (where, text).
         self.broken: list[tuple[str, str]] = []
         self._maxfail = maxfail
-        self._rerun = rerun
-        self._own_clock = own_clock
+        self.rerun = rerun
+        self.own_clock = own_clock
         self._known: known.Known | None = None
         self._current: Event = {}
         self._began = self._started = time.monotonic()
@@ -153,7 +155,7 @@ class Reporter:
     def _result(self, event: Event) -> None:
         if event["id"] != self.run.running:
             raise DamagedEvent(f"a result of {event['id']:.200}, which does not run")
-        seconds = time.monotonic() - self._began if self._own_clock else event["seconds"]
+        seconds = time.monotonic() - self._began if self.own_clock else event["seconds"]
         self._add(
             Case(
                 id=event["id"],
@@ -182,7 +184,7 @@ class Reporter:
         self._kernel_log = self._last_words = ""
         self._judge_messages(case)
         if case.outcome in ("failed", "error"):
-            case.rerun = self._rerun(case.id)
+            case.rerun = self.rerun(case.id)
         self._current = {}
         self.store(case)
 
@@ -207,7 +209,8 @@ class Reporter:
         """Add a case that is judged already to the reports. Raises Enough, see ``maxfail``."""
         self.run.running = None
         self.run.cases.append(case)
-        self.run.complete = len(self.run.cases) == len(self.run.planned)
+        done = len(self.run.cases) == len(self.run.planned)
+        self.run.complete = done and not self.more_to_come
         self._write()
         # Told after it is stored: what the user has seen must not be lost.
         self.progress.ended(self.run, case)

@@ -54,14 +54,16 @@ class Plan:
     """Which cases to run and how.
 
     ``selected`` holds ids of the suite ("test_vmxon.py", "test_vmxon.py::test_name[param]") and
-    paths of further test files; empty means the whole suite. ``budget`` is in seconds of the
-    target's clock.
+    paths of further test files; empty means the whole suite. ``only``, if it is not empty, are the
+    ids of the cases of the suite to run among those. ``budget`` is in seconds of the target's
+    clock.
     """
 
     selected: Sequence[str] = ()
     keyword: str = ""
     marks: str = ""
     deselected: Sequence[str] = ()
+    only: Sequence[str] = ()
     budget: float = 5.0
     nested_roundtrip: bool = False
     shuffle: int | None = None
@@ -123,6 +125,7 @@ def pytest_arguments(plan: Plan, target: str, modules: list[str], paths: list[st
     if plan.marks:
         arguments += ["-m", plan.marks]
     arguments += [f"--kvmnest-deselect={name}" for name in plan.deselected]
+    arguments += [f"--kvmnest-only={name}" for name in plan.only]
     # With --pyargs pytest looks for a module of a path's name, and then leaves the file's
     # assertions as they are.
     return [*arguments, *(["--pyargs"] if modules else []), *modules, *paths]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from kvmnest.cases.events import Event
 from kvmnest.results.model import Case, Run
@@ -21,9 +21,15 @@ class _Stopped(Exception):
 class _Part(Reporter):
     """Judges the events of one target and passes what it finds on to the whole run."""
 
-    def __init__(self, whole: Shards, rerun: Callable[[str], str]) -> None:
-        run = Run(whole.reporter.run.target, whole.reporter.run.emulator)
-        super().__init__(run, Progress(sys.stdout, quiet=True), rerun=rerun, own_clock=True)
+    def __init__(self, whole: Shards) -> None:
+        run = Run(
+            whole.reporter.run.target,
+            whole.reporter.run.emulator,
+            options=whole.reporter.run.options,
+        )
+        super().__init__(
+            run, Progress(sys.stdout, quiet=True), rerun=whole.reporter.rerun, own_clock=True
+        )
         self._whole = whole
 
     def event(self, event: Event) -> None:
@@ -50,10 +56,9 @@ class _Part(Reporter):
 class Shards:
     """Runs a part of the cases on each target, in a thread each."""
 
-    def __init__(self, reporter: Reporter, rerun: Callable[[str], str]) -> None:
+    def __init__(self, reporter: Reporter) -> None:
         self.reporter = reporter
         self.stopped = False
-        self._rerun = rerun
         self._lock = threading.Lock()
         self._errors: list[BaseException] = []
 
@@ -79,7 +84,7 @@ class Shards:
         run.complete = len(run.cases) == len(run.planned)
 
     def _run_part(self, target: Target, arguments: Sequence[str]) -> None:
-        part = _Part(self, self._rerun)
+        part = _Part(self)
         try:
             run_cases(target, arguments, part)
         except _Stopped:
