@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -127,7 +128,7 @@ def _plan(options: argparse.Namespace) -> Plan:
         repeat=options.repeat,
         good=options.good or "",
         bad=options.bad or "",
-        git=str(options.git.resolve()) if options.git else "",
+        git=os.path.realpath(options.git) if options.git else "",
         build=options.build or "",
         limit=options.build_limit,
         kernel=options.kernel,
@@ -217,7 +218,7 @@ def _reboot(options: argparse.Namespace) -> int:
     from kvmnest.bisect.reboot.host import RebootNeeded
     from kvmnest.bisect.reboot.machine import Machine
 
-    folder = (options.state or state.FOLDER).resolve()
+    folder = Path(os.path.realpath(options.state or state.FOLDER))
     if options.dry_run:
         dry.dry_run(_reboot_plan(options), folder, _say)
         return 0
@@ -276,7 +277,7 @@ def _log(options: argparse.Namespace) -> int:
     from kvmnest.bisect.reboot.state import journal_in
 
     if options.state or options.git:
-        path = options.state or git.Repository(options.git.resolve()).journal
+        path = options.state or git.Repository(Path(os.path.realpath(options.git))).journal
         path = journal_in(path) if path.is_dir() else path
     else:
         found = sorted(folder().glob("*.jsonl"), key=lambda path: path.stat().st_mtime)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
+from kvmnest.errors import UsageError
 from kvmnest.lab import DEFAULT_KERNEL
 
 
@@ -34,9 +36,13 @@ def run(options: argparse.Namespace) -> int:
     from kvmnest.kernel.build import BuildError, build_tree
     from kvmnest.lab import kernels
 
+    # What can be wrong at once comes before a kernel that may have to be fetched.
+    tree = Path(os.path.realpath(options.tree))
+    if not os.path.isdir(tree):
+        raise UsageError(f"{options.tree}: no such directory")
     release = kernels.resolve(options.kernel).release
     try:
-        build_tree(options.tree.resolve(), release, options.to)
+        build_tree(tree, release, options.to)
     except BuildError as error:
         print(f"kvmnest: {error}", file=sys.stderr)
         return 1

@@ -6,6 +6,7 @@ import argparse
 import errno
 import os
 import pkgutil
+import re
 import sys
 import tempfile
 import traceback
@@ -77,17 +78,25 @@ def main(argv: Sequence[str] | None = None) -> int:
             _drop_output()
             return _tell(HarnessError(f"cannot write the output: {error.strerror}"))
         if error.filename is not None and error.errno in _BAD_NAMES:
-            name = os.fsdecode(error.filename)
-            shown = name if len(name) < 200 else f"{name[:100]}... ({len(name)} characters)"
-            return _tell(UsageError(f"{shown}: {error.strerror}"))
+            return _tell(UsageError(f"{os.fsdecode(error.filename)}: {error.strerror}"))
         return _unforeseen(error)
     except Exception as error:
         return _unforeseen(error)
 
 
 def _tell(error: KvmnestError) -> int:
-    print(f"kvmnest: {error}", file=sys.stderr)
+    # An error of the lab has lines of the console; what the user typed makes no line.
+    kept = "" if error.exit_code == UsageError.exit_code else "\n"
+    shown = "".join(
+        char if char.isprintable() or char in kept else repr(char)[1:-1] for char in str(error)
+    )
+    text = re.sub(r"\S{200,}", _shortened, shown)
+    print(f"kvmnest: {text}", file=sys.stderr)
     return error.exit_code
+
+
+def _shortened(word: re.Match[str]) -> str:
+    return f"{word[0][:100]}... ({len(word[0])} characters)"
 
 
 def _prepare_streams() -> None:

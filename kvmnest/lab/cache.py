@@ -60,7 +60,7 @@ def digest(parts: Iterable[object]) -> str:
     """Key of an entry: hash of the text or bytes of ``parts``, in order."""
     state = hashlib.sha256()
     for part in parts:
-        data = part if isinstance(part, bytes) else str(part).encode()
+        data = part if isinstance(part, bytes) else str(part).encode("utf-8", "surrogateescape")
         state.update(len(data).to_bytes(8, "little"))
         state.update(data)
     return state.hexdigest()[:32]

@@ -333,6 +333,12 @@ def test_a_missing_tool_names_its_package(monkeypatch):
         tools.find("objcopy")
 
 
+def test_a_tool_that_does_not_end():
+    """As apt does whose mirror says nothing."""
+    with pytest.raises(LabSetupError, match="apt-get update did not end within 0 s"):
+        tools.run(["sleep", "60"], "apt-get update", 0.2)
+
+
 def test_module_names_and_builtin_list():
     assert modules.canonical("kvm-intel.ko.xz") == "kvm_intel"
     listing = "kernel/virt/lib/irqbypass.ko\nkernel/arch/x86/kvm/kvm-intel.ko\n"

@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -79,3 +81,34 @@ def test_a_wrong_selection_is_a_usage_error(tmp_path, arguments, text):
     assert text in done.stdout
     assert "Traceback" not in done.stdout
     assert document["cases"] == []
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_run_that_is_ended(tmp_path, number, code):
+    """What ended is in the results, and what did not get its turn; the exit code is a shell's."""
+    words = [
+        "run",
+        "--target=lab",
+        "--kernel=6.1",
+        "-j1",
+        "--json=out.json",
+    ]  # all cases: it takes long
+    process = subprocess.Popen(
+        [sys.executable, "-m", "kvmnest", *words],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": ROOT},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    out = tmp_path / "out.json"
+    end = time.monotonic() + 120
+    while not (out.exists() and len(json.loads(out.read_text())["cases"]) > 2):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    process.send_signal(number)
+    assert process.wait(30) == code
+    document = json.loads(out.read_text())
+    assert document["finished"]
+    assert document["not_run"]
+    assert document["problems"] == ["interrupted"]

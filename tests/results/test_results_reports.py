@@ -2,9 +2,11 @@
 
 import html
 import json
+import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -207,3 +209,24 @@ def test_list(capsys):
     assert "PinCtl.ACTIVATE_PREEMPTION_TIMER" in out
     assert main(["list", "-k", "no_such_case_at_all"]) == 4
     assert main(["list", "test_nothing.py"]) == 2
+
+
+def test_list_without_access_to_kvm(tmp_path):
+    """Cases can be listed by whoever may not open /dev/kvm; it says so."""
+    if os.geteuid() or not Path("/dev/kvm").exists() or not shutil.which("setpriv"):
+        pytest.skip("needs root, to be somebody else, and a /dev/kvm")
+    as_nobody = ("setpriv", "--reuid=65534", "--clear-groups")
+    done = subprocess.run(
+        [*as_nobody, sys.executable, "-m", "kvmnest", "list", "test_vmxon.py"],
+        env={"PATH": os.defpath, "HOME": "/nonexistent", "XDG_CACHE_HOME": "/nonexistent"},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if "PermissionError" in done.stderr:
+        pytest.skip("this checkout cannot be read by others")
+    assert done.returncode == 0, done.stderr
+    assert "test_vmxon.py::test_vmxon_enters_vmx_operation" in done.stdout
+    assert "0 can run on this machine's /dev/kvm" in done.stdout
+    assert "/dev/kvm permission denied" in done.stdout.splitlines()[-1]
