@@ -1,5 +1,6 @@
 """The cache after a crashed host or a full disk: what is damaged is made again, with one line."""
 
+import itertools
 import os
 import shutil
 import subprocess
@@ -144,21 +145,21 @@ def test_every_file_of_a_real_cache(copied: Path, capfd: pytest.CaptureFixture[s
 
 
 def test_a_boot_from_what_was_made_again(copied: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """A file of each kind is damaged, the largest, then the smallest: a cold boot works."""
+    """A file of each kind is damaged, the largest or the smallest: a cold boot works."""
     kinds = ("kernels", "python", "site", "boot", "kvmnest", "modules", "debian")
-    for damage, at in ((zero, -1), (cut, 0), (junk, -1)):
-        for kind in kinds:
-            files = [f for f in (copied / kind).rglob("*") if f.is_file()]
-            files.sort(key=lambda f: f.stat().st_size)
-            damage(files[at])
-        forget()
-        seen: list[bytes] = []
-        command = ["python3", "-c", "import os; print(os.path.exists('/dev/kvm'))"]
-        assert Lab(snapshots=False).run(command, on_output=seen.append) == 0
-        assert b"".join(seen) == b"True\n"
-        told = capfd.readouterr().err
-        assert "Traceback" not in told
-        assert told.count("is damaged or old, and made again") >= 4
+    damages = itertools.cycle(((zero, -1), (cut, 0), (junk, -1)))
+    for kind, (damage, at) in zip(kinds, damages, strict=False):
+        files = [f for f in (copied / kind).rglob("*") if f.is_file()]
+        files.sort(key=lambda f: f.stat().st_size)
+        damage(files[at])
+    forget()
+    seen: list[bytes] = []
+    command = ["python3", "-c", "import os; print(os.path.exists('/dev/kvm'))"]
+    assert Lab(snapshots=False).run(command, on_output=seen.append) == 0
+    assert b"".join(seen) == b"True\n"
+    told = capfd.readouterr().err
+    assert "Traceback" not in told
+    assert told.count("is damaged or old, and made again") >= 4
 
 
 def test_an_entry_that_another_run_makes_meanwhile(
