@@ -90,7 +90,7 @@ def _tell(error: KvmnestError) -> int:
     shown = "".join(
         char if char.isprintable() or char in kept else repr(char)[1:-1] for char in str(error)
     )
-    text = re.sub(r"\S{200,}", _shortened, shown)
+    text = re.sub(r"\S{199,}[^\s:]", _shortened, shown)
     print(f"kvmnest: {text}", file=sys.stderr)
     return error.exit_code
 
