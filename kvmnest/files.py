@@ -12,7 +12,16 @@ from kvmnest.errors import HarnessError
 
 
 def write_json(path: Path, document: Mapping[str, Any] | Sequence[Any]) -> None:
-    """Replace a JSON file as a whole. Raises HarnessError if that is impossible."""
+    """Replace a JSON file as a whole; write into what is a device or a pipe.
+
+    Raises HarnessError if that is impossible.
+    """
+    if path.exists() and not path.is_file():
+        try:
+            path.write_text(f"{json.dumps(document, indent=1)}\n", encoding="utf-8")
+        except OSError as error:
+            raise HarnessError(f"cannot write {path}: {error.strerror or error}") from error
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "w", encoding="utf-8") as file:

@@ -4,15 +4,18 @@ Events: ``session`` (facts of the machine), ``collected`` (ids and patches of th
 order in which they run), ``start`` and ``result`` of a case, ``broken`` (a file that cannot be
 collected), ``kernel`` (messages of the kernel since the result before, sent before each result),
 ``trace`` (a command of L1, with --kvmnest-trace), ``listed`` (what a case needs, with
---kvmnest-list) and ``end``.
+--kvmnest-list), ``coverage`` (blocks of an instrumented KVM, see ``kvmnest.cases.covered``, which
+ran for the first time since the event before) and ``end``.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from typing import Any
 
+from kvmnest.cases import covered
 from kvmnest.errors import HarnessError
 
 Event = dict[str, Any]
@@ -45,8 +48,11 @@ _CONTENT: dict[str, dict[str, type | tuple[type, ...]]] = {
         "skip": str,
     },
     "kernel": {"text": str},
+    "coverage": {"new": list, "sections": dict, "lost": str},
     "end": {"status": int, "why": str},
 }
+#: Before these the blocks that have run are told, so that they belong to what went before.
+_TELL_BLOCKS = ("session", "start", "result", "end")
 _OUTCOMES = ("passed", "failed", "skipped", "known", "error")
 
 
@@ -64,10 +70,18 @@ class EventWriter:
         else:
             flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
             self._fd = os.open(spec, flags, 0o644)
+        self._covered = covered.opened()
         self._encode = json.JSONEncoder(separators=(",", ":"), default=str).encode
 
     def send(self, event: str, **content: object) -> None:
         """Write one event. When nobody listens any more, the process ends at once."""
+        if self._covered and event in _TELL_BLOCKS:
+            news = self._covered.news()
+            if news["new"] or news["lost"]:
+                self._write("coverage", news)
+        self._write(event, content)
+
+    def _write(self, event: str, content: Mapping[str, object]) -> None:
         line = self._encode({"e": event, **content}).encode() + b"\n"
         try:
             while line:

@@ -6,13 +6,17 @@ import argparse
 import json
 import os
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvmnest.cli.lab import add_options, emulator, parameters, use_host
 from kvmnest.cli.numbers import seconds
 from kvmnest.errors import HarnessError, UsageError
+
+if TYPE_CHECKING:
+    from kvmnest.fuzz.machines import Machine
 
 
 def add_parser(subparsers: Any) -> None:
@@ -26,6 +30,12 @@ def add_parser(subparsers: Any) -> None:
         " crash, 2 usage, 3 harness or environment error, 130 interrupted",
     )
     parser.add_argument("--target", choices=("auto", "kvm", "lab"), default="auto")
+    add_fuzz_options(parser)
+    add_options(parser)
+
+
+def add_fuzz_options(parser: argparse.ArgumentParser) -> None:
+    """Options that say what to try, and where the findings go."""
     parser.add_argument("--seed", type=int, metavar="S", help="(default: a random one, printed)")
     parser.add_argument("--cases", type=int, metavar="N", help="how many (default: 1000)")
     parser.add_argument("--seconds", type=seconds, metavar="N", help="stop after this time")
@@ -37,13 +47,12 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--tests", type=Path, metavar="DIR", help="write a test for each finding")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report")
     parser.add_argument("--no-shrink", action="store_true", help="keep findings as they are")
-    add_options(parser)
 
 
-def run(options: argparse.Namespace) -> int:
-    """Run the verb."""
+def run(options: argparse.Namespace, lab: Callable[..., Machine] | None = None) -> int:
+    """Run the verb; ``lab`` makes the machine that boots the lab, usually LabMachine."""
     from kvmnest.fuzz.journal import Journal
-    from kvmnest.fuzz.machines import LabMachine, LocalMachine, Machine
+    from kvmnest.fuzz.machines import LabMachine, LocalMachine
     from kvmnest.fuzz.run import Fuzzer
     from kvmnest.lab import cache
 
@@ -59,8 +68,11 @@ def run(options: argparse.Namespace) -> int:
             raise UsageError(f"cannot write to {folder}: not a writable directory")
     machine: Machine = LocalMachine()
     if not use_host(options):
-        machine = LabMachine(
-            options.kernel, parameters(options.kvm_param), options.kvm_modules, emulator(options)
+        machine = (lab or LabMachine)(
+            kernel=options.kernel,
+            params=parameters(options.kvm_param),
+            modules=options.kvm_modules,
+            emulator=emulator(options),
         )
     chosen = {"seed": seed, "target": machine.name, "kernel": options.kernel}
     chosen |= {"kvm_modules": options.kvm_modules, "kvm_params": options.kvm_param}

@@ -37,6 +37,7 @@ from kvmnest.results.shards import Shards
 from kvmnest.results.targets import LocalTarget, Target
 
 _MOST_LABS = 4
+MakeLab = Callable[..., LabTarget]
 _CODES = "exit codes: 0 all passed or known, 1 a case failed, 2 usage, 3 harness or environment"
 
 
@@ -48,7 +49,6 @@ def add_parser(subparsers: Any) -> None:
         description="Run the conformance suite, or the cases and test files named.",
         epilog=f"{_CODES} error, 4 nothing ran, 130 and 143 after SIGINT and SIGTERM",
     )
-    parser.add_argument("selected", nargs="*", metavar="CASE|PATH", help="ids or files to run")
     parser.add_argument(
         "--target",
         choices=("auto", "kvm", "lab"),
@@ -56,6 +56,12 @@ def add_parser(subparsers: Any) -> None:
         help="this machine's /dev/kvm or a kernel in the software lab (default: /dev/kvm if it"
         " offers VMX to guests, else the lab)",
     )
+    add_run_options(parser)
+
+
+def add_run_options(parser: Any) -> None:
+    """What to run, in which lab, how, and the reports."""
+    parser.add_argument("selected", nargs="*", metavar="CASE|PATH", help="ids or files to run")
     parser.add_argument("-k", dest="keyword", default="", metavar="EXPR", help="as in pytest")
     parser.add_argument("-m", dest="marks", default="", metavar="EXPR", help="as in pytest")
     parser.add_argument(
@@ -139,8 +145,8 @@ def add_parser(subparsers: Any) -> None:
     out.add_argument("-q", "--quiet", action="store_true", help="exit code and files only")
 
 
-def run(options: argparse.Namespace) -> int:
-    """Run the verb."""
+def run(options: argparse.Namespace, lab: MakeLab = LabTarget) -> int:
+    """Run the verb; ``lab`` makes the target that boots the lab."""
     for name in ("maxfail", "durations"):
         if getattr(options, name) < 0:
             raise UsageError(f"--{name} must not be negative")
@@ -151,7 +157,7 @@ def run(options: argparse.Namespace) -> int:
         raise UsageError(f"--jobs must be at least 1, not {options.jobs}")
     require_writable(options.json, options.junit, options.html, options.ktap)
     progress = Progress(sys.stdout, quiet=options.quiet, verbose=options.verbose)
-    target = _target(options, progress)
+    target = _target(options, progress, lab)
     plan = Plan(
         selected=selected,
         keyword=options.keyword,
@@ -175,7 +181,7 @@ def run(options: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, _terminated)
     try:
         if chosen:
-            _run_under(chosen, target, plan, reporter, options)
+            _run_under(chosen, target, plan, reporter, options, lab)
         else:
             _run(target, plan, reporter, options.jobs)
     except KvmnestError as error:
@@ -225,6 +231,7 @@ def _run_under(
     plan: Plan,
     whole: Reporter,
     options: argparse.Namespace,
+    lab: MakeLab,
 ) -> None:
     """Run all under the default, and under each setting again what may answer differently."""
     assert isinstance(default, LabTarget)
@@ -241,7 +248,7 @@ def _run_under(
             continue
         progress.line(f"{setting.name} ({_shown(setting.params)}): {len(only)} cases")
         try:
-            target = _lab(options, progress, setting.params)
+            target = _lab(options, progress, setting.params, lab)
             _part(target, dataclasses.replace(plan, only=only), whole, setting, options)
         except KvmnestError as error:
             whole.problem(f"{setting.name}: {str(error).partition(chr(10))[0]}")
@@ -288,7 +295,7 @@ def _pages(options: argparse.Namespace, done: Run) -> None:
             raise HarnessError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def _target(options: argparse.Namespace, progress: Progress) -> Target:
+def _target(options: argparse.Namespace, progress: Progress, lab: MakeLab) -> Target:
     wants_lab = lab_only(options) or ("--cpus" if options.cpus != 1 else "")
     wants_lab = wants_lab or ("--settings" if options.settings else "")
     if options.target == "kvm":
@@ -304,12 +311,17 @@ def _target(options: argparse.Namespace, progress: Progress) -> Target:
         progress.line(f"target: the lab, because /dev/kvm cannot run L1: {reason}")
     if options.kernel is None and options.kvm_modules is None:
         progress.line("kernel: the newest that Debian has released (--kernel names another)")
-    return _lab(options, progress, {})
+    return _lab(options, progress, {}, lab)
 
 
-def _lab(options: argparse.Namespace, progress: Progress, params: Mapping[str, str]) -> LabTarget:
+def _lab(
+    options: argparse.Namespace,
+    progress: Progress,
+    params: Mapping[str, str],
+    make: MakeLab,
+) -> LabTarget:
     newest = options.kernel is None and options.kvm_modules is None
-    return LabTarget(
+    return make(
         kernel=NEWEST if newest else options.kernel,
         kvm_modules=options.kvm_modules,
         kvm_params={**parameters(options.kvm_param), **params},

@@ -2,7 +2,9 @@
 
 ``python3 -m kvmnest.fuzz.execute CASES EVENTS``: CASES holds one JSON array of cases, EVENTS is
 where lines of JSON go: what this machine is, {"start": n} before each case, {"end": n, "outcome":
-[...]} after it. {"start": n} is on the disk before the case runs, if EVENTS is a file there.
+[...]} after it. {"start": n} is on the disk before the case runs, if EVENTS is a file there. With
+an instrumented KVM, {"coverage": {...}} before both tells which blocks ran until then (see
+kvmnest.cases.covered), unless EVENTS is a file.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kvmnest import host
+from kvmnest.cases import covered
 from kvmnest.errors import HarnessError, KvmnestError
 from kvmnest.fuzz.model import REGION, FuzzCase, base_fields, base_memory
 from kvmnest.kvm import Kvm, KvmError
@@ -144,7 +147,12 @@ def main(cases_path: str, events_path: str) -> int:
     descriptor = os.open(events_path, os.O_WRONLY | os.O_APPEND)
     regular = os.path.isfile(events_path)
 
+    blocks = None if regular else covered.opened()
+
     def say(**event: Any) -> None:
+        news = blocks.news() if blocks else {"new": [], "lost": ""}
+        if news["new"] or news["lost"]:
+            os.write(descriptor, json.dumps({"coverage": news}).encode() + b"\n")
         os.write(descriptor, json.dumps(event).encode() + b"\n")
         if regular and "start" in event:
             os.fsync(descriptor)

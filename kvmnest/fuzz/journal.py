@@ -11,7 +11,7 @@ from typing import Any
 from kvmnest import reading
 from kvmnest.errors import HarnessError, UsageError
 from kvmnest.fuzz.execute import Seen
-from kvmnest.schema import COUNT, TEXT, Schema, by_name
+from kvmnest.schema import COUNT, TEXT, Schema, by_name, exactly
 
 SCHEMA = 1
 CRASHED = "crashed"
@@ -40,6 +40,12 @@ EVENT_SCHEMA = {
             ]
         },
         "stopped": {"type": "array", "items": COUNT},
+        "coverage": exactly(
+            ["new", "sections", "lost"],
+            new={"type": "array", "items": COUNT},
+            sections=by_name(by_name(COUNT)),
+            lost=TEXT,
+        ),
         "facts": {
             "type": "object",
             "required": ["kernel", "msrs", "cpuid"],

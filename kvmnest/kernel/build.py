@@ -14,7 +14,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from kvmnest.errors import KvmnestError
@@ -25,7 +25,8 @@ from kvmnest.lab.errors import LabSetupError
 
 _FORMAT = 2
 _KEPT_BUILDS = 400
-_KVM = "arch/x86/kvm"
+#: Where the sources of KVM for x86 are, below a kernel's top folder.
+KVM = "arch/x86/kvm"
 _MODULES = ("kvm.ko", "kvm-intel.ko")
 
 # Debug information costs a third of the time and the lab drops it; an edit that leaves a function
@@ -61,21 +62,33 @@ def build_modules(edits: Sequence[Edit], release: str) -> Path:
 
     def keep(folder: Path, built: Path) -> None:
         for name in _MODULES:
-            (folder / name).write_bytes(modules.lean(built / _KVM / name))
+            (folder / name).write_bytes(modules.lean(built / KVM / name))
 
     kept = cache.existing("kvm-modules", key)
     if kept is not None:
         return kept
-    base = _base(kernel)
     if not edits:
+        base = _base(kernel)
         return cache.entry("kvm-modules", key, lambda to: keep(to, base), keep=_KEPT_BUILDS)
+    with rebuilt(kernel, lambda tree: apply_all(edits, tree)) as tree:
+        return cache.entry("kvm-modules", key, lambda to: keep(to, tree), keep=_KEPT_BUILDS)
+
+
+@contextlib.contextmanager
+def rebuilt(kernel: source.KernelSource, change: Callable[[Path], None]) -> Iterator[Path]:
+    """A copy of a kernel's built tree, changed and built again, for as long as the block runs.
+
+    Its modules have their symbols and debug information. Raises what ``change`` does, BuildError
+    if the result does not compile, LabSetupError if the disk is full.
+    """
+    base = _base(kernel)
     try:
         with tempfile.TemporaryDirectory(prefix="kvmnest-kvm-", dir=cache.root()) as scratch:
             tree = Path(scratch) / "tree"
             _copy_built(base, tree)
-            apply_all(edits, tree)
+            change(tree)
             _make(kernel, tree)
-            return cache.entry("kvm-modules", key, lambda to: keep(to, tree), keep=_KEPT_BUILDS)
+            yield tree
     except OSError as error:
         raise LabSetupError(cache.describe(error, "building kernel modules")) from error
 
@@ -88,27 +101,23 @@ def build_tree(tree: Path, release: str, to: Path) -> None:
     BuildError if it does not compile, LabSetupError as ``build_modules``.
     """
     kernel = source.prepare(release)
-    if not (tree / _KVM / "Makefile").is_file():
-        raise LabSetupError(f"{tree} is no kernel source: it has no {_KVM}")
-    base = _base(kernel)
+    if not (tree / KVM / "Makefile").is_file():
+        raise LabSetupError(f"{tree} is no kernel source: it has no {KVM}")
+
+    def overlay(work: Path) -> None:
+        for folder in (KVM, "virt/kvm"):
+            for path in sorted((tree / folder).rglob("*")):
+                name = path.relative_to(tree)
+                if path.is_file() and path.suffix in (".c", ".h", ".S"):
+                    _overlay(path, kernel.tree / name, work / name)
+
     try:
-        with tempfile.TemporaryDirectory(prefix="kvmnest-kvm-", dir=cache.root()) as scratch:
-            work = Path(scratch) / "tree"
-            _copy_built(base, work)
-            for folder in (_KVM, "virt/kvm"):
-                for path in sorted((tree / folder).rglob("*")):
-                    name = path.relative_to(tree)
-                    if path.is_file() and path.suffix in (".c", ".h", ".S"):
-                        _overlay(path, kernel.tree / name, work / name)
-            try:
-                _make(kernel, work)
-            except BuildError as error:
-                raise BuildError(f"{error}{_other_series(tree, release)}") from error
+        with rebuilt(kernel, overlay) as work:
             to.mkdir(parents=True, exist_ok=True)
             for module in _MODULES:
-                (to / module).write_bytes(modules.lean(work / _KVM / module))
-    except OSError as error:
-        raise LabSetupError(cache.describe(error, "building kernel modules")) from error
+                (to / module).write_bytes(modules.lean(work / KVM / module))
+    except BuildError as error:
+        raise BuildError(f"{error}{_other_series(tree, release)}") from error
 
 
 def _other_series(tree: Path, release: str) -> str:
@@ -157,7 +166,7 @@ def _base(kernel: source.KernelSource) -> Path:
     def build(folder: Path) -> None:
         tree = folder / "tree"
         shutil.copytree(kernel.tree, tree, symlinks=True)
-        makefile = tree / _KVM / "Makefile"
+        makefile = tree / KVM / "Makefile"
         text = makefile.read_text().replace("$(srctree)/virt/kvm", "$(src)/../../../virt/kvm")
         # The headers have no KVM folder; its trace headers are found relative to the second one.
         text = re.sub(r"-I ?\$\(srctree\)/arch/x86/kvm", "-I $(src) -I $(src)/..", text)
@@ -191,7 +200,7 @@ def _copy_built(base: Path, tree: Path) -> None:
 def _make(kernel: source.KernelSource, tree: Path) -> None:
     jobs = 1 if (tree / "built-at").exists() else os.cpu_count() or 1
     argv = [
-        "make", "-s", f"-j{jobs}", "-C", str(kernel.headers), f"M={tree / _KVM}",
+        "make", "-s", f"-j{jobs}", "-C", str(kernel.headers), f"M={tree / KVM}",
         f"CC={kernel.compiler}", *_SETTINGS, "modules",
     ]  # fmt: skip
     environment = {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"}

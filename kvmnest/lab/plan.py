@@ -9,13 +9,23 @@ from kvmnest.lab.errors import KernelSpecError
 
 
 def replacements(folder: Path) -> list[modules.Module]:
-    """The user's own KVM modules. Raises KernelSpecError if there is none that can be used."""
+    """The user's own KVM modules, and those beside them that they need.
+
+    Raises KernelSpecError if there is none that can be used.
+    """
     if not folder.is_dir():
         raise KernelSpecError(f"{folder}: no such directory")
-    found = [path for name, path in modules.find(folder).items() if name in kernels.MODULES]
-    if not found:
+    files = modules.find(folder)
+    found: dict[str, modules.Module] = {}
+    todo = [name for name in files if name in kernels.MODULES]
+    if not todo:
         raise KernelSpecError(f"{folder} has no kvm.ko or kvm-intel.ko")
-    return [modules.read(path) for path in found]
+    while todo:
+        name = todo.pop()
+        if name in files and name not in found:
+            found[name] = modules.read(files[name])
+            todo += found[name].depends
+    return list(found.values())
 
 
 def require_built_for(kernel: kernels.Kernel, replaced: Sequence[modules.Module]) -> None:

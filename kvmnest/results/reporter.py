@@ -96,7 +96,7 @@ class Reporter:
             self.broken.append((event["where"], event["detail"]))
         elif kind == "kernel":
             self._kernel(event)
-        elif kind in ("trace", "listed"):
+        elif kind in ("trace", "listed", "coverage"):
             pass  # for those who watch
         elif kind == "end":
             self.ended, self.why_ended = event["status"], event["why"]

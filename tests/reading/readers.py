@@ -310,6 +310,28 @@ READERS = {
         ),
         refused(lambda p: record.load(p, "6.1").add_clean({}, "s", ["b"])),
     ),
+    "coverage": Reader(
+        lambda: json_bytes(
+            {
+                "schema": 1,
+                "kernel": "6.1.0-56-amd64",
+                "version": "6.1.192-2",
+                "reached_by": ["a"],
+                "sources": {
+                    "arch/x86/kvm/vmx/nested.c": {
+                        "functions": [[3, "f"]],
+                        "lines": [4, 5],
+                        "first": [0, -1],
+                    }
+                },
+            }
+        ),
+        commands(
+            ["coverage", "show", "BAD", "--missing"],
+            ["coverage", "show", "GOOD", "BAD", "--data", "OUT"],
+            ["coverage", "show", "GOOD", "--against", "BAD"],
+        ),
+    ),
     "evidence": Reader(
         lambda: json_bytes(
             {
