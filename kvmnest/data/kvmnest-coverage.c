@@ -46,7 +46,7 @@ void notrace __sanitizer_cov_trace_pc(void)
 		lost = true;
 }
 /* The word without the underscore is one that KVM's makefile does not allow in its folder. */
-_EXPORT_SYMBOL(__sanitizer_cov_trace_pc, "GPL");
+_EXPORT_SYMBOL(__sanitizer_cov_trace_pc, "");
 
 static ssize_t coverage_read(struct file *file, char __user *to, size_t size, loff_t *position)
 {

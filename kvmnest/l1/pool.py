@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from kvmnest.kvm import Kvm
 from kvmnest.l1.guest import L1
 
@@ -9,8 +11,16 @@ from kvmnest.l1.guest import L1
 class L1Pool:
     """Keeps one L1 between cases; measured in ``kvmnest bench``, a reset is the cheaper way."""
 
-    def __init__(self, kvm: Kvm, *, budget: float = 5.0, nested_roundtrip: bool = False) -> None:
+    def __init__(
+        self,
+        kvm: Kvm,
+        *,
+        budget: float = 5.0,
+        nested_roundtrip: bool = False,
+        make: Callable[..., L1] = L1,
+    ) -> None:
         self._kvm = kvm
+        self._make = make
         self._budget = budget
         self._roundtrip = nested_roundtrip
         self._spare: L1 | None = None
@@ -20,7 +30,7 @@ class L1Pool:
         spare, self._spare = self._spare, None
         if spare is not None:
             return spare
-        l1 = L1(self._kvm, budget=self._budget, nested_roundtrip=self._roundtrip)
+        l1 = self._make(self._kvm, budget=self._budget, nested_roundtrip=self._roundtrip)
         if not self._roundtrip:
             l1.keep_state()
         return l1
