@@ -1,7 +1,7 @@
-"""Private folders in the temporary directory, which no run leaves for good, however it ends.
+"""Private folders, in the temporary directory or another, which no run leaves for good.
 
 A folder is locked for as long as its process works with it. Its end removes it, be it after two
-Ctrl-C; what a process left that was killed, the next one removes.
+Ctrl-C; what a process left that was killed, the next one that makes a folder there removes.
 """
 
 from __future__ import annotations
@@ -21,12 +21,11 @@ PREFIX = "kvmnest-lab-"
 _MAKING = 60.0  # seconds that nobody takes from making a folder to locking it
 
 
-def sweep() -> None:
+def sweep(place: Path) -> None:
     """Remove folders whose owner was killed: the lock inside is free again, or gone already.
 
     A folder has its lock before it gets its name, and loses it only while it is removed.
     """
-    place = Path(tempfile.gettempdir())
     for folder in (*place.glob(f"{PREFIX}*"), *place.glob(f".{PREFIX}*")):
         with contextlib.suppress(OSError):
             status = folder.stat()
@@ -47,15 +46,18 @@ def sweep() -> None:
 
 
 class Folder:
-    """An empty folder of its own; ``before_removal`` is called if the process ends before.
+    """An empty folder of its own, in ``place`` (default: the temporary directory).
 
-    Raises OSError if it cannot be made.
+    ``before_removal`` is called if the process ends before. Raises OSError if it cannot be made.
     """
 
-    def __init__(self, before_removal: Callable[[], None] = lambda: None) -> None:
-        sweep()
+    def __init__(
+        self, before_removal: Callable[[], None] = lambda: None, place: Path | None = None
+    ) -> None:
+        where = place or Path(tempfile.gettempdir())
+        sweep(where)
         # It gets the name that sweep looks for when its lock is held, not before.
-        made = Path(tempfile.mkdtemp(prefix=f".{PREFIX}"))
+        made = Path(tempfile.mkdtemp(prefix=f".{PREFIX}", dir=where))
         self._lock = os.open(made / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         self.path = made.rename(made.with_name(made.name.removeprefix(".")))
@@ -93,9 +95,9 @@ def _remove_all() -> None:
 
 
 @contextlib.contextmanager
-def folder() -> Iterator[str]:
-    """A folder for as long as the context lasts; its name. Raises OSError."""
-    made = Folder()
+def folder(place: Path | None = None) -> Iterator[str]:
+    """A folder for as long as the context lasts; its name. See Folder."""
+    made = Folder(place=place)
     try:
         yield str(made.path)
     finally:

@@ -13,10 +13,10 @@ import re
 import shutil
 import signal
 import subprocess
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from kvmnest import scratch
 from kvmnest.errors import KvmnestError
 from kvmnest.kernel import source
 from kvmnest.kernel.edits import Edit, apply_all
@@ -83,8 +83,8 @@ def rebuilt(kernel: source.KernelSource, change: Callable[[Path], None]) -> Iter
     """
     base = _base(kernel)
     try:
-        with tempfile.TemporaryDirectory(prefix="kvmnest-kvm-", dir=cache.root()) as scratch:
-            tree = Path(scratch) / "tree"
+        with scratch.folder(cache.root()) as folder:
+            tree = Path(folder) / "tree"
             _copy_built(base, tree)
             change(tree)
             _make(kernel, tree)

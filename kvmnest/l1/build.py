@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 from kvmnest.errors import PayloadError
@@ -58,12 +57,14 @@ def build(elf: Path = ELF, sources: Path = SOURCES) -> Path:
     Raises:
         PayloadError: no sources, no assembler or linker, or an error in the sources.
     """
+    from kvmnest import scratch  # not in the lab's guest, which loads a payload that was built
+
     digest = source_hash(sources)
     if digest is None:
         raise PayloadError(f"cannot build the payload: no sources in {sources}")
     assembler, linker = _tool("as"), _tool("ld")
     elf.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="kvmnest-payload-") as folder:
+    with scratch.folder() as folder:
         obj, out = os.path.join(folder, "l1.o"), os.path.join(folder, "l1.elf")
         main = str(sources / "l1.s")
         _run([assembler, "--64", "--fatal-warnings", "-I", str(sources), "-o", obj, main])

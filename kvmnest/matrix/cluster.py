@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import logging
-import tempfile
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import kvmnest
+from kvmnest import scratch
 from kvmnest.errors import HarnessError, KvmnestError, UsageError
 from kvmnest.lab.emulators import BOCHS, Choice
 from kvmnest.matrix.cell import Document, Job, Stopped, run_job, trouble
@@ -154,7 +154,7 @@ def work(job: Job) -> Document:
     """
     if suite_state() != job.suite:
         return trouble(job, "a worker has another kvmnest than this one: install the same there")
-    with tempfile.TemporaryDirectory(prefix="kvmnest-matrix-") as folder:
+    with scratch.folder() as folder:
         try:
             return run_job(job, Path(folder) / job.file, _cancelled_here())
         except Stopped:

@@ -1,6 +1,7 @@
 """Folders in the temporary directory: none stays, however the process ends."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -88,3 +89,37 @@ def test_what_is_being_worked_with_stays(two: subprocess.Popen[str], tmp_path: P
     assert set(tmp_path.iterdir()) == before
     two.kill()
     two.wait()
+
+
+def test_a_kill_where_the_folder_is_in_another_place(tmp_path: Path) -> None:
+    """As a build of modules has its tree in the cache, which has more room."""
+    place = tmp_path / "cache"
+    place.mkdir()
+    code = f"""
+import os, signal
+from pathlib import Path
+from kvmnest import scratch
+with scratch.folder(Path({str(place)!r})):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    subprocess.run([sys.executable, "-c", code], check=False)
+    (left,) = place.iterdir()
+    with scratch.folder(place) as folder:
+        assert list(place.iterdir()) == [Path(folder)] != [left]
+    assert list(place.iterdir()) == []
+
+
+def test_no_other_folder_is_made() -> None:
+    """One made with tempfile would stay after a kill; the cache has its own way to sweep."""
+    package = Path(scratch.__file__).parent
+    made = re.compile(r"TemporaryDirectory\(|mkdtemp\(")
+    found = {
+        str(path.relative_to(package))
+        for path in package.rglob("*.py")
+        if made.search(path.read_text(encoding="utf-8"))
+    }
+    # The documentation is made from a checkout; lab/compiling.py has it in a child of its own.
+    assert found == {
+        *("scratch.py", "lab/cache.py", "lab/compiling.py"),
+        "docs/extension/transcripts.py",
+    }
