@@ -22,6 +22,8 @@ from kvmnest.results import jsonfile, ktap
 from kvmnest.results.model import Case, Run
 from kvmnest.results.progress import Progress
 from kvmnest.results.reporter import Reporter
+from kvmnest.results.runner import Plan, pytest_arguments, run_cases
+from kvmnest.results.targets import LocalTarget
 
 SCRIPT = str(Path(__file__).with_name("results_run.py"))
 ROOT = str(Path(__file__).resolve().parents[2])
@@ -443,3 +445,13 @@ def test_only_regular_files_are_replaced(tmp_path):
     jsonfile.JsonFile(link).start(Run("kvm"))
     assert link.is_symlink()
     assert json.loads(path.read_text())["cases"] == []
+
+
+def test_cases_of_the_suite_beside_a_file_of_the_user(write, tmp_path):
+    """pytest calls the suite's file "" where its root is the user's folder."""
+    name = write("def test_mine(): assert 1")
+    reporter = Reporter(Run("kvm"), Progress(io.StringIO()))
+    arguments = pytest_arguments(Plan(), "kvm", ["kvmnest.suite.test_smm"], [name])
+    run_cases(LocalTarget(30.0), arguments, reporter)
+    files = {case.id.partition("::")[0] for case in reporter.run.cases}
+    assert files == {"test_smm.py", "test_sample.py"}

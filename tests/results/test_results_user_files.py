@@ -29,14 +29,22 @@ def test_refused(l1):
 """
 
 
+#: A deviation on every kernel to date: an entry of data/known.toml is about it.
+KNOWN = "test_vmlaunch_vmresume.py::test_late_vmfail_leaves_control_registers[CR4-DE]"
+
+
 @pytest.mark.parametrize("folder", ["sub", "."])
 def test_names_are_the_users(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / folder).mkdir(exist_ok=True)
     file = Path(folder) / "test_mine.py"
     file.write_text(CASES)
-    assert main(["run", "--target", "lab", "-q", "--json", "out.json", str(file)]) == 1
+    command = ["run", "--target", "lab", "-q", "--json", "out.json", str(file)]
+    assert main([*command, KNOWN] if folder == "sub" else command) == 1
     found = json.loads(Path("out.json").read_text())
+    if folder == "sub":  # a case of the suite keeps its name too, by which it is known
+        suite = found["cases"].pop(0)
+        assert (suite["id"], suite["outcome"]) == (KNOWN, "known")
     assert [(case["id"], case["outcome"]) for case in found["cases"]] == [
         (f"{file}::test_right", "passed"),
         (f"{file}::test_wrong", "failed"),
