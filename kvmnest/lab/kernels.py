@@ -7,6 +7,7 @@ or vmlinux and kvm modules.
 """
 
 import contextlib
+import functools
 import hashlib
 import marshal
 import re
@@ -251,7 +252,14 @@ def apts() -> list[debian.Apt]:
         why = why or error
     if not found:
         raise why or LabSetupError("apt knows no kernel")
+    if why is not None:
+        _tell_once(f"only kernels of this system's own apt can be had: {why}")
     return found
+
+
+@functools.cache
+def _tell_once(text: str) -> None:
+    cache.tell(text)
 
 
 def apt_of(release: str) -> debian.Apt:

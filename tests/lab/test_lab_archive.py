@@ -160,6 +160,22 @@ def test_an_archive_out_of_reach_is_no_wrong_usage(
     assert e.value.exit_code == 3
 
 
+def test_fewer_kernels_than_the_archive_has_are_no_secret(
+    own_cache: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Else the newest kernel of the system's lists, which may be old, would pass for the newest."""
+    little = shutil._ntuple_diskusage(1 << 40, 0, 1 << 20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: little)
+    kernels._tell_once.cache_clear()
+    for _ in range(2):
+        assert len(kernels.apts()) == 1
+    assert capfd.readouterr().err == (
+        "kvmnest: only kernels of this system's own apt can be had:"
+        f" {own_cache} has 1 MiB free; Debian's package lists need 300 MiB"
+        " (XDG_CACHE_HOME names another place)\n"
+    )
+
+
 def test_a_suite_that_left_the_archive(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
