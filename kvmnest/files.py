@@ -1,35 +1,86 @@
-"""Files that are there as a whole or not at all."""
+"""Files to write: tried before a long run, and there as a whole or not at all."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
+import stat
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kvmnest.errors import HarnessError
+from kvmnest.errors import HarnessError, UsageError
+
+# What the disk has against it, not the name.
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 
 
-def write_json(path: Path, document: Mapping[str, Any] | Sequence[Any]) -> None:
-    """Replace a JSON file as a whole; write into what is a device or a pipe.
+def require_writable(*paths: Path | None) -> None:
+    """Find out whether files can be written, without a trace; None stands for no file.
 
-    Raises HarnessError if that is impossible.
+    Raises UsageError for a name that cannot be, HarnessError for a full or broken disk.
     """
-    if path.exists() and not path.is_file():
+    for path in paths:
+        if path is None:
+            continue
         try:
-            path.write_text(f"{json.dumps(document, indent=1)}\n", encoding="utf-8")
+            _try(path)
         except OSError as error:
-            raise HarnessError(f"cannot write {path}: {error.strerror or error}") from error
-        return
+            kind = HarnessError if error.errno in _OF_THE_DISK else UsageError
+            raise kind(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def require_folder(folder: Path) -> None:
+    """Make a folder if need be, private to the user. Raises as ``require_writable``."""
+    with contextlib.suppress(OSError):  # what cannot be made is told by the next line
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    require_writable(folder / "file")
+
+
+def _try(path: Path) -> None:
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        status = None  # to be made; or a link to what is not there
+    if status is not None and stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, "it is a directory")
+    if status is not None and not os.access(path, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    if status is None or stat.S_ISREG(status.st_mode):
+        with tempfile.TemporaryFile(dir=os.path.dirname(os.path.realpath(path))):
+            pass
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file as a whole, or write into a device or pipe such as /dev/stdout.
+
+    A link stays one. Raises HarnessError if that is impossible.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            path.write_text(text, encoding="utf-8")
+        else:
+            _replace(Path(os.path.realpath(path)), text.encode())
+    except OSError as error:
+        raise HarnessError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _replace(path: Path, content: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(document, file, indent=1)
-            file.write("\n")
+        with open(temporary, "wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
+    except BaseException:
         temporary.unlink(missing_ok=True)
-        raise HarnessError(f"cannot write {path}: {error.strerror or error}") from error
+        raise
+
+
+def write_json(path: Path, document: Mapping[str, Any] | Sequence[Any]) -> None:
+    """``write_text`` of a JSON document."""
+    write_text(path, f"{json.dumps(document, indent=1)}\n")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 from kvmnest import reading
 from kvmnest.cli.lab import add_options, emulator, lab_only, parameters
-from kvmnest.cli.outputs import require_writable
 from kvmnest.errors import HarnessError, UsageError
+from kvmnest.files import require_writable, write_json
 
 
 def add_parser(subparsers: Any) -> None:
@@ -39,10 +38,7 @@ def run(options: argparse.Namespace) -> int:
     in_lab = options.target == "lab" or options.boot
     found = _in_lab(options) if in_lab else _here(options)
     if options.json:
-        try:
-            options.json.write_text(f"{json.dumps(found, indent=1)}\n", encoding="utf-8")
-        except OSError as error:
-            raise HarnessError(f"cannot write {options.json}: {error.strerror}") from error
+        write_json(options.json, found)
     print(f"kernel {found['kernel']}, {found['cpu']}")
     bare = next(iter(found["seconds"].values()))
     for name, seconds in found["seconds"].items():

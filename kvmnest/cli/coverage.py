@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from kvmnest.cli.lab import add_options, emulator, parameters
 from kvmnest.cli.numbers import seconds
-from kvmnest.cli.outputs import require_writable
 from kvmnest.errors import HarnessError, UsageError
+from kvmnest.files import require_writable
 from kvmnest.lab.debian import NEWEST
 
 if TYPE_CHECKING:

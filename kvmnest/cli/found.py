@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvmnest.cli.lab import add_options, emulator, parameters
 from kvmnest.errors import HarnessError, UsageError
+from kvmnest.files import require_writable
 
 if TYPE_CHECKING:
     from kvmnest.found import Defect
@@ -162,8 +163,7 @@ def _verify(defects: Sequence[Defect], options: argparse.Namespace) -> int:
 
     if options.kvm_modules:
         raise UsageError("kvmnest found --verify builds the modules itself: no --kvm-modules")
-    if options.record and not options.record.parent.is_dir():
-        raise UsageError(f"cannot write {options.record}: there is no such folder")
+    require_writable(options.record)
     kept = record.load(options.record) if options.record and options.record.exists() else {}
     release = kernels.resolve(options.kernel).release
     verifier = Verifier(options.kernel, release, emulator(options), parameters(options.kvm_param))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 from collections.abc import Callable
@@ -13,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from kvmnest.cli.lab import add_options, emulator, parameters, use_host
 from kvmnest.cli.numbers import seconds
-from kvmnest.errors import HarnessError, UsageError
+from kvmnest.errors import UsageError
+from kvmnest.files import require_writable, write_json, write_text
 
 if TYPE_CHECKING:
     from kvmnest.fuzz.machines import Machine
@@ -63,9 +63,7 @@ def run(options: argparse.Namespace, lab: Callable[..., Machine] | None = None) 
     if options.go_on and options.seed is None:
         raise UsageError("--continue needs the --seed of the run")
     seed = random.SystemRandom().randrange(1 << 32) if options.seed is None else options.seed
-    for folder in (options.tests, options.json and options.json.parent):
-        if folder and not os.access(folder, os.W_OK):
-            raise UsageError(f"cannot write to {folder}: not a writable directory")
+    require_writable(options.json, options.tests and options.tests / "test_fuzz.py")
     machine: Machine = LocalMachine()
     if not use_host(options):
         machine = (lab or LabMachine)(
@@ -131,14 +129,9 @@ def _shrunk(fuzzer: Any, finding: Any) -> Any:
 def _write(options: argparse.Namespace, fuzzer: Any, report: Any) -> None:
     from kvmnest.fuzz.testfile import write
 
-    try:
-        if options.json:
-            text = json.dumps(report.document(), indent=1)
-            options.json.write_text(f"{text}\n", encoding="utf-8")
-        for finding in report.findings.values() if options.tests else ():
-            path = options.tests / f"test_fuzz_{fuzzer.seed}_{finding.number}.py"
-            text = write(finding, fuzzer.judge, fuzzer.seed, fuzzer.machine.name)
-            path.write_text(text, encoding="utf-8")
-            print(f"test: {path}")
-    except OSError as error:
-        raise HarnessError(f"cannot write {error.filename}: {error.strerror}") from error
+    if options.json:
+        write_json(options.json, report.document())
+    for finding in report.findings.values() if options.tests else ():
+        path = options.tests / f"test_fuzz_{fuzzer.seed}_{finding.number}.py"
+        write_text(path, write(finding, fuzzer.judge, fuzzer.seed, fuzzer.machine.name))
+        print(f"test: {path}")

@@ -89,13 +89,13 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    import json
     import shutil
 
+    from kvmnest.files import require_writable, write_json, write_text
     from kvmnest.lab import cache
     from kvmnest.matrix.compare import as_json
     from kvmnest.matrix.page import page
-    from kvmnest.matrix.run import Engine, Local, Matrix, check_writable, write_file
+    from kvmnest.matrix.run import Engine, Local, Matrix
     from kvmnest.matrix.table import lines
 
     _check(options)
@@ -105,9 +105,7 @@ def _run(options: argparse.Namespace) -> int:
     chosen += settings.choose(options.settings)
     _no_duplicates("--setting", [tuple(setting.params.items()) for setting in chosen])
     # What a long run would end in is found before it.
-    for path in (options.json, options.html):
-        if path:
-            check_writable(path)
+    require_writable(options.json, options.html)
     out = _Out()
     engine: Engine = Local(options.jobs or len(os.sched_getaffinity(0)))
     if options.scheduler is not None:
@@ -125,9 +123,9 @@ def _run(options: argparse.Namespace) -> int:
     cells = _cells(options.kernels, [settings.DEFAULT, *chosen], models, out)
     documents = matrix.run(cells, engine)
     if options.json:
-        write_file(options.json, json.dumps(as_json(documents), indent=1))
+        write_json(options.json, as_json(documents))
     if options.html:
-        write_file(options.html, page(documents))
+        write_text(options.html, f"{page(documents)}\n")
     out.line("")
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     for line in lines(documents, shutil.get_terminal_size((100, 24)).columns, colour=colour):

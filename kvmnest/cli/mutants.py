@@ -50,7 +50,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the verb."""
-    from kvmnest.files import write_json
+    from kvmnest.files import require_writable, write_json
     from kvmnest.mutants import catalogue, record, table
 
     mutants = catalogue.select(catalogue.load(), options.only)
@@ -60,6 +60,7 @@ def run(options: argparse.Namespace) -> int:
         for line in table.listing(mutants):
             print(line)
         return 0
+    require_writable(options.json, options.state)
     from kvmnest.lab import kernels
     from kvmnest.lab.emulators import Choice
     from kvmnest.mutants.score import Scorer

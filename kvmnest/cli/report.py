@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kvmnest.errors import HarnessError, UsageError
+from kvmnest.files import require_writable, write_text
 
 
 def add_parser(subparsers: Any) -> None:
@@ -17,8 +18,8 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "report",
         help="make an HTML page, KTAP or GitHub annotations of a results file",
-        epilog="FILE may be - for standard output. Exit codes: 0 written, 2 usage, 3 a file"
-        " cannot be read or written",
+        epilog="FILE may be - for standard output. Exit codes: 0 written, 2 usage or a"
+        " name that cannot be written, 3 a file that cannot be read, a full disk",
     )
     parser.add_argument("results", type=Path, metavar="RESULTS.json")
     parser.add_argument("--html", metavar="FILE", help="one page that needs nothing else")
@@ -37,6 +38,7 @@ def run(options: argparse.Namespace) -> int:
 
     if not (options.html or options.ktap or options.github):
         raise UsageError("say what to make: --html, --ktap or --github")
+    require_writable(*(Path(n) for n in (options.html, options.ktap) if n not in (None, "-")))
     document = jsonfile.load(options.results)
     old = jsonfile.load(options.compare) if options.compare else None
     if options.html:
@@ -46,16 +48,21 @@ def run(options: argparse.Namespace) -> int:
     if options.github:
         _write("-", github.error_lines(document))
         if os.environ.get("GITHUB_STEP_SUMMARY"):
-            _write(os.environ["GITHUB_STEP_SUMMARY"], github.summary(document), mode="a")
+            _append(os.environ["GITHUB_STEP_SUMMARY"], github.summary(document))
     return 0
 
 
-def _write(name: str, lines: Iterable[str], mode: str = "w") -> None:
+def _write(name: str, lines: Iterable[str]) -> None:
+    text = "".join(f"{line}\n" for line in lines)
     if name == "-":
-        sys.stdout.writelines(f"{line}\n" for line in lines)
-        return
+        sys.stdout.write(text)
+    else:
+        write_text(Path(name), text)
+
+
+def _append(name: str, lines: Iterable[str]) -> None:
     try:
-        with open(name, mode, encoding="utf-8") as file:
+        with open(name, "a", encoding="utf-8") as file:
             file.writelines(f"{line}\n" for line in lines)
     except OSError as error:
         raise HarnessError(f"cannot write {name}: {error.strerror or error}") from error

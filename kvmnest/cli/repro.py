@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from kvmnest import reading
 from kvmnest.cli.lab import add_options, emulator, parameters, target
 from kvmnest.errors import UsageError
+from kvmnest.files import require_writable
 
 if TYPE_CHECKING:
     from kvmnest.repro.check import Verdict
@@ -188,6 +189,7 @@ def _verify(reproducers: list[Reproducer], options: argparse.Namespace) -> int:
     unfixed = [each.id for each in reproducers if each.fix]
     if options.record and unfixed:
         raise UsageError(f"{unfixed[0]} is recorded by kvmnest found --verify --record")
+    require_writable(options.record)
     record = evidence.start(options.record) if options.record else {}
     release = kernels.resolve(options.kernel).release
     verifier = Verifier(options.kernel, release, emulator(options), parameters(options.kvm_param))

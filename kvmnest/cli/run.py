@@ -17,11 +17,12 @@ from kvmnest import settings
 from kvmnest.cli.lab import add_options as add_lab_options
 from kvmnest.cli.lab import emulator, lab_only, parameters
 from kvmnest.cli.numbers import seconds
-from kvmnest.cli.outputs import require_writable
-from kvmnest.errors import HarnessError, KvmnestError, UsageError
+from kvmnest.errors import KvmnestError, UsageError
+from kvmnest.files import require_writable, write_text
 from kvmnest.kmsg import LEVELS, WARNING
 from kvmnest.lab.debian import NEWEST
 from kvmnest.results import last_failed, names, under_settings
+from kvmnest.results.collect import Collected, collect
 from kvmnest.results.environment import require_kvm, why_not_kvm
 from kvmnest.results.lab_target import LabTarget
 from kvmnest.results.model import Run
@@ -157,7 +158,6 @@ def run(options: argparse.Namespace, lab: MakeLab = LabTarget) -> int:
         raise UsageError(f"--jobs must be at least 1, not {options.jobs}")
     require_writable(options.json, options.junit, options.html, options.ktap)
     progress = Progress(sys.stdout, quiet=options.quiet, verbose=options.verbose)
-    target = _target(options, progress, lab)
     plan = Plan(
         selected=selected,
         keyword=options.keyword,
@@ -168,6 +168,14 @@ def run(options: argparse.Namespace, lab: MakeLab = LabTarget) -> int:
         shuffle=options.shuffle,
         kernel_log=options.kernel_log,
     )
+    try:
+        target = _target(options, progress, plan, lab)
+    except names.NothingSelected:
+        empty = Run(emulator(options).boot, options=_recorded(options))
+        Reporter(empty, progress, json_path=options.json, junit_path=options.junit).finish(
+            summary=False
+        )
+        raise
     reporter = Reporter(
         Run(target.name, target.emulator, options=_recorded(options)),
         progress,
@@ -288,14 +296,11 @@ def _pages(options: argparse.Namespace, done: Run) -> None:
         (options.html, [html.page(document)] if options.html else []),
         (options.ktap, [*ktap.lines(document)] if options.ktap else []),
     ):
-        try:
-            if path:
-                path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise HarnessError(f"cannot write {path}: {error.strerror or error}") from error
+        if path:
+            write_text(path, "\n".join(lines) + "\n")
 
 
-def _target(options: argparse.Namespace, progress: Progress, lab: MakeLab) -> Target:
+def _target(options: argparse.Namespace, progress: Progress, plan: Plan, lab: MakeLab) -> Target:
     wants_lab = lab_only(options) or ("--cpus" if options.cpus != 1 else "")
     wants_lab = wants_lab or ("--settings" if options.settings else "")
     if options.target == "kvm":
@@ -303,15 +308,31 @@ def _target(options: argparse.Namespace, progress: Progress, lab: MakeLab) -> Ta
             raise UsageError(f"{wants_lab} needs --target lab: the host's kernel stays as it is")
         require_kvm()
         return LocalTarget(patience=max(120.0, 4 * options.budget))
-    if options.target == "auto" and not wants_lab:
-        reason = why_not_kvm()
-        if not reason:
-            progress.line("target: this machine's /dev/kvm, which offers VMX to guests")
-            return LocalTarget(patience=max(120.0, 4 * options.budget))
+    reason = why_not_kvm() if options.target == "auto" and not wants_lab else ""
+    if options.target == "auto" and not (wants_lab or reason):
+        progress.line("target: this machine's /dev/kvm, which offers VMX to guests")
+        return LocalTarget(patience=max(120.0, 4 * options.budget))
+    collected = _collected(emulator(options).boot, plan)
+    if reason:
         progress.line(f"target: the lab, because /dev/kvm cannot run L1: {reason}")
     if options.kernel is None and options.kvm_modules is None:
         progress.line("kernel: the newest that Debian has released (--kernel names another)")
-    return _lab(options, progress, {}, lab)
+    return _lab(options, progress, {}, lab, collected)
+
+
+def _collected(name: str, plan: Plan) -> Collected | None:
+    """What is selected of the suite, known before a kernel is prepared for it.
+
+    None where that is not in doubt, or files of the user have to be asked, which run in the guest.
+    Raises what ``Collected.require_cases`` raises.
+    """
+    modules, paths = split_selection(plan.selected)
+    doubtful = plan.keyword or plan.marks or plan.deselected or any("[" in m for m in modules)
+    if paths or not doubtful:
+        return None
+    collected = collect(pytest_arguments(plan, name, modules, []))
+    collected.require_cases(plan.selected, plan.keyword, plan.marks)
+    return collected
 
 
 def _lab(
@@ -319,9 +340,10 @@ def _lab(
     progress: Progress,
     params: Mapping[str, str],
     make: MakeLab,
+    collected: Collected | None = None,
 ) -> LabTarget:
     newest = options.kernel is None and options.kvm_modules is None
-    return make(
+    target = make(
         kernel=NEWEST if newest else options.kernel,
         kvm_modules=options.kvm_modules,
         kvm_params={**parameters(options.kvm_param), **params},
@@ -330,6 +352,8 @@ def _lab(
         patience=max(120.0, 4 * options.budget),
         on_line=progress.line,
     )
+    target.collected = collected
+    return target
 
 
 def _split(target: Target, arguments: Sequence[str], jobs: int | None) -> Sequence[Target]:

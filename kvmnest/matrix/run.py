@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from kvmnest.errors import HarnessError, KvmnestError, UsageError
+from kvmnest.errors import KvmnestError
+from kvmnest.files import require_folder, write_json
 from kvmnest.lab.emulators import BOCHS, Choice
 from kvmnest.matrix.cell import Cell, Document, Job, merge, run_job, trouble
 from kvmnest.mutants.record import suite_state
 from kvmnest.results import jsonfile
 from kvmnest.results.collect import collect
-from kvmnest.results.names import NothingSelected, nothing
 
-__all__ = ["Cell", "Local", "Matrix", "NothingSelected", "check_writable", "write_file"]
+__all__ = ["Cell", "Local", "Matrix"]
 
 
 class Engine(Protocol):
@@ -80,11 +77,11 @@ class Matrix:
         be run has a document with a problem and without cases. After Ctrl-C what was finished is
         in ``folder``. Raises UsageError or NothingSelected before anything is booted.
         """
-        check_folder(self.folder)
+        require_folder(self.folder)
         suite = suite_state()
         jobs = {cell: self._jobs(cell, suite) for cell in cells}
         if cells:
-            check_selection(jobs[cells[0]][0])
+            collect(jobs[cells[0]][0].arguments()).require_cases(self.selected, self.keyword)
         for cell, parts in jobs.items():
             for job in parts:
                 document = _load(self.folder / job.file)
@@ -105,7 +102,7 @@ class Matrix:
 
     def _done(self, job: Job, document: Document) -> None:
         if document["complete"]:
-            write_file(self.folder / job.file, json.dumps(document, indent=1))
+            write_json(self.folder / job.file, document)
         self._found[job] = document
         parts = self._jobs(job.cell, job.suite)
         if all(part in self._found for part in parts):
@@ -129,61 +126,3 @@ def _load(path: Path) -> Document | None:
     except KvmnestError:
         return None
     return found if found.get("complete") else None
-
-
-def check_selection(job: Job) -> None:
-    """Find out before the first boot whether there is anything to run.
-
-    Raises UsageError for a name or an expression that is wrong, NothingSelected, or HarnessError
-    if the suite is broken.
-    """
-    found = collect(job.arguments())
-    broken = next((event for event in found.events if event["e"] == "broken"), None)
-    if broken:
-        raise HarnessError(f"cannot collect {broken['where']}")
-    if found.count:
-        return
-    errors = [line for line in found.ended.output.splitlines() if line.startswith("ERROR: ")]
-    if errors:
-        raise UsageError(errors[-1].removeprefix("ERROR: "))
-    raise nothing(job.selected, job.keyword)
-
-
-def check_folder(folder: Path) -> None:
-    """Make the folder for results if need be. Raises HarnessError if it cannot be written to."""
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise HarnessError(f"cannot write to {folder}: {error.strerror or error}") from error
-
-
-def check_writable(path: Path) -> None:
-    """Whether a report can be written, found before the long run. Raises HarnessError if not."""
-    try:
-        if path.is_dir():
-            raise IsADirectoryError(21, os.strerror(21))
-        if not path.exists() or path.is_file():
-            tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as error:
-        raise HarnessError(f"cannot write {path}: {error.strerror or error}") from error
-
-
-def write_file(path: Path, text: str) -> None:
-    """Write a text as a whole or not at all. Raises HarnessError with one line."""
-    try:
-        if path.exists() and not path.is_file():  # /dev/stdout
-            path.write_text(f"{text}\n", encoding="utf-8")
-            return
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
-        ) as file:
-            file.write(f"{text}\n")
-            file.flush()
-            os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(file.name, 0o666 & ~mask)
-        os.replace(file.name, path)
-    except OSError as error:
-        raise HarnessError(f"cannot write {path}: {error.strerror or error}") from error

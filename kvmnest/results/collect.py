@@ -15,8 +15,10 @@ from typing import Any
 
 import kvmnest
 from kvmnest import scratch
+from kvmnest.errors import HarnessError, UsageError
 from kvmnest.lab import cache
 from kvmnest.lab.rootfs import REWRITTEN, SITE
+from kvmnest.results.names import nothing
 from kvmnest.results.targets import Ended, LocalTarget
 
 _PYC_HEADER = 16
@@ -40,6 +42,23 @@ class Collected:
     events: list[dict[str, Any]]
     ended: Ended
 
+    def require_cases(self, selected: Sequence[str], keyword: str = "", marks: str = "") -> None:
+        """See that there is something to run.
+
+        Raises UsageError for an expression or a name that is wrong, NothingSelected, or
+        HarnessError if the suite is broken.
+        """
+        broken = next((event for event in self.events if event["e"] == "broken"), None)
+        if broken:
+            raise HarnessError(f"cannot collect {broken['where']}: {why_broken(broken['detail'])}")
+        if self.count:
+            return
+        lines = self.ended.output.splitlines()
+        errors = [line for line in lines if line.startswith("ERROR: ")]
+        if errors:
+            raise UsageError(errors[-1].removeprefix("ERROR: "))
+        raise nothing(selected, keyword, marks)
+
     def split(self, parts: int) -> list[Collected]:
         """Deal the cases out to as many plans; just this one if the light runner cannot run it."""
         if not self.plan or parts < 2:
@@ -51,6 +70,13 @@ class Collected:
             for cases in dealt
             if cases
         ]
+
+
+def why_broken(text: str) -> str:
+    """The line of what pytest says of a file that it cannot collect that tells why."""
+    # pytest ends a traceback with lines that start with E.
+    lines = [line[2:].strip() for line in text.splitlines() if line.startswith("E ")]
+    return lines[-1] if lines else text.strip().partition("\n")[0]
 
 
 def collect(arguments: Sequence[str]) -> Collected:

@@ -55,7 +55,8 @@ class LabTarget:
         self._files: dict[str, bytes] = {}
         #: Folder of the guest -> what the user called it, with a slash at the end or "".
         self._folders: dict[str, str] = {}
-        self._collected: Collected | None = None
+        #: What ``collect`` gives for the arguments of the run; set before, it is not asked again.
+        self.collected: Collected | None = None
 
     def place(self, paths: Sequence[str]) -> list[str]:
         """Take test files along into the guest; return what they are called there."""
@@ -82,17 +83,17 @@ class LabTarget:
         Cases of the suite run under the light runner, files of the user under pytest.
         """
         self._collect(arguments)
-        if self._collected and not self._collected.count:
+        if self.collected and not self.collected.count:
             # Nothing to boot for: pass on what pytest found wrong.
-            for event in self._collected.events:
+            for event in self.collected.events:
                 on_event(event)
-            return self._collected.ended
-        light = self._collected is not None and bool(self._collected.plan)
+            return self.collected.ended
+        light = self.collected is not None and bool(self.collected.plan)
         files = dict(self._files)
-        if self._collected:
-            files |= rewritten(self._collected.tail, light=light)
-        if self._collected and light:
-            files[_PLAN] = self._collected.plan
+        if self.collected:
+            files |= rewritten(self.collected.tail, light=light)
+        if self.collected and light:
+            files[_PLAN] = self.collected.plan
             argv = ["python3", "-m", "kvmnest.cases.light", _PLAN, EVENTS_PATH, str(first)]
         else:
             argv = ["python3", "-m", "pytest", *arguments]
@@ -100,20 +101,20 @@ class LabTarget:
         return self._boot(argv, files, on_event)
 
     def _collect(self, arguments: Sequence[str]) -> None:
-        if self._collected is None and not self._files:
-            self._collected = collect(arguments)
-            if self._collected.unsupported:
-                self._on_line(f"under pytest, which is slow here: {self._collected.unsupported}")
+        if self.collected is None and not self._files:
+            self.collected = collect(arguments)
+            if self.collected.unsupported:
+                self._on_line(f"under pytest, which is slow here: {self.collected.unsupported}")
 
     def split(self, arguments: Sequence[str], jobs: int) -> list[LabTarget]:
         """Deal the cases out to at most ``jobs`` labs, none with less than a boot is worth."""
         self._collect(arguments)
-        if self._collected is None:
+        if self.collected is None:
             return [self]
-        parts = self._collected.split(min(jobs, self._collected.count // _WORTH_A_LAB))
+        parts = self.collected.split(min(jobs, self.collected.count // _WORTH_A_LAB))
         labs = [copy.copy(self) for _ in parts]
         for lab, part in zip(labs, parts, strict=True):
-            lab._lab, lab._collected = self._make_lab(), part
+            lab._lab, lab.collected = self._make_lab(), part
         return labs
 
     def _boot(self, argv: list[str], files: dict[str, bytes], on_event: OnEvent) -> Ended:

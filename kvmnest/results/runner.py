@@ -12,6 +12,7 @@ from pathlib import Path
 from kvmnest.cases.events import DamagedEvent, Event
 from kvmnest.errors import HarnessError, KvmnestError, UsageError
 from kvmnest.results import names
+from kvmnest.results.collect import why_broken
 from kvmnest.results.model import Run
 from kvmnest.results.progress import Progress
 from kvmnest.results.reporter import Enough, Reporter
@@ -210,10 +211,7 @@ def _check_end(reporter: Reporter, ended: Ended) -> None:
         for where, text in reporter.broken:
             reporter.note(f"cannot collect {where}:\n{text}")
         where, text = reporter.broken[0]
-        # pytest ends a traceback with lines that start with E.
-        lines = [line[2:].strip() for line in text.splitlines() if line.startswith("E ")]
-        reason = lines[-1] if lines else text.strip().partition("\n")[0]
-        raise HarnessError(f"cannot collect {where}: {reason}")
+        raise HarnessError(f"cannot collect {where}: {why_broken(text)}")
     if reporter.ended == 4:
         raise UsageError(_last_error(ended.output))
     if reporter.ended == 3:

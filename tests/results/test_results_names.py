@@ -58,14 +58,33 @@ def test_every_case_is_one(capsys):
         assert names.is_case(file, name), case["id"]
 
 
-@pytest.mark.parametrize("verb", [["list"], ["run", "--target", "lab", "--kernel", "6.1", "-j1"]])
-def test_a_selection_that_leaves_nothing(verb, prepared, capsys):
-    """What to do stands there; the name of a kernel, and how long nothing took, do not."""
-    assert main([*verb, "-k", "nosuchthing"]) == 4
+IN_LAB = ["run", "--target", "lab", "-j1"]
+NOTHING = [
+    (["list", "-k", "nosuchthing"], 4, "no case matches -k 'nosuchthing'; kvmnest list shows"),
+    ([*IN_LAB, "-k", "nosuchthing"], 4, "no case matches -k 'nosuchthing'; kvmnest list shows"),
+    ([*IN_LAB, "-m", "nosuchmark", "test_vmxon"], 4, "no case matches test_vmxon -m 'nosuchmark'"),
+    ([*IN_LAB, "--deselect", "test_vmxon.py", "test_vmxon.py"], 4, "no case matches test_vmxon.py"),
+    ([*IN_LAB, "test_vpid.py::test_two_guests[nosuch]"], 2, "not found: "),
+    ([*IN_LAB, "-k", "not ("], 2, "Wrong expression passed to '-k'"),
+    (["matrix", "--kernels", "6.1", "-k", "nosuchthing"], 4, "no case matches -k 'nosuchthing'"),
+]
+
+
+@pytest.mark.parametrize(("words", "code", "text"), NOTHING, ids=lambda value: str(value)[:60])
+def test_a_selection_that_leaves_nothing(words, code, text, own_cache, tmp_path, capsys):
+    """What to do stands there. No kernel is named, and none is fetched."""
+    if words[0] == "run":
+        words += ["--json", str(tmp_path / "out.json")]
+    assert main(words) == code
     told = capsys.readouterr()
-    assert told.err.startswith("kvmnest: no case matches -k 'nosuchthing'; kvmnest list shows all")
+    assert text in told.err
+    assert told.err.startswith("kvmnest: ")
     assert told.err.count("\n") == 1
     assert told.out == ""
+    assert not (own_cache / "archive").exists()
+    assert not (own_cache / "kernels").exists()
+    if words[0] == "run" and code == 4:
+        assert json.loads((tmp_path / "out.json").read_text())["cases"] == []
 
 
 def test_list_is_a_table(capsys):

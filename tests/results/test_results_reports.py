@@ -191,7 +191,7 @@ def test_html_in_a_browser(files, tmp_path):
 
 @pytest.mark.parametrize("where", ["/nonexistent/x.html", "/proc/x.html"])
 def test_a_place_that_cannot_be_written(files, where, capsys):
-    assert main(["report", files[1], "--html", where]) == 3
+    assert main(["report", files[1], "--html", where]) == 2
     assert capsys.readouterr().err.startswith(f"kvmnest: cannot write {where}: ")
 
 
