@@ -105,7 +105,7 @@ def test_the_verb(capsys):
         (["--verify", "--kvm-modules", "/tmp"], "builds the modules itself"),
         (["--verify", "--build", "fixed"], "no --build"),
         (["--build", "fixed", "--record", "x.json"], "--record is for kvmnest found --verify"),
-        (["--verify", "--record", "/nowhere/x.json"], "no such folder"),
+        (["--verify", "--record", "/nowhere/x.json"], "No such file or directory"),
     ],
 )
 def test_usage(capsys, words, said):
