@@ -21,6 +21,17 @@ class HarnessError(KvmnestError):
     """Our own defect or an environment that cannot run the case."""
 
 
+class NeedsHost(KvmnestError):
+    """What a case asks for exists under a host only: the reference target skips it.
+
+    ``what`` names it: "memory slots", "KVM_SET_NESTED_STATE".
+    """
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"needs a host: {what}")
+        self.what = what
+
+
 class PayloadError(HarnessError):
     """The L1 payload is missing, truncated or does not match this package."""
 

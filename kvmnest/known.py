@@ -4,7 +4,8 @@ The record is ``kvmnest/data/known.toml``, a list of tables::
 
     [[deviation]]
     case = "test_exits.py::test_pause*"   # fnmatch pattern on the case id
-    target = "any"                        # "any", "kvm", "lab" or "qemu"
+    target = "any"                        # "any" (a KVM), "kvm", "lab" or "qemu"; "reference": the
+                                          # bare CPU, where those with an emulator count, too
     kernels = ">=6.1,<6.13"               # or "any"
     emulator = "bochs <3.0-26"            # optional: the emulator is at fault, or is needed to see
                                           # it; never true on a real CPU. 3.0-26 is 3.0 with 26
@@ -32,6 +33,8 @@ from kvmnest.errors import HarnessError
 
 KNOWN_FILE = Path(__file__).parent / "data" / "known.toml"
 
+#: The target without KVM.
+REFERENCE = "reference"
 _CONDITION = re.compile(r"(>=|<=|==|>|<)\s*(\d+(?:[.-]\d+)*)")
 _TRUE, _FALSE = ("Y", "1"), ("N", "0")
 
@@ -121,7 +124,14 @@ class Deviation:
         emulator: str = "",
         cpu_flags: str = "",
     ) -> bool:
-        """Whether the entry is about this target, kernel release, parameters, emulator and CPU."""
+        """Whether the entry is about this target, kernel release, parameters, emulator and CPU.
+
+        On the reference target there is no KVM: entries of its own and of the emulator are left.
+        """
+        if target == REFERENCE:
+            if self.target != REFERENCE and not self.emulator:
+                return False
+            return not self.emulator or emulator_in_range(emulator, self.emulator)
         return (
             self.target in ("any", target)
             and not (self.cpu_lacks and self.cpu_lacks in cpu_flags.split())
@@ -150,19 +160,20 @@ class Known:
     def match_message(self, case_id: str, message: str) -> Deviation | None:
         """Return the first entry that lists this report of the kernel in the case."""
         for deviation in self._entries(case_id, of_messages=True):
-            if fnmatch.fnmatchcase(message, _literal_brackets(deviation.kernel_message)):
+            if fnmatch.fnmatchcase(message, literal_brackets(deviation.kernel_message)):
                 return deviation
         return None
 
     def _entries(self, case_id: str, *, of_messages: bool) -> Iterator[Deviation]:
         for deviation in self.deviations:
             if bool(deviation.kernel_message) is of_messages and fnmatch.fnmatchcase(
-                case_id, _literal_brackets(deviation.case)
+                case_id, literal_brackets(deviation.case)
             ):
                 yield deviation
 
 
-def _literal_brackets(pattern: str) -> str:
+def literal_brackets(pattern: str) -> str:
+    """The fnmatch pattern for a pattern of case ids."""
     # Brackets are part of a parametrised id; fnmatch would take them for a character class.
     return pattern.replace("[", "[[]")
 
@@ -216,9 +227,10 @@ def _entry(path: Path, number: int, entry: dict[str, Any]) -> Deviation:
         raise HarnessError(f"{where}: {str(error).removeprefix('Deviation.__init__() ')}") from None
     except ValueError as error:
         raise HarnessError(f"{where}: {error}") from None
-    if deviation.target not in ("any", "kvm", "lab", "qemu"):
+    if deviation.target not in ("any", "kvm", "lab", "qemu", REFERENCE):
         raise HarnessError(
-            f'{where}: target is "any", "kvm", "lab" or "qemu", not {deviation.target!r}'
+            f'{where}: target is "any", "kvm", "lab", "qemu" or "reference",'
+            f" not {deviation.target!r}"
         )
     if not deviation.reason.strip():
         raise HarnessError(f"{where}: a deviation needs a reason")

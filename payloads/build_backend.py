@@ -1,8 +1,8 @@
 """PEP 517 backend: setuptools, plus the generated files that go into the package.
 
 Before setuptools looks at the tree, the cffi declarations are compiled to
-``kvmnest/kvm/_abi.py``, the payload to ``kvmnest/data/l1.elf`` and the lab's ROM to
-``kvmnest/data/lab_boot.bin``, so an installed wheel needs neither a compiler nor binutils. A
+``kvmnest/kvm/_abi.py``, the payload to ``kvmnest/data/l1.elf`` and Bochs' ROMs to
+``kvmnest/data/*_boot.bin``, so an installed wheel needs neither a compiler nor binutils. A
 source distribution carries them too: as long as its sources are untouched it installs without
 binutils.
 """
@@ -47,7 +47,9 @@ def _generate() -> None:
         wanted = bytes.fromhex(payload.source_hash())
         if not payload.ELF.is_file() or wanted not in payload.ELF.read_bytes():
             payload.build()
-        _load("lab/build.py").build()
+        roms = _load("lab/build.py")
+        for name in roms.ROMS:
+            roms.build(name)
     finally:
         sys.path.remove(str(ROOT))
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from kvmnest import host
 from kvmnest.host import no_vmx_reason, offers_vmx
+from kvmnest.known import same_parameter
 
 if TYPE_CHECKING:
     from kvmnest.kvm import Kvm
@@ -39,6 +42,44 @@ class Machine:
         with self.kvm.create_vm() as vm, vm.create_vcpu() as vcpu:
             vcpu.set_cpuid(self.kvm.supported_cpuid())
             return Capabilities.from_msrs(vcpu.get_msrs(indices))
+
+    @property
+    def kernel(self) -> str:
+        """Release of the kernel under test."""
+        return host.kernel()
+
+    @property
+    def cpu(self) -> str:
+        """Name and family-model-stepping of the CPU."""
+        return host.cpu_model()
+
+    @property
+    def cpu_flags(self) -> str:
+        """The flags of /proc/cpuinfo, separated by spaces."""
+        return host.cpu_flags()
+
+    @property
+    def params(self) -> dict[str, str]:
+        """Parameters of kvm_intel."""
+        return host.kvm_intel_params()
+
+    @property
+    def has_kernel_log(self) -> bool:
+        """Whether what this kernel says while a case runs is about the case."""
+        return True
+
+    def lacks(self, params: Mapping[str, object]) -> str:
+        """Which of these values of kvm_intel's parameters is not the present one; "" if none."""
+        present = self.params if params else {}
+        for name, value in params.items():
+            have = present.get(name)
+            if not same_parameter(have, value):
+                shown = (
+                    f"kvm_intel.{name}={have}" if have is not None else f"no kvm_intel.{name} here"
+                )
+                wanted = {True: "Y", False: "N"}[value] if isinstance(value, bool) else value
+                return f"kvm_intel.{name}={wanted}: {shown}"
+        return ""
 
     def missing(self, *flags: enum.Enum) -> list[str]:
         """What of ``flags`` is not there, one text each with the bit and where it is reported.

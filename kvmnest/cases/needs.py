@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 
 from kvmnest import host
 from kvmnest.cases.machine import Machine
-from kvmnest.known import same_parameter
 
 
 def why_skipped(
@@ -22,13 +21,9 @@ def why_skipped(
     ``flags`` are capability flags that it needs (see Machine.missing), ``params`` values of
     kvm_intel's parameters; ``vmx`` says that it needs VMX as such. Raises KvmUnavailable.
     """
-    present = host.kvm_intel_params() if params else {}
-    for name, value in params.items():
-        have = present.get(name)
-        if not same_parameter(have, value):
-            shown = f"kvm_intel.{name}={have}" if have is not None else f"no kvm_intel.{name} here"
-            wanted = {True: "Y", False: "N"}[value] if isinstance(value, bool) else value
-            return f"needs kvm_intel.{name}={wanted}: {shown}"
+    lacking = machine.lacks(params)
+    if lacking:
+        return f"needs {lacking}"
     missing = machine.missing(*flags) if flags else []
     if missing:
         return "needs " + "; ".join(missing)

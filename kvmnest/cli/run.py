@@ -15,11 +15,12 @@ from typing import Any
 
 from kvmnest import settings
 from kvmnest.cli.lab import add_options as add_lab_options
-from kvmnest.cli.lab import emulator, lab_only, parameters
+from kvmnest.cli.lab import emulator, first_given, lab_only, parameters
 from kvmnest.cli.numbers import seconds
 from kvmnest.errors import KvmnestError, UsageError
 from kvmnest.files import require_writable, write_text
 from kvmnest.kmsg import LEVELS, WARNING
+from kvmnest.known import REFERENCE
 from kvmnest.lab.debian import NEWEST
 from kvmnest.results import last_failed, names, under_settings
 from kvmnest.results.collect import Collected, collect
@@ -27,6 +28,7 @@ from kvmnest.results.environment import require_kvm, why_not_kvm
 from kvmnest.results.lab_target import LabTarget
 from kvmnest.results.model import Run
 from kvmnest.results.progress import Progress, slowest
+from kvmnest.results.reference_target import ReferenceTarget
 from kvmnest.results.reporter import Reporter
 from kvmnest.results.runner import (
     Plan,
@@ -52,10 +54,10 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument(
         "--target",
-        choices=("auto", "kvm", "lab"),
+        choices=("auto", "kvm", "lab", "reference"),
         default="auto",
         help="this machine's /dev/kvm or a kernel in the software lab (default: /dev/kvm if it"
-        " offers VMX to guests, else the lab)",
+        " offers VMX to guests, else the lab); reference: no KVM, L1 on a bare CPU of Bochs",
     )
     add_run_options(parser)
 
@@ -308,6 +310,8 @@ def _target(options: argparse.Namespace, progress: Progress, plan: Plan, lab: Ma
             raise UsageError(f"{wants_lab} needs --target lab: the host's kernel stays as it is")
         require_kvm()
         return LocalTarget(patience=max(120.0, 4 * options.budget))
+    if options.target == REFERENCE:
+        return _reference(options)
     reason = why_not_kvm() if options.target == "auto" and not wants_lab else ""
     if options.target == "auto" and not (wants_lab or reason):
         progress.line("target: this machine's /dev/kvm, which offers VMX to guests")
@@ -356,10 +360,20 @@ def _lab(
     return target
 
 
+def _reference(options: argparse.Namespace) -> Target:
+    useless = ("kernel", "kvm_modules", "kvm_param", "boot", "qemu", "nested_roundtrip")
+    given = first_given(options, *useless) or ("--cpus" if options.cpus != 1 else "")
+    if given:
+        raise UsageError(f"{given} is nothing for --target reference, which has no KVM")
+    return ReferenceTarget(options.bochs, options.cpu_model, max(120.0, 4 * options.budget))
+
+
 def _split(target: Target, arguments: Sequence[str], jobs: int | None) -> Sequence[Target]:
     """Deal the cases out to several labs; a real machine is not shared by two runs."""
     if jobs is None:
         jobs = min(len(os.sched_getaffinity(0)), _MOST_LABS)
+    if isinstance(target, ReferenceTarget):
+        return target.split(jobs)
     return target.split(arguments, jobs) if isinstance(target, LabTarget) else [target]
 
 
@@ -377,7 +391,8 @@ def _rerun(
     options: argparse.Namespace, target: Target, params: Mapping[str, str] | None = None
 ) -> Callable[[str], str]:
     """What gives the command that runs one case again."""
-    words = ["kvmnest", "run", "--target", "kvm" if target.name == "kvm" else "lab"]
+    name = target.name if target.name in ("kvm", REFERENCE) else "lab"
+    words = ["kvmnest", "run", "--target", name]
     for name in ("kernel", "kvm_modules", "boot", "bochs", "cpu_model", "qemu"):
         value = getattr(options, name)
         if value is not None:

@@ -8,6 +8,7 @@ from kvmnest.kvm import ioctls
 from kvmnest.kvm.base import KvmObject
 from kvmnest.kvm.errors import KvmError, KvmUnavailable
 from kvmnest.kvm.ioctls import Ioctl
+from kvmnest.kvm.memory import Memory
 from kvmnest.kvm.native import CData, ffi
 from kvmnest.kvm.vm import Vm
 
@@ -43,6 +44,10 @@ class Kvm(KvmObject):
     def vcpu_mmap_size(self) -> int:
         """Bytes to map of a vCPU: struct kvm_run and what follows it."""
         return self.ioctl(ioctls.GET_VCPU_MMAP_SIZE)
+
+    def create_memory(self, size: int) -> Memory:
+        """Memory for a VM; see ``Memory``."""
+        return Memory(size)
 
     def create_vm(self, type: int = 0) -> Vm:
         """Create a VM of the given machine type (0: default)."""

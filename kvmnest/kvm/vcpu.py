@@ -4,6 +4,7 @@ import errno
 import mmap
 import os
 from _thread import RLock, get_ident, get_native_id
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from kvmnest.kvm import ioctls
@@ -40,6 +41,11 @@ class Vcpu(VcpuState):
         self._ident = self._native_id = 0
         # Reentrant: a Python signal handler may kick while this thread clears a kick.
         self._kick_lock = RLock()
+
+    @property
+    def restart(self) -> Callable[[], None] | None:
+        """What brings it back to the state that it was started in; None: KVM has no such ioctl."""
+        return None
 
     @property
     def kvm_run(self) -> CData:

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from kvmnest.errors import HarnessError
-from kvmnest.kvm import Cap, Kvm, KvmMsrError, Memory, Vcpu, Vm
+from kvmnest.kvm import Cap, Kvm, KvmMsrError, Vcpu, Vm
 from kvmnest.kvm.cpuid import CPUID_1_ECX_VMX, leaf
 from kvmnest.kvm.memory import Image
 from kvmnest.l1 import roundtrip
@@ -93,7 +93,7 @@ class Machine:
         self.has_vmx = bool(leaf(self._cpuid, 1).ecx & CPUID_1_ECX_VMX)
         self._feature_control = feature_control if self.has_vmx else None
         self._vmxe = vmxe and self.has_vmx
-        self.memory = Memory(self.payload["RAM_SIZE"])
+        self.memory = kvm.create_memory(self.payload["RAM_SIZE"])
         self.cpus: list[Cpu] = []
         self._vm: Vm
         self._vcpus: list[Vcpu] = []
@@ -101,7 +101,7 @@ class Machine:
         #: True once a case took hold of the VM or a vCPU itself: ``reset`` cannot know then
         #: what it changed.
         self.touched = False
-        self._rewind: Rewind | None = None
+        self._rewind: Callable[[], object] | None = None
         self._image: Image | None = None
         self._enabled: list[tuple[Cap, int]] = []
         self._slots = [0]
@@ -238,7 +238,7 @@ class Machine:
             raise HarnessError("reset needs keep_state()")
         self._image.restore()
         self.memory.discard(self.payload["work_end"])
-        self._rewind(self._vcpus[0])
+        self._rewind()
         self.log.clear()
         self.vmcss.clear()
         self._free = _FIRST_FREE
@@ -246,7 +246,10 @@ class Machine:
 
     def keep_state(self) -> None:
         """Remember the vCPU's state for ``reset``; to be called before the first command."""
-        self._rewind = Rewind(roundtrip.save(self, self._vcpus[0]))
+        vcpu = self._vcpus[0]
+        self._rewind = vcpu.restart
+        if self._rewind is None:
+            self._rewind = functools.partial(Rewind(roundtrip.save(self, vcpu)), vcpu)
         self._image = Image(self.memory, self.payload.image)
 
     # --- the budget of a case ---

@@ -52,9 +52,7 @@ _TERMINAL = Path("/usr/lib/x86_64-linux-gnu/bochs/plugins/libbx_term_gui.so")
 _VMX = b"VMENTER FAIL"
 _NO_SOUND = b"Bochs is not compiled with lowlevel sound support"
 # What Bochs wants of a VGA BIOS, which the ROM never calls: signature, one block, a checksum of 0.
-_VGA_ROM = bytes([0x55, 0xAA, 1, 0xCB]).ljust(511, b"\0") + bytes(
-    [-(0x55 + 0xAA + 1 + 0xCB) & 0xFF]
-)
+VGA_ROM = bytes([0x55, 0xAA, 1, 0xCB]).ljust(511, b"\0") + bytes([-(0x55 + 0xAA + 1 + 0xCB) & 0xFF])
 
 # MSRs that a PC's firmware leaves behind and Bochs does not have: address, type, reset value,
 # reserved and ignored bits (each high, low half). Without "fast strings" the kernel copies memory
@@ -157,7 +155,7 @@ def locate(path: str | None = None, model: str | None = None, cpus: int = 1) -> 
 def built(cpus: int) -> str | None:
     """The program that ``kvmnest lab build`` made and that can emulate ``cpus`` CPUs."""
     variants = [True] if cpus > 1 else [False, True]
-    found = (bochs_build.built(smp) for smp in variants)
+    found = (bochs_build.built_for_the_lab(smp) for smp in variants)
     return next((str(program) for program in found if program is not None), None)
 
 
@@ -224,7 +222,7 @@ class Bochs(Running):
         """
         (self.folder / "bochsrc").write_text(configuration(self.emulator, memory, cpus))
         (self.folder / "msrs.def").write_text(MSRS)
-        (self.folder / "vga.rom").write_bytes(_VGA_ROM)
+        (self.folder / "vga.rom").write_bytes(VGA_ROM)
         argv = ["-q", "-f", "bochsrc"]
         if self.emulator.debugger:
             (self.folder / "debugger").write_text("c\n")

@@ -81,13 +81,26 @@ class Progress:
 
 def key(smp: bool) -> str:
     """Name of the cache entry: the same for the same source, options and CPU of this machine."""
+    return _key(smp, bochs_source.source().key)
+
+
+def _key(smp: bool, source: str) -> str:
     options = [*_OPTIONS, *([_SMP] if smp else []), _FLAGS]
-    return cache.digest([_FORMAT, bochs_source.source().key, *options, _host_cpu()])
+    return cache.digest([_FORMAT, source, *options, _host_cpu()])
 
 
 def built(smp: bool = False) -> Path | None:
     """The program that was built for this CPU, with or without SMP; None if it was not."""
-    folder = cache.existing(KIND, key(smp))
+    return _program(key(smp))
+
+
+def built_for_the_lab(smp: bool = False) -> Path | None:
+    """The same, or one that has the repairs but not the additions."""
+    return built(smp) or _program(_key(smp, bochs_source.source().key_for_the_lab))
+
+
+def _program(name: str) -> Path | None:
+    folder = cache.existing(KIND, name)
     program = folder / "bochs" if folder is not None else None
     return program if program is not None and program.is_file() else None
 

@@ -1,6 +1,7 @@
-"""Bochs' source: Debian's tarball, as the signed index of sources describes it, with repairs.
+"""Bochs' source: Debian's tarball, as the signed index of sources describes it, with changes.
 
-``kvmnest/data/bochs-repairs.toml`` names the package and lists the repairs.
+``kvmnest/data/bochs-repairs.toml`` names the package and lists the repairs of faults,
+``bochs-additions.toml`` what the reference target needs.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import hashlib
 import re
 import shutil
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache as once
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from kvmnest.lab import archive, cache, debian, tools
 from kvmnest.lab.errors import LabSetupError
 
 REPAIRS_FILE = Path(__file__).parent.parent / "data" / "bochs-repairs.toml"
+ADDITIONS_FILE = REPAIRS_FILE.with_name("bochs-additions.toml")
 _APT_HELPER = Path("/usr/lib/apt/apt-helper")
 
 
@@ -30,7 +32,7 @@ class Repair:
     old: str
     new: str
     reason: str
-    upstream: str
+    upstream: str = ""
 
     def apply(self, tree: Path) -> None:
         """Make it in ``tree``. Raises LabSetupError unless ``old`` occurs exactly once."""
@@ -53,6 +55,12 @@ class Source:
     upstream: str
     suite: str
     repairs: tuple[Repair, ...]
+    additions: tuple[Repair, ...] = ()
+
+    @property
+    def changes(self) -> tuple[Repair, ...]:
+        """All of them, in the order in which they are made."""
+        return self.repairs + self.additions
 
     @property
     def version(self) -> str:
@@ -67,18 +75,30 @@ class Source:
     @property
     def key(self) -> str:
         """What the result depends on; not the reasons."""
-        changes = [part for r in self.repairs for part in (r.file, r.old, r.new)]
+        return self._digest(self.changes)
+
+    @property
+    def key_for_the_lab(self) -> str:
+        """The same for a build without the additions, which the lab has no use for."""
+        return self._digest(self.repairs)
+
+    def _digest(self, made: tuple[Repair, ...]) -> str:
+        changes = [part for r in made for part in (r.file, r.old, r.new)]
         return cache.digest([self.package, self.upstream, *changes])
 
 
 @once
 def source() -> Source:
-    """What the data says. Raises HarnessError if the file is damaged."""
+    """What the data says. Raises HarnessError if a file is damaged."""
+    file = REPAIRS_FILE
     try:
-        data = reading.toml(REPAIRS_FILE)
-        return Source(**data["source"], repairs=tuple(Repair(**r) for r in data["repair"]))
+        data = reading.toml(file)
+        found = Source(**data["source"], repairs=tuple(Repair(**r) for r in data["repair"]))
+        file = ADDITIONS_FILE
+        added = reading.toml(file)["addition"]
+        return replace(found, additions=tuple(Repair(**r) for r in added))
     except (ValueError, KeyError, TypeError) as error:
-        raise HarnessError(f"{REPAIRS_FILE} cannot be used: {error}") from error
+        raise HarnessError(f"{file} cannot be used: {error}") from error
 
 
 def fetch(wanted: Source, to: Path) -> None:
@@ -116,8 +136,8 @@ def unpack(tarball: Path, wanted: Source, to: Path) -> None:
     tools.find("xz")
     argv = ["tar", "-xf", str(tarball), "-C", str(work), "--strip-components=1", "--no-same-owner"]
     tools.run(argv, f"unpacking {tarball.name}")
-    for repair in wanted.repairs:
-        repair.apply(work)
+    for change in wanted.changes:
+        change.apply(work)
     work.rename(to)
 
 

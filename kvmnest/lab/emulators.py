@@ -156,8 +156,12 @@ class Running(ABC):
         stdout: int,
         env: Mapping[str, str],
         personality: int = 0,
+        files: Sequence[int] = (),
     ) -> None:
-        """Start the program in the folder, its stderr in ``stderr.log``."""
+        """Start the program in the folder, its stderr in ``stderr.log``.
+
+        It inherits the file descriptors ``files``.
+        """
         try:
             with open(self.folder / "stderr.log", "wb") as errors:
                 self._process = subprocess.Popen(
@@ -168,6 +172,7 @@ class Running(ABC):
                     stderr=errors,
                     env={"PATH": os.defpath, "HOME": "/", "LANG": "C", **env},
                     start_new_session=True,
+                    pass_fds=files,
                     preexec_fn=_child_setup(personality),
                 )
         except OSError as e:

@@ -84,7 +84,7 @@ def emulators(given: str | None = None) -> list[Found]:
 
     if given:
         add("given", given, "--bochs names it", "")
-    one, several = bochs_build.built(False), bochs_build.built(True)
+    one, several = (bochs_build.built_for_the_lab(smp) for smp in (False, True))
     if one is not None:
         add("built here", str(one), "built for this CPU", "--bochs names another")
     if several is not None:

@@ -65,7 +65,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--kvmnest-target",
         default="kvm",
         metavar="NAME",
-        help="kvm, lab or qemu, for known deviations",
+        help="kvm, lab or qemu, for known deviations, or reference, which has no /dev/kvm",
+    )
+    group.addoption("--kvmnest-bochs", metavar="PATH", help="the Bochs of the reference target")
+    group.addoption(
+        "--kvmnest-cpu-model", metavar="NAME", help="the CPU model of the reference target"
+    )
+    group.addoption(
+        "--kvmnest-part",
+        metavar="K/N",
+        help="keep every Nth case only, from case K on (from 0)",
     )
     group.addoption(
         "--kernel-log",
@@ -151,6 +160,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if only:
         _keep(config, items, lambda _, item: not policy.ships(item)
               or policy.case_id(item.nodeid, item) in only)  # fmt: skip
+    part, parts = (int(n) for n in (config.getoption("--kvmnest-part") or "0/1").split("/"))
+    _keep(config, items, lambda number, _: number % parts == part)
     first = config.getoption("--kvmnest-from")
     if STREAM in config.stash:
         config.stash[STREAM].collected(items, first)

@@ -20,8 +20,17 @@ MACHINE = pytest.StashKey[Machine]()
 def machine(config: pytest.Config) -> Machine:
     """Return the session's machine."""
     if MACHINE not in config.stash:
-        config.stash[MACHINE] = Machine()
+        config.stash[MACHINE] = _machine(config)
     return config.stash[MACHINE]
+
+
+def _machine(config: pytest.Config) -> Machine:
+    if config.getoption("--kvmnest-target") != "reference":
+        return Machine()
+    from kvmnest.reference.machine import ReferenceMachine
+
+    option = config.getoption
+    return ReferenceMachine(option("--kvmnest-bochs"), option("--kvmnest-cpu-model"))
 
 
 def open_kvm(config: pytest.Config) -> Kvm:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from kvmnest.cases import verdict
+from kvmnest.errors import NeedsHost
 from kvmnest.plugin import policy
 
 #: Attribute of a report: "failed" or "error".
@@ -22,7 +23,10 @@ _EMPTY_REASONS = ("", "unconditional skip", "Skipped")
 
 def judge(item: pytest.Item, call: pytest.CallInfo[None], report: Any) -> pytest.TestReport:
     """Set kind, summary and explanation of a report; a skip without a reason becomes a failure."""
-    if report.skipped and not hasattr(report, "wasxfail") and policy.ships(item):
+    if report.failed and call.excinfo is not None and isinstance(call.excinfo.value, NeedsHost):
+        report.outcome = "skipped"
+        report.longrepr = (str(item.path), item.location[1] or 0, f"Skipped: {call.excinfo.value}")
+    elif report.skipped and not hasattr(report, "wasxfail") and policy.ships(item):
         reason = skip_reason(report)
         if reason in _EMPTY_REASONS:
             report.outcome = "failed"

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 import kvmnest
-from kvmnest import host
 from kvmnest.cases import explain
 from kvmnest.cases.events import EventWriter
 from kvmnest.kmsg import LEVELS, KernelLog
 from kvmnest.plugin import policy
+from kvmnest.plugin.fixtures import machine
 from kvmnest.plugin.outcomes import KIND, RAISED, SUMMARY, skip_reason
 
 _LONGEST_DETAIL = 20_000
@@ -25,7 +25,10 @@ class EventStream:
     def __init__(self, config: pytest.Config, spec: str) -> None:
         self._config = config
         self._writer = EventWriter(spec)
+        self._machine = machine(config)
         self._kernel_log = KernelLog(LEVELS.index(config.getoption("--kernel-log")))
+        if not self._machine.has_kernel_log:
+            self._kernel_log.close()
         self._case: dict[str, Any] = {}
         self._why = ""
 
@@ -36,10 +39,10 @@ class EventStream:
             kvmnest=kvmnest.__version__,
             python=sys.version.split()[0],
             pytest=pytest.__version__,
-            kernel=host.kernel(),
-            cpu=host.cpu_model(),
-            cpu_flags=host.cpu_flags(),
-            kvm_params=host.kvm_intel_params(),
+            kernel=self._machine.kernel,
+            cpu=self._machine.cpu,
+            cpu_flags=self._machine.cpu_flags,
+            kvm_params=self._machine.params,
             nested_roundtrip=bool(self._config.getoption("--nested-roundtrip")),
             kernel_log=self._kernel_log.readable,
         )

@@ -241,14 +241,27 @@ def test_full(l1: L1, index: int) -> None:
 @pytest.mark.needs(Proc2Ctl.ENABLE_PML)
 @pytest.mark.sdm(PML_SDM)
 def test_log_runs_full(l1: L1) -> None:
-    """After entry 0 the index wraps to 0xffff; reads and writes to dirty pages still work."""
+    """After entry 0 the index wraps to 0xffff; what needs no new flag still works."""
     window = _logging(l1, index=1, pages=4)
     for page in (0, 1):
         assert window.access(Access.WRITE, 4096 * page) == Succeed()
     assert l1.vmread(Field.GUEST_PML_INDEX) == Succeed(0xFFFF)
     assert _log(l1) == {1: window.gpa, 0: window.gpa + 4096}
     assert window.access(Access.WRITE, 8) == Succeed()
-    assert window.access(Access.READ, 4096 * 2) == Succeed()
+    assert window.access(Access.READ, 4096 + 8) == Succeed()
     seen = window.access(Access.WRITE, 4096 * 3)
     assert seen == Exit(ExitReason.PML_FULL, rip=window.guest.at())
     assert _log(l1) == {1: window.gpa, 0: window.gpa + 4096}
+
+
+@pytest.mark.needs(Proc2Ctl.ENABLE_PML)
+@pytest.mark.sdm(PML_SDM)
+@pytest.mark.parametrize("kind", [Access.READ, Access.FETCH], ids=lambda kind: kind.name)
+def test_full_log_at_an_accessed_flag(l1: L1, kind: Access) -> None:
+    """An accessed flag that has to be set needs room in the log as well, and is not set."""
+    window = _logging(l1, index=0xFFFF)
+    seen = window.access(kind, OFFSET)
+    rip = window.linear + OFFSET if kind is Access.FETCH else window.guest.at()
+    assert seen == Exit(ExitReason.PML_FULL, rip=rip)
+    assert not window.get(1) & ACCESSED
+    assert _log(l1) == {}

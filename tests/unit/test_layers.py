@@ -18,7 +18,7 @@ ALLOWED = {
 }
 TOP = {
     *("plugin", "suite", "results", "lab", "kernel", "mutants", "repro", "bisect", "matrix"),
-    *("bench", "coverage", "doctor", "found", "fuzz", "shell", "trace", "cli"),
+    *("bench", "coverage", "doctor", "found", "fuzz", "reference", "shell", "trace", "cli"),
 }
 
 # What would make the architecture's data do I/O.
