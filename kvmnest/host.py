@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,13 +56,18 @@ def cpu_model() -> str:
 
 @functools.cache
 def cpu_flags() -> str:
-    """Features of the first CPU as /proc/cpuinfo lists them, separated by spaces."""
+    """Features of the first CPU as /proc/cpuinfo lists them, those of VMX behind the others.
+
+    They are separated by spaces.
+    """
     try:
         with open("/proc/cpuinfo", encoding="ascii", errors="replace") as lines:
-            flags = next((line for line in lines if line.startswith("flags")), "")
+            first = [*takewhile(str.strip, lines)]
     except OSError:
         return ""
-    return flags.partition(":")[2].strip()
+    found = dict(line.partition(":")[::2] for line in first)
+    features = {name.strip(): value.split() for name, value in found.items()}
+    return " ".join((*features.get("flags", ()), *features.get("vmx flags", ())))
 
 
 def params_text(params: dict[str, str]) -> str:

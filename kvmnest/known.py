@@ -12,6 +12,7 @@ The record is ``kvmnest/data/known.toml``, a list of tables::
                                           # repairs, as kvmnest lab build makes it
     hidden_by = "bochs <3"                # optional: an emulator with which it does not happen
     cpu_lacks = "umip"                    # optional: only CPUs without this flag of /proc/cpuinfo
+    cpu_has = "posted_intr"               # optional: only CPUs with it (both know "vmx flags", too)
     params = { ept = "N" }                # optional: kvm_intel parameters it depends on, and
                                           # nested_roundtrip for that option of the run
     reason = "what is seen, in one sentence"
@@ -112,6 +113,7 @@ class Deviation:
     emulator: str = ""
     hidden_by: str = ""
     cpu_lacks: str = ""
+    cpu_has: str = ""
     params: Mapping[str, object] = field(default_factory=dict)
     upstream: str = ""
     kernel_message: str = ""
@@ -135,6 +137,7 @@ class Deviation:
         return (
             self.target in ("any", target)
             and not (self.cpu_lacks and self.cpu_lacks in cpu_flags.split())
+            and not (self.cpu_has and self.cpu_has not in cpu_flags.split())
             and kernel_in_range(kernel, self.kernels)
             and (not self.emulator or emulator_in_range(emulator, self.emulator))
             and not (self.hidden_by and emulator_in_range(emulator, self.hidden_by))

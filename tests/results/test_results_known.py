@@ -134,14 +134,15 @@ def test_emulators(tmp_path, extra, emulator, applies):
     assert bool(record.match("test_a.py::test_b[1]")) is applies
 
 
+@pytest.mark.parametrize("condition", ["cpu_lacks", "cpu_has"])
 @pytest.mark.parametrize(
-    ("flags", "applies"), [("fpu vme", True), ("fpu umip vme", False), ("fpu umip2", True)]
+    ("flags", "has"), [("fpu vme", False), ("fpu umip vme", True), ("fpu umip2", False)]
 )
-def test_what_the_cpu_lacks(tmp_path, flags, applies):
+def test_what_the_cpu_has(tmp_path, condition, flags, has):
     path = tmp_path / "known.toml"
-    path.write_text(ENTRY + 'cpu_lacks = "umip"')
+    path.write_text(f'{ENTRY}{condition} = "umip"')
     record = known.load("kvm", KERNEL, {}, path, cpu_flags=flags)
-    assert bool(record.match("test_a.py::test_b[1]")) is applies
+    assert bool(record.match("test_a.py::test_b[1]")) is (has is (condition == "cpu_has"))
 
 
 @pytest.mark.parametrize(
