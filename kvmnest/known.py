@@ -128,10 +128,11 @@ class Deviation:
     ) -> bool:
         """Whether the entry is about this target, kernel release, parameters, emulator and CPU.
 
-        On the reference target there is no KVM: entries of its own and of the emulator are left.
+        On the reference target there is no KVM: entries of its own and of the emulator are left,
+        but not those that need parameters of KVM.
         """
         if target == REFERENCE:
-            if self.target != REFERENCE and not self.emulator:
+            if self.target != REFERENCE and (not self.emulator or self.params):
                 return False
             return not self.emulator or emulator_in_range(emulator, self.emulator)
         return (

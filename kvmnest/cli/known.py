@@ -18,9 +18,9 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "known",
         help="list the known deviations from the SDM, with the verdict of the reference CPU",
-        description="List the entries of known.toml that are KVM's. A case that fails under KVM"
-        " and passes on the reference CPU (kvmnest run --target reference) is KVM's; one that fails"
-        " on both is ours or the emulator's; one that needs a host gets no verdict.",
+        description="List the entries of known.toml. A case that fails under KVM and passes on"
+        " the reference CPU (kvmnest run --target reference) is KVM's; one that fails on both is"
+        " ours or the emulator's; one that needs a host gets no verdict.",
         epilog="exit codes: 0 listed, 2 usage, 3 a file cannot be used, 4 no such entry",
     )
     parser.add_argument("pattern", nargs="?", default="*", metavar="PATTERN", help="of case ids")
@@ -28,7 +28,8 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--contradicted",
         action="store_true",
-        help="only those that the reference CPU contradicts: it fails too, and the entry names KVM",
+        help="only those that the reference CPU contradicts: it fails too, and the entry names"
+        " KVM, or it passes, and the entry names the emulator",
     )
     parser.add_argument(
         "--results",
@@ -81,6 +82,9 @@ def _lines(judged: Any) -> list[str]:
     deviation = judged.deviation
     conditions = [] if deviation.kernels == "any" else [f"kernels {deviation.kernels}"]
     conditions += [f"target {deviation.target}"] if deviation.target != "any" else []
+    conditions += [deviation.emulator] if deviation.emulator else []
+    conditions += [f"CPU without {deviation.cpu_lacks}"] if deviation.cpu_lacks else []
+    conditions += [f"CPU with {deviation.cpu_has}"] if deviation.cpu_has else []
     conditions += [f"{name}={value}" for name, value in deviation.params.items()]
     lines = [deviation.case + (f"  ({', '.join(conditions)})" if conditions else "")]
     lines.append(

@@ -7,7 +7,7 @@ import fnmatch
 import functools
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,14 +88,14 @@ def recorded() -> Outcomes:
 
 
 def record(document: Mapping[str, Any], path: Path = FILE) -> int:
-    """Write the record from a results document: the cases that ``known.toml`` has for KVM.
+    """Write the record from a results document: the cases of ``known.toml``.
 
     Returns how many. Raises UsageError if the run is not of the reference target or not whole.
     """
     found = of_results(document)
     if not document["complete"]:
         raise UsageError("these results are not complete")
-    patterns = [_pattern(deviation) for deviation in of_kvm()]
+    patterns = [_pattern(deviation) for deviation in shown_by_a_case()]
     wanted = {case for case in found.cases if any(each.match(case) for each in patterns)}
     files.write_json(
         path,
@@ -112,16 +112,14 @@ def record(document: Mapping[str, Any], path: Path = FILE) -> int:
     return len(wanted)
 
 
-def of_kvm() -> list[Deviation]:
-    """The known deviations that are said to be KVM's and that a case shows.
+def entries() -> list[Deviation]:
+    """The known deviations but those of the reference CPU itself."""
+    return [deviation for deviation in known.read() if deviation.target != REFERENCE]
 
-    Not those that need an emulator, whose culprit is named, and not kernel messages.
-    """
-    return [
-        deviation
-        for deviation in known.read()
-        if deviation.target != REFERENCE and not (deviation.emulator or deviation.kernel_message)
-    ]
+
+def shown_by_a_case() -> list[Deviation]:
+    """Those of them that a case shows by its failure, not by a message of the kernel."""
+    return [deviation for deviation in entries() if not deviation.kernel_message]
 
 
 def _pattern(deviation: Deviation) -> re.Pattern[str]:
@@ -173,15 +171,22 @@ class Judged:
 
     @property
     def contradicted(self) -> bool:
-        """Whether the reference CPU fails too: the entry is to be looked at again."""
-        return bool(self.counts.get(Verdict.BOTH))
+        """Whether the entry is to be looked at again.
+
+        It names KVM and the reference CPU fails too, or it names the emulator and that passes.
+        """
+        wrong = Verdict.KVM if self.deviation.emulator else Verdict.BOTH
+        return bool(self.counts.get(wrong))
 
 
-def judged(outcomes: Outcomes, entries: Iterable[Deviation] = ()) -> list[Judged]:
-    """Each of these entries (default: all for KVM) with its verdict."""
+def judged(outcomes: Outcomes) -> list[Judged]:
+    """Each entry with its verdict."""
     there = known.load(REFERENCE, "none", {}, emulator=outcomes.emulator)
     found = []
-    for deviation in entries or of_kvm():
+    for deviation in entries():
+        if beside := _beside_the_point(deviation, outcomes.emulator):
+            found.append(Judged(deviation, {Verdict.NONE: 1}, (beside,), ()))
+            continue
         counts: Counter[Verdict] = Counter()
         why: dict[str, None] = {}
         reasons: dict[str, None] = {}
@@ -192,7 +197,18 @@ def judged(outcomes: Outcomes, entries: Iterable[Deviation] = ()) -> list[Judged
                 counts[verdict] += 1
                 why |= {text: None} if text else {}
                 entry = there.match(case)
-                if verdict is Verdict.BOTH and entry is not None:
+                if verdict is Verdict.BOTH and entry is not None and entry != deviation:
                     reasons[entry.reason] = None
         found.append(Judged(deviation, counts, tuple(why), tuple(reasons)))
     return found
+
+
+def _beside_the_point(deviation: Deviation, emulator: str) -> str:
+    """Why the reference CPU can say nothing about an entry; "" if it can."""
+    if deviation.kernel_message:
+        return "a report of the kernel, which there is none"
+    if deviation.emulator and not known.emulator_in_range(emulator, deviation.emulator):
+        return f"of {deviation.emulator}; the reference CPU is that of {emulator}"
+    if deviation.emulator and deviation.params:
+        return "seen with parameters of KVM only"
+    return ""

@@ -303,6 +303,22 @@ def test_single_step_while_blocked(l1: L1) -> None:
     expect_refused(tries, BAD_GUEST, bad)
 
 
+@pytest.mark.needs(Misc.ACTIVITY_HLT, PinCtl.ACTIVATE_PREEMPTION_TIMER)
+@pytest.mark.parametrize(
+    ("flags", "pending"),
+    [(Rflags.TF, 0), (Rflags.TF, PendingDebug.B0), (0, PendingDebug.BS)],
+    ids=["TF", "TF-B0", "BS"],
+)
+def test_single_step_in_the_hlt_state(l1: L1, flags: int, pending: int) -> None:
+    """In the HLT state, with BTF 0, BS is pending exactly when RFLAGS.TF is 1."""
+    tries = entries(l1)
+    tries.vmcs.update(tries.using(EntryCtl.LOAD_DEBUG_CONTROLS))
+    # The timer ends the HLT state, should it begin.
+    tries.vmcs.update(tries.using(PinCtl.ACTIVATE_PREEMPTION_TIMER))
+    tries.vmcs.update({Field.VMX_PREEMPTION_TIMER_VALUE: 0, _STATE: ActivityState.HLT})
+    assert tries(_single_step(_IF_SET | flags, 0, int(pending))) == BAD_GUEST
+
+
 def test_branch_step_while_blocked(l1: L1) -> None:
     """Under blocking by STI or MOV SS, BS is not pending when TF and BTF are 1."""
     tries = entries(l1)

@@ -6,7 +6,7 @@ import pytest
 
 from kvmnest.l1 import L1, code
 from kvmnest.suite.support.guest import Guest
-from kvmnest.vmx import ActivityState, Field, IntrType, Misc, PinCtl, Vector, intr_info
+from kvmnest.vmx import ActivityState, Field, IntrType, Misc, PinCtl, Rflags, Vector, intr_info
 from kvmnest.vmx.outcome import Fault, Succeed
 
 pytestmark = [
@@ -37,6 +37,8 @@ def test_in_the_hlt_state(l1: L1, pending: int) -> None:
     guest = Guest(l1, PinCtl.ACTIVATE_PREEMPTION_TIMER)
     seen = guest.run(
         code.NOP,
+        # In the HLT state BS has to go with TF.
+        GUEST_RFLAGS=0x2 | Rflags.TF if pending & BS else 0x2,
         EXCEPTION_BITMAP=1 << 1,
         GUEST_ACTIVITY_STATE=ActivityState.HLT,
         GUEST_PENDING_DBG_EXCEPTIONS=pending,

@@ -95,7 +95,7 @@ def test_record_is_what_the_reference_cpu_says(built, tmp_path):
     ]
     remedy = "kvmnest run --target reference --json R.json; kvmnest known --record R.json"
     assert not wrong, remedy
-    patterns = known.Known(verdicts.of_kvm())
+    patterns = known.Known(verdicts.shown_by_a_case())
     unknown = [case for case in again.cases if patterns.match(case) and case not in record.cases]
     assert not unknown, remedy
 
@@ -168,6 +168,34 @@ def test_known_deviations_show_their_verdict(tmp_path):
     host = entries["test_preemption_timer.py::test_deadline_that_passed_meanwhile"]
     assert host["verdict"] == "none"
     assert host["no_verdict"][0].startswith("needs a host: ")
+    of_bochs = entries["test_ept_violation.py::test_guest_page_walk_sets_accessed_flag"]
+    assert (of_bochs["verdict"], of_bochs["contradicted"]) == ("both", False)
+    mended = entries["test_entry_guest_msrs.py::test_rip_64_bit"]
+    assert (mended["verdict"], mended["contradicted"]) == ("none", False)
+    assert mended["no_verdict"][0].startswith("of bochs <3.0-25; the reference CPU is that of ")
     assert kvmnest(tmp_path, "known", "nothing-like-it").returncode == 4
     text = kvmnest(tmp_path, "known", "SYSENTER_EIP").stdout
     assert f"> {Verdict.KVM.value}" in text
+
+
+@pytest.mark.parametrize(
+    ("condition", "outcome", "contradicted"),
+    [
+        ({}, "passed", False),
+        ({}, "failed", True),
+        ({"emulator": "bochs <=3.0"}, "failed", False),
+        ({"emulator": "bochs <=3.0"}, "passed", True),
+        ({"emulator": "bochs <2"}, "passed", False),
+        ({"emulator": "bochs <=3.0", "params": {"ept": False}}, "passed", False),
+        ({"kernel_message": "WARNING: *"}, "failed", False),
+        ({"target": "reference"}, "failed", None),
+    ],
+)
+def test_contradicted_entries(monkeypatch, condition, outcome, contradicted):
+    """An entry that names KVM against a failure without it, one that names Bochs against a pass."""
+    entry = known.Deviation(case="test_a.py::test_b", reason="why", **condition)
+    monkeypatch.setattr(known, "read", lambda *_: [entry])
+    outcomes = verdicts.of_results(results("reference", **{entry.case: outcome}))
+    assert [judged.contradicted for judged in verdicts.judged(outcomes)] == (
+        [] if contradicted is None else [contradicted]
+    )
