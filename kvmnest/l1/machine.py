@@ -246,10 +246,11 @@ class Machine:
 
     def keep_state(self) -> None:
         """Remember the vCPU's state for ``reset``; to be called before the first command."""
-        vcpu = self._vcpus[0]
-        self._rewind = vcpu.restart
+        self._rewind = self._vcpus[0].restart
         if self._rewind is None:
-            self._rewind = functools.partial(Rewind(roundtrip.save(self, vcpu)), vcpu)
+            state = Rewind(roundtrip.save(self, self._vcpus[0]))
+            # A round trip puts another vCPU in its place.
+            self._rewind = lambda: state(self._vcpus[0])
         self._image = Image(self.memory, self.payload.image)
 
     # --- the budget of a case ---
