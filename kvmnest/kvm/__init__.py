@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from kvmnest.kvm.errors import KvmUnavailable as KvmUnavailable
     from kvmnest.kvm.exits import *  # noqa: F403
     from kvmnest.kvm.memory import Memory as Memory
+    from kvmnest.kvm.memory import SealedMemory as SealedMemory
     from kvmnest.kvm.native import CData as CData
     from kvmnest.kvm.native import ffi as ffi
     from kvmnest.kvm.state import MsrList as MsrList
@@ -30,6 +31,7 @@ _HOMES = {
     "KvmMsrError": "errors",
     "KvmUnavailable": "errors",
     "Memory": "memory",
+    "SealedMemory": "memory",
     "MsrList": "state",
     "TscOffset": "state",
     "Vcpu": "vcpu",

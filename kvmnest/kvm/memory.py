@@ -1,10 +1,15 @@
-"""Guest memory: anonymous pages of this process that any VM can map."""
+"""Guest memory: pages of this process that any VM can map."""
 
+import errno
+import fcntl
 import mmap
+import os
 
 from kvmnest.kvm.native import CData, ffi
 
 PAGE_SIZE = 4096
+#: linux/fcntl.h
+_F_ADD_SEALS, _F_SEAL_WRITE = 1033, 0x8
 
 # Where it begins, a window of the memory as it is, what is to be there.
 _Part = tuple[int, CData, memoryview]
@@ -19,8 +24,7 @@ class Memory:
     """
 
     def __init__(self, size: int) -> None:
-        if size <= 0 or size % PAGE_SIZE:
-            raise ValueError(f"memory size {size:#x} is not a positive multiple of {PAGE_SIZE:#x}")
+        self._check_size(size)
         self.size = size
         self._map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self.view = memoryview(self._map)
@@ -52,6 +56,11 @@ class Memory:
         """Zero everything from ``offset`` (page-aligned) on by giving the pages back."""
         self._map.madvise(mmap.MADV_DONTNEED, offset, self.size - offset)
 
+    @staticmethod
+    def _check_size(size: int) -> None:
+        if size <= 0 or size % PAGE_SIZE:
+            raise ValueError(f"memory size {size:#x} is not a positive multiple of {PAGE_SIZE:#x}")
+
     def _check(self, offset: int, length: int) -> None:
         if offset < 0 or length < 0 or offset + length > self.size:
             raise IndexError(
@@ -68,6 +77,39 @@ class Memory:
             self._map.close()
         except BufferError:
             self._map = _closed_map()
+
+
+class SealedMemory(Memory):
+    """Guest memory that tells whether the kernel still refers to its pages.
+
+    It is in a memfd, which the kernel lets be sealed only once nobody refers to it:
+    memfd_create(2), fcntl(2) "F_SEAL_WRITE": EBUSY while there is a writable mapping, or while
+    the kernel holds references to pages, as a KVM does that forgot to give a page back.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._check_size(size)
+        self.size = size
+        self._fd = os.memfd_create("kvmnest", os.MFD_ALLOW_SEALING | os.MFD_CLOEXEC)
+        os.ftruncate(self._fd, size)
+        self._map = mmap.mmap(self._fd, size, flags=mmap.MAP_SHARED)
+        self.view = memoryview(self._map)
+
+    def leaked(self) -> bool:
+        """Unmap it and tell whether the kernel still refers to its pages.
+
+        VMs that map it have to be closed before. It can be asked once. Raises OSError.
+        """
+        self.close()
+        try:
+            fcntl.fcntl(self._fd, _F_ADD_SEALS, _F_SEAL_WRITE)
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            return True
+        finally:
+            os.close(self._fd)
+        return False
 
 
 class Image:

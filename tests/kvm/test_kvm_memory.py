@@ -1,8 +1,11 @@
 """Guest memory on the host's side."""
 
+import mmap
+import os
+
 import pytest
 
-from kvmnest.kvm import Memory
+from kvmnest.kvm import Memory, SealedMemory
 from kvmnest.kvm.memory import Image
 
 
@@ -106,3 +109,28 @@ def test_an_image_outlives_its_memory() -> None:
 def test_more_memory_than_there_is() -> None:
     with pytest.raises((OSError, OverflowError)):
         Memory(1 << 60)
+
+
+def test_memory_that_nobody_refers_to_is_not_leaked() -> None:
+    memory = SealedMemory(0x2000)
+    memory.write(0x1FFC, b"abcd")
+    assert memory.read(0x1FFC, 4) == b"abcd"
+    assert not memory.leaked()
+
+
+def test_a_reference_that_is_left_is_a_leak() -> None:
+    """Somebody else has mapped the pages to write to them, as a host that forgot them would."""
+    memory = SealedMemory(0x1000)
+    numbers = [
+        int(name)
+        for name in os.listdir("/proc/self/fd")
+        if os.path.realpath(f"/proc/self/fd/{name}").startswith("/memfd:kvmnest")
+    ]
+    other = mmap.mmap(numbers[0], 0x1000, flags=mmap.MAP_SHARED)
+    assert memory.leaked()
+    other.close()
+
+
+def test_sealed_memory_has_whole_pages() -> None:
+    with pytest.raises(ValueError, match="is not a positive multiple of 0x1000"):
+        SealedMemory(4097)

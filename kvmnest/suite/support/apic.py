@@ -73,6 +73,11 @@ class Apic:
         return [self.l1.read_int(vectors + number % 16, 1) for number in taken]
 
     @property
+    def interrupts(self) -> int:
+        """External interrupts that L1 took."""
+        return self._count("CPU_IRQ_COUNT")
+
+    @property
     def nmis(self) -> int:
         """NMIs that L1 took."""
         return self._count("CPU_NMI_COUNT")
