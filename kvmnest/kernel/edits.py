@@ -83,10 +83,15 @@ def newer_texts(first: Edit, tables: Sequence[Mapping[str, str]]) -> tuple[Newer
     return tuple(found)
 
 
+def series_of(release: str) -> tuple[int, int]:
+    """(7, 3) of a kernel release such as "7.3.4+deb13-amd64"; (0, 0) for what is none."""
+    version = re.match(r"(\d+)\.(\d+)", release)
+    return (int(version[1]), int(version[2])) if version else (0, 0)
+
+
 def text_for(first: Edit, newer: Iterable[Newer], release: str) -> Edit:
     """The text of an edit that is meant for a kernel ``release`` such as "7.3.4+deb13-amd64"."""
-    version = re.match(r"(\d+)\.(\d+)", release)
-    number = (int(version[1]), int(version[2])) if version else (0, 0)
+    number = series_of(release)
     text = first
     for each in newer:
         if each.since <= number:

@@ -13,6 +13,7 @@ expression = "CC(a && b)"                    # must occur once in the function
 replacement = "0"
 origin = { subject = "...", hash = "...", cve = "...", fixed = "v4.18" }   # of the real bug
 newer = [{ since = "7.2", function = "f2" }] # its texts for later sources: what differs
+since = "7.2"                                # older kernels do not have what it breaks
 params = { ept = "0" }                       # module parameters that the bug needs
 cases = ["test_entry_controls.py::test_vpid_zero"]
 masked = "why no case can notice it on any machine"       # then it is not scored
@@ -29,13 +30,13 @@ from typing import Any
 
 from kvmnest import reading
 from kvmnest.errors import HarnessError, UsageError
-from kvmnest.kernel.edits import Edit, Newer, newer_texts, text_for
+from kvmnest.kernel.edits import Edit, Newer, newer_texts, series_of, text_for
 from kvmnest.repro import corpus
 
 MUTANTS_FILE = Path(__file__).parent.parent / "data" / "mutants.toml"
 
 _TEXTS = ("id", "title", "file", "function", "expression", "replacement")
-_KEYS = {*_TEXTS, "newer", "origin", "params", "cases", "masked", "missed"}
+_KEYS = {*_TEXTS, "since", "newer", "origin", "params", "cases", "masked", "missed"}
 _OF_A_BUG = {"bug", "cases", "masked", "missed"}
 _ORIGIN = {"subject", "hash", "cve", "fixed"}
 
@@ -53,6 +54,11 @@ class Mutant:
     cases: tuple[str, ...] = ()
     masked: str = ""
     missed: str = ""
+    since: str = ""
+
+    def exists_on(self, release: str) -> bool:
+        """Whether a kernel has what this mutant breaks."""
+        return series_of(release) >= series_of(self.since)
 
     def edit_for(self, release: str) -> Edit:
         """The edit for a kernel's source."""
@@ -113,6 +119,9 @@ def _mutant(table: dict[str, Any], number: int, path: Path) -> Mutant:
     if unknown or missing:
         what = f"unknown key {unknown[0]}" if unknown else f"no text {missing[0]}"
         raise HarnessError(f"{path}: mutant {name}: {what}")
+    since = table.get("since", "")
+    if since and series_of(str(since)) == (0, 0):
+        raise HarnessError(f'{path}: mutant {name}: since needs "MAJOR.MINOR"')
     edit = Edit(*(table[key] for key in ("file", "function", "expression", "replacement")))
     try:
         newer = newer_texts(edit, table.get("newer", ()))
@@ -128,6 +137,7 @@ def _mutant(table: dict[str, Any], number: int, path: Path) -> Mutant:
         cases=tuple(table.get("cases", ())),
         masked=table.get("masked", ""),
         missed=table.get("missed", ""),
+        since=since,
     )
 
 

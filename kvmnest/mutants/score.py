@@ -174,6 +174,10 @@ class Scorer:
         if skipped:
             self._note(mutant, Score(record.MASKED, key, self._suite, text=skipped))
             return
+        if not mutant.exists_on(self.release):
+            text = f"Linux {mutant.since} and later only"
+            self._note(mutant, Score(record.UNFIT, key, self._suite, text=text))
+            return
         try:
             folder = build_modules([mutant.edit_for(self.release)], self.release)
         except (EditError, BuildError) as error:
