@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
-from kvmnest.l1 import L1
+from kvmnest.kvm import Cap
+from kvmnest.l1 import L1, code
+from kvmnest.suite.support.bitmaps import set_io_bitmaps
 from kvmnest.suite.support.guest import Masked
 from kvmnest.suite.support.shadowing import (
     FLAGS,
@@ -25,12 +27,13 @@ from kvmnest.vmx import (
     Kind,
     Misc,
     Proc2Ctl,
+    ProcCtl,
     Rflags,
     Vector,
     VmxError,
     Width,
 )
-from kvmnest.vmx.outcome import Exit, Fault, Succeed, VMfailInvalid, VMfailValid
+from kvmnest.vmx.outcome import Exit, Fault, HostExit, Succeed, VMfailInvalid, VMfailValid
 from kvmnest.vmx.registers import STATUS_FLAGS
 
 pytestmark = [
@@ -329,3 +332,26 @@ def test_flags_of_l2(l1: L1) -> None:
         )
         assert seen == Succeed()
         assert seen.regs["r15"] == 2 | direction
+
+
+@pytest.mark.needs(Cap.NESTED_STATE)
+@pytest.mark.sdm("VMCS Shadowing")
+def test_shadow_vmcs_moves_with_l2(l1: L1) -> None:
+    """What L1 and L2 wrote into the shadow VMCS is there after L2 was moved into another VM."""
+    shadowing = Shadowing(l1)
+    shadowing.exits((), ())
+    guest = shadowing.guest
+    guest.on(ProcCtl.USE_IO_BITMAPS)
+    set_io_bitmaps(l1, ())
+    shadowing.fill({Field.GUEST_ES_LIMIT: 0x1234})
+    out = code.out8(0x30)
+    # L2 writes one field, stops in userspace, and reads both.
+    # VMREAD RCX, RAX; MOV RAX, R8; VMREAD R9, RAX
+    snippet = WRITE + out + b"\x0f\x78\xc1" + b"\x4c\x89\xc0" + b"\x41\x0f\x78\xc1"
+    regs = {"rax": int(Field.GUEST_CS_LIMIT), "rbx": 0x5678, "r8": int(Field.GUEST_ES_LIMIT)}
+    assert isinstance(guest.run(snippet, regs), HostExit)
+    l1.round_trip()
+    seen = guest.resume()
+    assert seen == Succeed()
+    assert (seen.regs["rcx"], seen.regs["r9"]) == (0x5678, 0x1234)
+    assert shadowing.content(Field.GUEST_CS_LIMIT) == {Field.GUEST_CS_LIMIT: 0x5678}
