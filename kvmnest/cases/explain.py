@@ -67,6 +67,26 @@ def explains(got: object, expected: object) -> bool:
     )
 
 
+def relation(op: str, left: object, right: object) -> list[str] | None:
+    """Lines for a failed ``left op right``, None where the two reprs say as much."""
+    if op == "==":
+        return compare(left, right) if explains(left, right) else None
+    if not (_holds_number(left) or _holds_number(right)):
+        return None
+    field = _field(left) or _field(right)
+    name = f"{field.name}: " if field is not None else ""
+    return [f"{name}{_valued(field, left)} {op} {_valued(field, right)}"]
+
+
+def _holds_number(value: object) -> bool:
+    """Whether a number is in it that hexadecimal shows in another way."""
+    if isinstance(value, tuple | list | set | frozenset):
+        return any(_holds_number(part) for part in value)
+    if not isinstance(value, int) or isinstance(value, bool):
+        return False
+    return _field(value) is not None or abs(value) >= 10
+
+
 def compare(got: object, expected: object) -> list[str]:
     """Lines for a failed ``got == expected``: the difference first, the rest after it."""
     if is_outcome(got) or is_outcome(expected):
@@ -170,6 +190,8 @@ def shown(value: object) -> str:
         return f"({', '.join(map(shown, value))}{',' * (len(value) == 1)})"
     if type(value) is list:
         return f"[{', '.join(map(shown, value))}]"
+    if isinstance(value, set | frozenset):
+        return "{" + ", ".join(sorted(map(shown, value))) + "}"
     if type(value) is dict:
         return "{" + ", ".join(f"{_key(key)}: {shown(part)}" for key, part in value.items()) + "}"
     return repr(value)
@@ -183,9 +205,20 @@ _OBJECT = re.compile(r"<(?:[\w.<>]*\.)?(\w+) object at 0x[0-9a-f]+>")
 _FUNCTION = re.compile(r"(<function [\w.<>]+) at 0x[0-9a-f]+>")
 
 
-def without_addresses(text: str) -> str:
-    """A failure's text without the addresses of Python's objects, which say nothing."""
-    return _FUNCTION.sub(r"\1>", _OBJECT.sub(r"<\1>", text))
+_DECIMAL = re.compile(r"(?<![\w.#-])\d{5,}(?![\w.])")
+
+
+def readable(text: str) -> str:
+    """A failure's text without the addresses of Python's objects, which say nothing.
+
+    Where a line of pytest has one number in hexadecimal, the other large ones are so too: it
+    shows the constants of ``cr0 & 0x80000000`` in decimal.
+    """
+    text = _FUNCTION.sub(r"\1>", _OBJECT.sub(r"<\1>", text))
+    return "\n".join(
+        _DECIMAL.sub(lambda found: hex(int(found[0])), line) if "0x" in line else line
+        for line in text.split("\n")
+    )
 
 
 def context(values: Iterable[object], rerun: str) -> str:

@@ -251,10 +251,10 @@ class Runner:
             text = str(error)
         else:
             text = rewrite.traceback_text(error, case.function.__code__)
-            text = explain.without_addresses(text)
+            text = explain.readable(text)
         return {
             "outcome": verdict.kind(error, when),
-            "summary": verdict.summary(error),
+            "summary": explain.readable(verdict.summary(error)),
             "raised": verdict.raised(error),
             "detail": f"{text}\n{explain.context(values.values(), '')}",
         }

@@ -53,10 +53,10 @@ def _call_reprcompare(
     """Explain the first comparison of a chain that does not hold."""
     failed = next((i for i, result in enumerate(results) if not result), len(results) - 1)
     left, right = each_obj[failed : failed + 2]
-    if ops[failed] == "==" and explain.explains(left, right):
-        lines = (line.replace("\n", "\\n") for line in explain.compare(left, right))
-        return "\n~".join(lines).replace("%", "%%")
-    return expls[failed]
+    lines = explain.relation(ops[failed], left, right)
+    if lines is None:
+        return expls[failed]
+    return "\n~".join(line.replace("\n", "\\n") for line in lines).replace("%", "%%")
 
 
 def _format_explanation(explanation: str) -> str:

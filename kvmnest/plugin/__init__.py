@@ -210,13 +210,11 @@ def pytest_runtest_makereport(
 def pytest_assertrepr_compare(
     config: pytest.Config, op: str, left: object, right: object
 ) -> list[str] | None:
-    """Explain ``==`` between outcomes and numbers; what came from L1 stands on the left."""
+    """Explain comparisons of outcomes and numbers; what came from L1 stands on the left."""
     from kvmnest.cases import explain
 
-    if op != "==" or not explain.explains(left, right):
-        return None
     if config.stash.get(OURS, False) or explain.is_outcome(left) or explain.is_outcome(right):
-        return explain.compare(left, right)
+        return explain.relation(op, left, right)
     return None
 
 

@@ -46,8 +46,7 @@ def case_id(nodeid: str, item: pytest.Item | None = None) -> str:
     """Id of a case: "test_vmxon.py::test_name[param]" if it ships with kvmnest, else pytest's."""
     if item is not None and ships(item):
         # Beside files of the user pytest calls the file of the suite "", which is far from them.
-        file = item.module.__name__.rpartition(".")[2]  # type: ignore[attr-defined]
-        return f"{file}.py::{nodeid.partition('::')[2]}"
+        return f"{item.path.name}::{nodeid.partition('::')[2]}"
     return nodeid
 
 

@@ -103,9 +103,9 @@ class EventStream:
         text = report.longreprtext
         for name, content in report.sections:
             text += f"\n{content}" if name == "kvmnest" else f"\n--- {name} ---\n{content}"
-        text = explain.without_addresses(text)
+        text = explain.readable(text)
         if first:
-            case["summary"] = getattr(report, SUMMARY, "") or _gist(text)
+            case["summary"] = explain.readable(getattr(report, SUMMARY, "")) or _gist(text)
             case["raised"] = getattr(report, RAISED, "")
             case["detail"] = text[:_LONGEST_DETAIL]
         else:
