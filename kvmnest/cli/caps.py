@@ -31,11 +31,20 @@ def add_parser(subparsers: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run the verb."""
     from kvmnest.doctor import capabilities
+    from kvmnest.lab import kernels
 
     if options.words and (options.words[0] != "diff" or len(options.words) != 3):
         raise UsageError("expected nothing, or: diff A B")
     if options.words:
-        old, new = (_document(options, word) for word in options.words[1:])
+        # What is wrong with either is told before the first boot.
+        named = options.words[1:]
+        files = [capabilities.load(Path(word)) if _is_file(word) else None for word in named]
+        for word in named:
+            if not _is_file(word):
+                kernels.resolve(word)
+        old, new = (
+            file or _document(options, word) for word, file in zip(named, files, strict=True)
+        )
         lines = capabilities.compare(old, new)
         if options.json:
             print(json.dumps(lines, indent=1))
@@ -58,11 +67,13 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
+def _is_file(word: str) -> bool:
+    return word.endswith(".json")
+
+
 def _document(options: argparse.Namespace, word: str | None) -> dict[str, Any]:
     from kvmnest.doctor import capabilities
 
-    if word and word.endswith(".json"):
-        return capabilities.load(Path(word))
     if not word and use_host(options):
         return capabilities.here()
     return capabilities.in_lab(

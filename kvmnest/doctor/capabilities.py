@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -46,6 +45,7 @@ def in_lab(
     emulator: Choice = BOCHS,
 ) -> Document:
     """Of a kernel in the lab. Raises what Lab raises, HarnessError if KVM offers no VMX there."""
+    from kvmnest.lab import cache
     from kvmnest.lab.machine import Lab
 
     output = b""
@@ -55,6 +55,7 @@ def in_lab(
         output += data
 
     with Lab(kernel, params, modules, 1, emulator) as lab:
+        cache.tell(f"booting {lab.kernel.release} {lab.emulator.where}: some seconds")
         status = lab.run(
             ["python3", "-m", "kvmnest.cases.capabilities"],
             on_output=take,
@@ -64,7 +65,7 @@ def in_lab(
     if status:
         lines = output.decode(errors="replace").strip().splitlines() or ["no message"]
         raise HarnessError(f"cannot read the capabilities in the lab: {lines[-1]}")
-    return _with_vmx(json.loads(output))
+    return _with_vmx(reading.value(output, "JSON", _SCHEMA, "the lab's answer"))
 
 
 def load(path: Path) -> Document:

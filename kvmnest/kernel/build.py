@@ -111,6 +111,7 @@ def build_tree(tree: Path, release: str, to: Path) -> None:
                 if path.is_file() and path.suffix in (".c", ".h", ".S"):
                     _overlay(path, kernel.tree / name, work / name)
 
+    cache.tell("compiling KVM with what is changed: some seconds to a minute")
     try:
         with rebuilt(kernel, overlay) as work:
             to.mkdir(parents=True, exist_ok=True)

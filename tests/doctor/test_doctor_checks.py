@@ -7,7 +7,7 @@ import pytest
 from kvmnest.cli.main import main
 from kvmnest.doctor import capabilities, checks
 from kvmnest.errors import HarnessError
-from kvmnest.lab import tools
+from kvmnest.lab import DEFAULT_KERNEL, tools
 from kvmnest.lab.errors import LabSetupError
 
 
@@ -47,7 +47,8 @@ def test_a_full_disk_is_bad(monkeypatch):
 
 def test_caps_of_the_lab_and_their_difference(tmp_path, capsys):
     assert main(["caps", "--target", "lab", "--json"]) == 0
-    text = capsys.readouterr().out
+    text, told = capsys.readouterr()
+    assert f"kvmnest: booting {json.loads(text)['kernel']} in the lab: some seconds\n" in told
     saved = tmp_path / "full.json"
     saved.write_text(text)
     document = json.loads(text)
@@ -69,6 +70,14 @@ def test_a_file_that_is_none_of_ours(tmp_path, content):
     path.write_text(content)
     with pytest.raises(HarnessError, match=r"x\.json"):
         capabilities.load(path)
+
+
+@pytest.mark.parametrize("wrong", ["nosuch", "none.json"])
+def test_the_second_of_two_is_looked_at_before_the_first_boots(wrong, prepared, capsys):
+    assert main(["caps", "diff", DEFAULT_KERNEL, wrong]) == 2
+    told = capsys.readouterr().err
+    assert wrong in told
+    assert told.count("\n") == 1
 
 
 def test_wrong_words(capsys):

@@ -2,7 +2,9 @@
 
 import pytest
 
-from kvmnest.lab import cache
+from kvmnest.lab import bochs, cache, debian, kernels, saved
+from kvmnest.lab.errors import LabSetupError
+from kvmnest.lab.rootfs import Tree
 
 
 @pytest.fixture(autouse=True)
@@ -28,3 +30,47 @@ def test_a_long_wait_is_announced_once(kind, capsys):
 def test_a_short_one_is_not(capsys):
     cache.entry("modules", "key", _build)
     assert capsys.readouterr().err == ""
+
+
+def test_the_first_boot_says_so_and_later_ones_do_not(capsys, monkeypatch):
+    started = []
+
+    class Process:
+        pid = 42
+
+        def start(self, memory, cpus, *, fixed):
+            started.append(fixed)
+
+        def place(self, write):
+            pass
+
+    monkeypatch.setattr(saved.snapshot, "resume", lambda *_: None)
+    tree = Tree("key", {}, {})
+    boots = saved.SavedBoots(bochs.locate(), 128, 1, (), lambda to: None, tree)
+    _, resumed = boots.start(Process(), {})
+    assert not resumed
+    assert capsys.readouterr().err == (
+        "kvmnest: the first boot of this kernel here, which is saved for later ones: 5 to 30 s\n"
+    )
+    cache.entry("booted", boots._steps({})[0].key, _build)
+    _, resumed = boots.start(Process(), {})
+    assert resumed
+    assert capsys.readouterr().err == ""
+    assert started == [True, True]
+
+
+def test_a_kernel_that_is_fetched_says_so(capsys, monkeypatch):
+    offer = debian.Offer("6.1-amd64", "6.1-1", ("bookworm",), 5, ("linux-image=6.1",), "key")
+    apt = debian.Apt()
+    apt.__dict__["offers"] = {offer.release: offer}
+    monkeypatch.setattr(kernels, "apts", lambda: [apt])
+
+    def fetch(*_):
+        raise LabSetupError("no connection")
+
+    monkeypatch.setattr(debian, "fetch", fetch)
+    with pytest.raises(LabSetupError, match="no connection"):
+        kernels.resolve("6.1")
+    assert capsys.readouterr().err == (
+        "kvmnest: fetching kernel 6.1-amd64 from Debian's archive, once: 5 to 30 s\n"
+    )
