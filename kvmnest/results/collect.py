@@ -21,6 +21,7 @@ from kvmnest.lab.rootfs import REWRITTEN, SITE
 from kvmnest.results.names import nothing
 from kvmnest.results.targets import Ended, LocalTarget
 
+_USAGE, _NOTHING = 4, 5  # of pytest.ExitCode
 _PYC_HEADER = 16
 # Loaded without a look at the source (PEP 552: hash-based, unchecked).
 _UNCHECKED = importlib.util.MAGIC_NUMBER + b"\1\0\0\0" + bytes(8)
@@ -41,6 +42,12 @@ class Collected:
     count: int
     events: list[dict[str, Any]]
     ended: Ended
+
+    @property
+    def broken(self) -> bool:
+        """Whether a file cannot be collected, or pytest broke down: no fault of the arguments."""
+        files = any(event["e"] == "broken" for event in self.events)
+        return files or self.ended.status not in (0, _USAGE, _NOTHING)
 
     def require_cases(self, selected: Sequence[str], keyword: str = "", marks: str = "") -> None:
         """See that there is something to run.
@@ -85,10 +92,19 @@ def collect(arguments: Sequence[str]) -> Collected:
     pytest keeps modules with rewritten assert statements in the cache, where ``rewritten`` finds
     them. Raises LabSetupError if the cache cannot be used.
     """
-    environment = {
-        "PYTHONPYCACHEPREFIX": str(cache.root() / "pycache"),
-        "PYTHONDONTWRITEBYTECODE": "",
-    }
+    compiled = cache.root() / "pycache"
+    found = _collect(arguments, compiled)
+    if found.broken and compiled.exists():
+        # Python does not look whether what it once compiled is whole.
+        cache.drop(compiled)
+        found = _collect(arguments, compiled)
+        if not found.broken:
+            cache.tell(f"{compiled} is damaged or old, and made again")
+    return found
+
+
+def _collect(arguments: Sequence[str], compiled: Path) -> Collected:
+    environment = {"PYTHONPYCACHEPREFIX": str(compiled), "PYTHONDONTWRITEBYTECODE": ""}
     events: list[dict[str, Any]] = []
     with scratch.folder() as folder:
         file = Path(folder) / "plan"

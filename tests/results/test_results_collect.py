@@ -1,0 +1,72 @@
+"""What the host's pytest compiled for the lab, damaged: it is compiled anew, with one line."""
+
+import itertools
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from kvmnest.results.collect import collect
+from kvmnest.results.runner import Plan, pytest_arguments
+
+_HEADER = 16  # bytes that say from what it was compiled
+
+
+def zero(path: Path) -> None:
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def empty(path: Path) -> None:
+    os.truncate(path, 0)
+
+
+def junk(path: Path) -> None:
+    path.write_bytes(b"\xff\xfejunk\x00" * 9)
+
+
+def junk_behind_the_header(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:_HEADER] + b"\xff" * 99)
+
+
+def no_code(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:_HEADER] + b"N")
+
+
+DAMAGES = {
+    "all": (zero, cut, empty, junk, junk_behind_the_header, no_code),
+    "cut": (cut,),
+    "zero": (zero,),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damaged_code(own_cache: Path, capfd: pytest.CaptureFixture[str], name: str) -> None:
+    arguments = pytest_arguments(Plan(), "lab", ["kvmnest.suite.test_smm"], [])
+    count = collect(arguments).count
+    assert count > 0
+    damages: itertools.cycle[Callable[[Path], None]] = itertools.cycle(DAMAGES[name])
+    files = sorted((own_cache / "pycache").rglob("*.pyc"))
+    assert len(files) > 20
+    for path, damage in zip(files, damages, strict=False):
+        damage(path)
+    again = collect(arguments)
+    assert (again.count, bool(again.plan)) == (count, True)
+    # Python sees by itself that a file of zeros is none of its own.
+    told = "" if name == "zero" else f"kvmnest: {own_cache}/pycache is damaged or old, and made"
+    assert capfd.readouterr().err.startswith(told)
+    assert collect(arguments).count == count
+    assert capfd.readouterr().err == ""
+
+
+def test_a_broken_suite_is_not_taken_for_damage(
+    own_cache: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments = pytest_arguments(Plan(), "lab", ["kvmnest.suite.test_nosuch"], [])
+    for _ in range(2):
+        assert not collect(arguments).count
+    assert capfd.readouterr().err == ""
