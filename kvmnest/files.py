@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import json
 import os
 import stat
@@ -63,12 +64,15 @@ def write_text(path: Path, text: str) -> None:
         if path.exists() and not path.is_file():
             path.write_text(text, encoding="utf-8")
         else:
-            _replace(Path(os.path.realpath(path)), text.encode())
+            target = Path(os.path.realpath(path))
+            sweep(target)
+            replace(target, text.encode())
     except OSError as error:
         raise HarnessError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def _replace(path: Path, content: bytes) -> None:
+def replace(path: Path, content: bytes) -> None:
+    """Replace a regular file, on the disk when this returns. Raises OSError; the old one stays."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -79,6 +83,14 @@ def _replace(path: Path, content: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def sweep(path: Path) -> None:
+    """Remove what processes left beside a file that were killed while they replaced it."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        owner = left.name.removeprefix(f".{path.name}.").removesuffix(".tmp")
+        if owner.isdecimal() and not Path("/proc", owner).exists():
+            left.unlink(missing_ok=True)
 
 
 def write_json(path: Path, document: Mapping[str, Any] | Sequence[Any]) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
+from kvmnest import files
 from kvmnest.errors import HarnessError
 
 
@@ -24,19 +24,19 @@ class WholeFile:
         self.path = path.resolve() if path.is_symlink() else path
         self.problem = ""
         self._what = what
-        self._temporary = self.path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
     def start(self, content: bytes) -> None:
         """Write for the first time. Raises HarnessError if that fails."""
         try:
-            self._replace(content)
+            files.sweep(self.path)
+            files.replace(self.path, content)
         except OSError as error:
             raise HarnessError(self._reason(error)) from error
 
     def write(self, content: bytes) -> None:
         """Replace the file; the first of several failures is told on stderr."""
         try:
-            self._replace(content)
+            files.replace(self.path, content)
             self.problem = ""
         except OSError as error:
             reason = self._reason(error)
@@ -46,14 +46,3 @@ class WholeFile:
 
     def _reason(self, error: OSError) -> str:
         return f"cannot write {self._what} to {self.path}: {error.strerror or error}"
-
-    def _replace(self, content: bytes) -> None:
-        try:
-            with open(self._temporary, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(self._temporary, self.path)
-        except BaseException:
-            self._temporary.unlink(missing_ok=True)
-            raise

@@ -329,6 +329,18 @@ def test_killed_in_the_middle(write, tmp_path):
     assert _gone(int((tmp_path / "pid").read_text()))
 
 
+def test_what_a_killed_run_left_beside_its_results(tmp_path):
+    """A kill in the middle of a write; what a process that lives writes at the moment stays."""
+    path = tmp_path / "o[1].json"
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    left, other = (path.with_name(f".{path.name}.{pid}.tmp") for pid in (dead.pid, os.getppid()))
+    left.write_text("{")
+    other.write_text("{")
+    jsonfile.JsonFile(path).start(Run("kvm"))
+    assert {*tmp_path.iterdir()} == {path, other}
+
+
 def test_a_killed_run_leaves_a_junit_report_that_does_not_look_good(write, tmp_path):
     process = _start(tmp_path, write(SLOW))
     _wait_for_cases(tmp_path / "out.json", 5)
