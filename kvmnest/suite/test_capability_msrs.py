@@ -2,6 +2,7 @@
 
 import pytest
 
+from kvmnest.kvm.cpuid import leaf
 from kvmnest.l1 import L1
 from kvmnest.vmx import (
     EntryCtl,
@@ -132,3 +133,24 @@ def test_controls_that_belong_together(l1: L1) -> None:
     if caps.supports(ExitCtl.SAVE_PREEMPTION_TIMER):
         assert caps.supports(PinCtl.ACTIVATE_PREEMPTION_TIMER)
     assert caps.supports(ProcCtl.HLT_EXITING)
+
+
+#: Instructions that need a VM-execution control to be executed in L2: CPUID leaf, subleaf, register
+#: and bit (SDM, "CPUID - CPU Identification"), and the control.
+_ENABLED_BY_A_CONTROL = {
+    "RDTSCP": ((0x80000001, 0, "edx", 27), Proc2Ctl.ENABLE_RDTSCP),
+    "INVPCID": ((7, 0, "ebx", 10), Proc2Ctl.ENABLE_INVPCID),
+    "WAITPKG": ((7, 0, "ecx", 5), Proc2Ctl.ENABLE_USER_WAIT_AND_PAUSE),
+    "XSAVES": ((0xD, 1, "eax", 3), Proc2Ctl.ENABLE_XSAVES),
+}
+
+
+@pytest.mark.sdm("Secondary Processor-Based VM-Execution Controls")
+@pytest.mark.parametrize("name", _ENABLED_BY_A_CONTROL)
+def test_instructions_that_a_control_enables(l1: L1, name: str) -> None:
+    """An instruction that CPUID offers to L1 can be offered to L2: its control may be 1."""
+    (function, index, register, bit), control = _ENABLED_BY_A_CONTROL[name]
+    entry = leaf(l1.vcpu.get_cpuid(), function, index)
+    if not getattr(entry, register) >> bit & 1:
+        pytest.skip(f"CPUID offers no {name}")
+    assert l1.caps.supports(control)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from kvmnest.kvm import Cap
 from kvmnest.l1 import L1, L2Mode
 from kvmnest.suite.support.entries import (
     BAD_GUEST,
@@ -71,6 +72,28 @@ def test_debugctl_not_loaded(l1: L1) -> None:
     not_loaded = tries.using(without=EntryCtl.LOAD_DEBUG_CONTROLS)
     values = [1 << 3, 1 << 16, 1 << 63, _ALL]
     expect_accepted(tries, each(Field.GUEST_IA32_DEBUGCTL, values, not_loaded))
+
+
+#: Bit 14 of IA32_DEBUGCTL, and the quirk of KVM that lets it pass (KVM's documentation,
+#: "KVM_X86_QUIRK_VMCS12_ALLOW_FREEZE_IN_SMM").
+_FREEZE_IN_SMM, _ALLOW_FREEZE = 1 << 14, 1 << 10
+
+
+@pytest.mark.needs(EntryCtl.LOAD_DEBUG_CONTROLS, Cap.DISABLE_QUIRKS2)
+@pytest.mark.parametrize("quirk", [True, False], ids=["quirk", "no-quirk"])
+def test_freeze_in_smm(l1: L1, quirk: bool) -> None:
+    """KVM, which does not virtualize FREEZE_IN_SMM, lets it pass unless its quirk is disabled."""
+    tries = entries(l1)
+    cases = [
+        {**tries.using(EntryCtl.LOAD_DEBUG_CONTROLS), Field.GUEST_IA32_DEBUGCTL: _FREEZE_IN_SMM}
+    ]
+    if quirk:
+        expect_accepted(tries, cases)
+        return
+    if not l1.vm.check_extension(Cap.DISABLE_QUIRKS2) & _ALLOW_FREEZE:
+        pytest.skip("this KVM has no such quirk")
+    l1.enable_cap(Cap.DISABLE_QUIRKS2, _ALLOW_FREEZE)
+    expect_refused(tries, BAD_GUEST, cases)
 
 
 # --- MSRs ---

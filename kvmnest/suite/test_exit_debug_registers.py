@@ -3,6 +3,7 @@
 import pytest
 
 from kvmnest.l1 import L1, code
+from kvmnest.suite.support.bitmaps import set_msr_bitmap
 from kvmnest.suite.support.guest import Guest
 from kvmnest.vmx import (
     Cr4,
@@ -13,6 +14,7 @@ from kvmnest.vmx import (
     ExitCtl,
     ExitReason,
     Field,
+    Msr,
     ProcCtl,
     Vector,
 )
@@ -213,3 +215,29 @@ def test_mov_dr_exiting_comes_before_general_detect(l1: L1) -> None:
     )
     assert seen == _dr_exit(guest, 0, read=True)
     assert guest.vmcs.read(Field.GUEST_DR7) == (DR7_INIT | Dr7.GD,)
+
+
+#: MOV DR6, RBX; MOV RBX, DR6.
+_WRITE_DR6, _READ_DR6 = b"\x0f\x23\xf3", b"\x0f\x21\xf3"
+_NEW_DR6 = 0xFFFF0FF3
+
+
+@pytest.mark.sdm("Debug Status Register (DR6)")
+@pytest.mark.needs(ProcCtl.USE_MSR_BITMAPS)
+@pytest.mark.parametrize("level", ["L1", "L2"])
+@pytest.mark.parametrize(
+    ("msr", "value"),
+    [(Msr.X2APIC_ICR, 0x51), (Msr.X2APIC_SELF_IPI, 0x51), (Msr.TSC_DEADLINE, 0)],
+    ids=["ICR", "SELF_IPI", "TSC_DEADLINE"],
+)
+def test_dr6_over_a_fast_exit(l1: L1, msr: Msr, value: int, level: str) -> None:
+    """DR6 keeps what was written over a WRMSR that KVM handles without leaving its inner loop."""
+    assert l1.wrmsr(Msr.APIC_BASE, l1.rdmsr(Msr.APIC_BASE).value | 0xC00) == Succeed()
+    assert l1.wrmsr(Msr.X2APIC_SIVR, 0x1FF) == Succeed()
+    guest = Guest(l1, ProcCtl.USE_MSR_BITMAPS)
+    set_msr_bitmap(l1)
+    program = _WRITE_DR6 + code.WRMSR + _READ_DR6
+    regs = {"rcx": msr, "rax": value, "rdx": 0, "rbx": _NEW_DR6}
+    seen = guest.run(program, regs) if level == "L2" else l1.call(program, regs=regs)
+    assert seen == Succeed()
+    assert seen.regs["rbx"] == _NEW_DR6

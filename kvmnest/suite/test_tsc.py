@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from kvmnest.kvm import Cap
 from kvmnest.l1 import L1, code
 from kvmnest.suite.support.bitmaps import set_msr_bitmap
 from kvmnest.suite.support.guest import Guest
 from kvmnest.vmx import Msr, Proc2Ctl, ProcCtl
-from kvmnest.vmx.outcome import Outcome, Succeed
+from kvmnest.vmx.outcome import HostExit, Outcome, Succeed
 
 pytestmark = [
     pytest.mark.series(16),
@@ -133,3 +134,37 @@ def test_l2_sets_the_counter(l1: L1) -> None:
     assert target + (1 << 40) <= inside < target + (1 << 40) + (1 << 35)
     assert target < now.value < target + (1 << 35)
     assert l1.rdmsr(Msr.TSC_ADJUST).value != adjust.value
+
+
+@pytest.mark.needs(ProcCtl.USE_TSC_OFFSETTING, Proc2Ctl.USE_TSC_SCALING, Cap.TSC_CONTROL)
+@pytest.mark.parametrize("numerator", [1, 3, 4], ids=["half", "3/2", "double"])
+def test_rate_of_the_host_multiplies(l1: L1, numerator: int) -> None:
+    """L1's own rate, given by the host, is part of what L2 reads: the two multiply.
+
+    After the exit L1's counter is as before: between its two readings, whatever L2's rate is.
+    """
+    l1.vcpu.set_tsc_khz(l1.vcpu.get_tsc_khz() * numerator // 2)
+    l1.vcpu.set_msrs({Msr.TSC: 1 << 40})  # far from where it wraps around
+    guest = Guest(l1, ProcCtl.USE_TSC_OFFSETTING, Proc2Ctl.USE_TSC_SCALING)
+    for multiplier in (1 << 49, 3 << 47, 1 << 47):
+        for offset in (0, 1 << 40):
+            before, first, second, after = _between(
+                l1, guest, TSC_MULTIPLIER=multiplier, TSC_OFFSET=offset
+            )
+            low, high = (value * multiplier >> 48 for value in (before, after))
+            assert low <= first - offset <= second - offset <= high, (hex(multiplier), offset)
+            assert before < after < before + (1 << 40)
+
+
+@pytest.mark.needs(ProcCtl.USE_TSC_OFFSETTING, Cap.TSC_CONTROL)
+def test_rate_changes_while_l2_is_active(l1: L1) -> None:
+    """Userspace that sets another rate while L2 is active changes L1's as well as L2's."""
+    guest = Guest(l1, ProcCtl.USE_TSC_OFFSETTING)
+    seen = guest.run(code.out8(0x80) + TWICE, TSC_OFFSET=1 << 40)
+    assert isinstance(seen, HostExit)
+    l1.vcpu.set_tsc_khz(l1.vcpu.get_tsc_khz() * 2)
+    seen = guest.resume()
+    after = l1.rdtsc()
+    assert seen == Succeed()
+    l2 = _edx_eax(seen) - (1 << 40)
+    assert l2 < after.value < l2 + (1 << 38)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from kvmnest.kvm import Cap, KvmError, exits
+from kvmnest.kvm import Cap, KvmError, Memory, exits
 from kvmnest.kvm.cpuid import CPUID_1_ECX_VMX, leaf
 from kvmnest.l1 import L1, L2Mode, VmLost, code, roundtrip
 from kvmnest.suite.support.bitmaps import set_io_bitmaps
@@ -315,3 +315,29 @@ def test_mode_of_l2_after_restore(l1: L1) -> None:
         assert l1.vcpu.get_nested_state()[0] & _GUEST_MODE
         assert guest.resume() == Succeed(), mode
         assert l1.vmxoff() == Succeed()
+
+
+@pytest.mark.sdm("Virtualizing Memory-Mapped APIC Accesses")
+@pytest.mark.needs(Proc2Ctl.VIRTUALIZE_APIC_ACCESSES)
+@pytest.mark.parametrize("runs", [0, 1, 3])
+def test_memory_that_comes_later(l1: L1, runs: int) -> None:
+    """A restored L2 whose APIC-access page has no memory yet runs as soon as it has.
+
+    KVM_RUN before that is an internal error of KVM, as often as it is tried.
+    """
+    if l1.nested_roundtrip:
+        pytest.skip("a VM that replaces another one has no such memory slot")
+    guest, memory, page = Guest(l1, Proc2Ctl.VIRTUALIZE_APIC_ACCESSES), Memory(4096), 0x20000000
+    guest.vmcs[Field.APIC_ACCESS_ADDR] = page
+    l1.vm.add_memory(7, page, memory)
+    load = b"\x8b\x07"  # MOV EAX, [RDI]
+    assert isinstance(guest.run(OUT_80 + load, {"rdi": page}), HostExit)
+    assert isinstance(l1.vcpu.run(immediate_exit=True), exits.IntrExit)
+    l1.vm.remove_memory(7)
+    l1.vcpu.set_nested_state(l1.vcpu.get_nested_state())
+    for _ in range(runs):
+        seen = l1.vcpu.run()
+        assert isinstance(seen, exits.InternalErrorExit)
+        assert l1.vcpu.get_nested_state()[0] & _GUEST_MODE
+    l1.vm.add_memory(7, page, memory)
+    assert guest.resume() == Exit(ExitReason.APIC_ACCESS, rip=guest.at(len(OUT_80)))
