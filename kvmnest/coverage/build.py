@@ -50,8 +50,8 @@ class Built:
 def build(names: Sequence[str], release: str) -> Built:
     """Build kvm.ko and kvm-intel.ko that watch source files, and the module that they report to.
 
-    ``names`` are names that ``full_names`` gives. Raises BuildError or LabSetupError as
-    kvmnest.kernel.build.build_modules does.
+    ``names`` are names that ``full_names`` gives. Raises UsageError for a source without code in
+    these modules, BuildError or LabSetupError as kvmnest.kernel.build.build_modules does.
     """
     kernel = source.prepare(release)
     collector = files("kvmnest.data").joinpath(f"{_COLLECTOR}.c").read_bytes()
@@ -80,6 +80,9 @@ def build(names: Sequence[str], release: str) -> Built:
         )
         for name, each in found.items()
     }
+    for name in names:
+        if not sources[name].lines:
+            raise UsageError(f"--source {name}: no code of it is in kvm.ko or kvm-intel.ko")
     return Built(folder, kernel.release, kernel.version, sources)
 
 
