@@ -33,3 +33,10 @@ def forced(pytestconfig: pytest.Config) -> Iterator[bytes]:
     yield PREFIX
     if before in ("0", "N"):
         PARAMETER.write_text(before, encoding="ascii")
+
+
+@pytest.fixture
+def emulated(pytestconfig: pytest.Config) -> None:
+    """An access of L2 to memory that is not there reaches KVM's emulator, where there is a KVM."""
+    if pytestconfig.getoption("--kvmnest-target") == "reference":
+        pytest.skip("needs a host: KVM's emulator")
