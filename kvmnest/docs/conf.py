@@ -30,7 +30,7 @@ nitpicky = True
 nitpick_ignore_regex = [
     ("py:.*", r"(?!kvmnest\b).*"),
     ("py:class", r"kvmnest\..*T"),  # type variables
-    ("py:class", r"kvmnest\.known\..*"),  # the record has no page of its own
+    ("py:class", r"kvmnest\.(known|settings)\..*"),  # these have no page of their own
 ]
 
 myst_enable_extensions = ["colon_fence", "deflist", "substitution"]

@@ -93,6 +93,36 @@ def test_pending_exception(l1: L1) -> None:
         assert l1.vmxoff() == Succeed()
 
 
+@pytest.mark.parametrize(
+    ("vector", "error", "qualification"),
+    [(Vector.PF, 6, 0x123456789000), (Vector.DB, None, 1 << 14 | 1), (Vector.GP, 0x18, 0)],
+    ids=["PF", "DB", "GP"],
+)
+@pytest.mark.sdm("Basic VM-Exit Information")
+@pytest.mark.needs(Cap.EXCEPTION_PAYLOAD)
+def test_pending_exception_whose_registers_are_written(
+    l1: L1, vector: Vector, error: int | None, qualification: int
+) -> None:
+    """An exception without payload: CR2 and DR6 have it already, and the exit tells it."""
+    l1.enable_cap(Cap.EXCEPTION_PAYLOAD)
+    guest = _stopped(l1, EXCEPTION_BITMAP=1 << vector)
+    if vector == Vector.PF:
+        sregs = l1.vcpu.get_sregs()
+        sregs.cr2 = qualification
+        l1.vcpu.set_sregs(sregs)
+    elif vector == Vector.DB:
+        debug = l1.vcpu.get_debugregs()
+        debug.dr6 = 0xFFFF0FF0 | qualification
+        l1.vcpu.set_debugregs(debug)
+    events = _events(
+        l1, pending=1, nr=vector, has_error_code=int(error is not None), error_code=error or 0
+    )
+    events.flags |= PAYLOAD
+    l1.vcpu.set_vcpu_events(events)
+    expected = guest.exception(vector, error, offset=2, qualification=qualification)
+    assert guest.resume() == expected
+
+
 def test_triple_fault(l1: L1) -> None:
     """A triple fault that userspace reports for L2 is an exit to L1, without event in flight."""
     l1.enable_cap(Cap.X86_TRIPLE_FAULT_EVENT)

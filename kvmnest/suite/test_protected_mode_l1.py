@@ -7,7 +7,7 @@ import pytest
 from kvmnest.l1 import L1, L2Mode
 from kvmnest.l1.baseline import cached_baseline
 from kvmnest.suite.support.protected import Done, Exited, Faulted, ProtectedL1
-from kvmnest.vmx import Cr4, EntryCtl, ExitCtl, ExitReason, Field, Rflags, Vector, VmxError
+from kvmnest.vmx import Cr4, EntryCtl, ExitCtl, ExitReason, Field, ProcCtl, Rflags, Vector, VmxError
 
 pytestmark = [pytest.mark.series(7), pytest.mark.sdm("VMX Instruction Reference")]
 
@@ -216,3 +216,23 @@ def test_no_64_bits_from_protected_mode(l1: L1, what: str) -> None:
     pl1, seen = _launch(l1, {field: usual | bit})
     assert seen == FAILED_VALID
     assert _field(pl1, Field.VM_INSTRUCTION_ERROR) == VmxError.ENTRY_INVALID_HOST_STATE_FIELD
+
+
+@pytest.mark.needs(ProcCtl.USE_TPR_SHADOW)
+@pytest.mark.sdm("VM Entries")
+def test_late_failure_leaves_paging(l1: L1) -> None:
+    """After an entry that the processor refused, PDPTEs and CR3 are those of L1."""
+    page = l1.alloc()
+    usual = cached_baseline(l1.caps, l1.payload, L2Mode.PAE, None, 0)
+    pl1, seen = _launch(
+        l1,
+        {
+            Field.CPU_BASED_VM_EXEC_CONTROL: usual[Field.CPU_BASED_VM_EXEC_CONTROL]
+            | ProcCtl.USE_TPR_SHADOW,
+            Field.VIRTUAL_APIC_PAGE_ADDR: page,
+            Field.TPR_THRESHOLD: 1,  # above the TPR in the page
+        },
+    )
+    assert seen == FAILED_VALID
+    assert pl1.vcpu.get_sregs().cr3 == pl1.state[Field.GUEST_CR3]
+    assert _field(pl1, Field.VM_INSTRUCTION_ERROR) == VmxError.ENTRY_INVALID_CONTROL_FIELD
