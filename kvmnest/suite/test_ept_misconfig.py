@@ -145,11 +145,15 @@ def test_large_page_without_capability(kvm: Kvm, level: int) -> None:
 
 @pytest.mark.sdm("EPT Translation Mechanism")
 def test_ignored_bits(l1: L1) -> None:
-    """Ignored bits may have any value: 11:8 without A/D flags, 62:52, and 7 of a PTE."""
+    """Ignored bits may have any value: 11:8 and 63:52 without what uses them, and 7 of a PTE.
+
+    All is off that gives them a meaning: accessed and dirty flags, mode-based execute control,
+    guest-paging verification, paging-write, shadow stacks, sub-page permissions, #VE.
+    """
     window = _window(l1)
     for level in window.levels:
         entry = window.get(level)
-        for bit in (*[7] * (level == 1), 8, 9, 11, *range(52, 57), 59, 62):
+        for bit in (*[7] * (level == 1), *range(8, 12), *range(52, 64)):
             window.set(level, entry | 1 << bit)
             window.invalidate()
             for kind in Access:

@@ -38,8 +38,8 @@ pytestmark = [
 #: Permissions that are no misconfiguration; execute-only needs a capability.
 MIXES = (0, R, X, R | W, R | X, RWX)
 NAMES = {0: "none", R: "r", X: "x", R | W: "rw", R | X: "rx", RWX: "rwx"}
-#: A guest paging-structure entry's accessed flag.
-GUEST_ACCESSED = 1 << 5
+#: A guest paging-structure entry's accessed and dirty flags.
+GUEST_ACCESSED, GUEST_DIRTY = 1 << 5, 1 << 6
 OFFSET = 0x128
 
 
@@ -258,29 +258,46 @@ def test_guest_page_walk_read(l1: L1) -> None:
             ), f"{kind} {NAMES[rights]}"
 
 
-def test_guest_page_walk_sets_accessed_flag(l1: L1) -> None:
-    """Setting a guest entry's accessed flag is a write: a read-only table page violates."""
+@pytest.mark.parametrize("rights", [R, R | X], ids=lambda rights: NAMES[rights])
+@pytest.mark.parametrize(
+    ("kind", "missing"),
+    [
+        pytest.param(Access.READ, GUEST_ACCESSED, id="read-accessed"),
+        pytest.param(Access.FETCH, GUEST_ACCESSED, id="fetch-accessed"),
+        pytest.param(Access.WRITE, GUEST_ACCESSED, id="write-accessed"),
+        pytest.param(Access.WRITE, GUEST_DIRTY, id="write-dirty"),
+        pytest.param(Access.WRITE, GUEST_ACCESSED | GUEST_DIRTY, id="write-both"),
+    ],
+)
+def test_guest_page_walk_sets_flags(l1: L1, rights: int, kind: Access, missing: int) -> None:
+    """Setting a guest entry's flag is a write: it violates if the table's page is read-only."""
     window = Window(Guest(l1, ept=True))
     table = window.guest_page_table()
-    poke(l1, identity_entry(l1, table), table | WRITE_BACK | R)
+    poke(l1, identity_entry(l1, table), table | WRITE_BACK | rights)
     window.invalidate()
-    # With the flag set already the processor does not write.
-    assert window.access(Access.READ) == Succeed()
-    assert window.access(Access.WRITE) == Succeed()
-    poke(l1, table, l1.read_int(table) & ~GUEST_ACCESSED)
+    # With the flags set already the processor does not write; nor does it set one in vain.
+    for usual in Access:
+        assert window.access(usual, OFFSET) == Succeed()
+    poke(l1, table, l1.read_int(table) & ~GUEST_DIRTY)
     window.invalidate()
-    seen = window.access(Access.READ, OFFSET)
+    for reading in (Access.READ, Access.FETCH):
+        assert window.access(reading, OFFSET) == Succeed()
+    poke(l1, table, (l1.read_int(table) | GUEST_ACCESSED | GUEST_DIRTY) & ~missing)
+    window.invalidate()
+    seen = window.access(kind, OFFSET)
     assert seen == Exit(
         ExitReason.EPT_VIOLATION,
-        qualification=qualification(W, R, translated=False, undefined=R),
-        rip=window.guest.at(),
+        qualification=qualification(W, rights, translated=False, undefined=R),
+        rip=window.linear + OFFSET if kind is Access.FETCH else window.guest.at(),
+        intr_info=NOT_VALID,
+        idt_info=NOT_VALID,
         linear=window.linear + OFFSET,
         physical=table,
     )
-    assert not l1.read_int(table) & GUEST_ACCESSED
+    assert l1.read_int(table) & missing == 0
     poke(l1, identity_entry(l1, table), table | WRITE_BACK | R | W)
     assert window.guest.go_on() == Succeed()
-    assert l1.read_int(table) & GUEST_ACCESSED
+    assert l1.read_int(table) & missing == missing
 
 
 @pytest.mark.needs(EptVpidCap.ACCESSED_DIRTY)

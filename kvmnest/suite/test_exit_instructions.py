@@ -38,6 +38,7 @@ XSAVES = b"\x48\x0f\xc7\x2f"  # XSAVES64 [RDI]
 XRSTORS = b"\x48\x0f\xc7\x1f"  # XRSTORS64 [RDI]
 TPAUSE = b"\x66\x0f\xae\xf1"  # TPAUSE ECX
 ENCLS = b"\x0f\x01\xcf"
+RDPID = b"\xf3\x0f\xc7\xf8"  # RDPID RAX
 
 ADDRESS = 0x123456789ABC
 
@@ -162,6 +163,22 @@ def test_rdtscp_reads_tsc_aux(l1: L1) -> None:
     assert seen.regs["rcx"] == 0x1234567
     tsc = seen.regs["rdx"] << 32 | seen.regs["rax"]
     assert before < tsc < l1.rdtsc().value
+
+
+@pytest.mark.needs(Proc2Ctl.ENABLE_RDTSCP)
+@pytest.mark.sdm("Changes to Instruction Behavior in VMX Non-Root Operation")
+def test_rdpid(l1: L1) -> None:
+    """RDPID is #UD without "enable RDTSCP", else it reads L1's IA32_TSC_AUX; it never exits."""
+    if not l1.cpuid(7).value[2] >> 22 & 1:
+        pytest.skip("needs RDPID: CPUID.07H:ECX[22] is 0")
+    assert l1.wrmsr(Msr.TSC_AUX, 0x7654321) == Succeed()
+    guest = Guest(l1, ProcCtl.RDTSC_EXITING)
+    assert guest.run(RDPID) == Fault(Vector.UD, error_code=0, rip=0)
+    assert guest.run(RDPID, EXCEPTION_BITMAP=1 << Vector.UD) == guest.exception(Vector.UD)
+    guest.on(Proc2Ctl.ENABLE_RDTSCP)
+    seen = guest.run(RDPID)
+    assert seen == Succeed()
+    assert guest.changed(seen) == {"rax": 0x7654321}
 
 
 @pytest.mark.sdm("Changes to Instruction Behavior in VMX Non-Root Operation")

@@ -108,6 +108,32 @@ def test_store_counts_and_order(l1: L1) -> None:
 
 
 @pytest.mark.sdm("VM Exits: Loading MSRs")
+def test_longest_areas(l1: L1) -> None:
+    """All three areas at the recommended maximum: each entry counts, and L1's other MSRs stay."""
+    guest = _guest(l1)
+    most = l1.caps.misc.msr_list_max
+    others = (Msr.LSTAR, Msr.CSTAR, Msr.STAR, Msr.FMASK, Msr.PAT)
+    before = {msr: l1.rdmsr(msr).value for msr in others}
+    where = {}
+    for number, (name, (address, count, _)) in enumerate(_AREAS.items(), 1):
+        where[name] = l1.alloc(most * 16 // 4096 + 1)
+        entries = ((Msr.KERNEL_GS_BASE, number << 20 | n) for n in range(most))
+        write_msr_area(l1, where[name], *entries)
+        guest.vmcs[address], guest.vmcs[count] = where[name], most
+    regs = {"rcx": Msr.KERNEL_GS_BASE}
+    # Twice: the second entry has nothing left over from the first one.
+    for _ in range(2):
+        assert l1.wrmsr(Msr.KERNEL_GS_BASE, 0x5555) == Succeed()
+        seen = guest.run(code.RDMSR, regs)
+        assert seen == Succeed()
+        loaded = 3 << 20 | most - 1
+        assert seen.regs["rax"] & 0xFFFFFFFF == loaded
+        assert _stored(l1, where["store"], most) == [(int(Msr.KERNEL_GS_BASE), loaded)] * most
+        assert l1.rdmsr(Msr.KERNEL_GS_BASE) == Succeed(2 << 20 | most - 1)
+    assert {msr: l1.rdmsr(msr).value for msr in others} == before
+
+
+@pytest.mark.sdm("VM Exits: Loading MSRs")
 def test_exit_load_comes_last(l1: L1) -> None:
     """The area is loaded after the host-state area, entry by entry."""
     guest = _guest(l1, ExitCtl.LOAD_EFER)

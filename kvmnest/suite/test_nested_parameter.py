@@ -24,7 +24,7 @@ nested_off = pytest.mark.kvm_param(nested=False)
 UD = Fault(Vector.UD, error_code=0, rip=0)
 GP = Fault(Vector.GP, error_code=0, rip=0)
 #: A VMX instruction each, with a good or no operand.
-_NAMES = ("vmxoff", "vmlaunch", "vmresume")
+_NAMES = ("vmxoff", "vmlaunch", "vmresume", "vmfunc")
 
 
 @pytest.fixture
