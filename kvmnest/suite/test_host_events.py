@@ -123,6 +123,47 @@ def test_pending_exception_whose_registers_are_written(
     assert guest.resume() == expected
 
 
+#: Error code of the #GP for a gate beyond the IDT's limit: the vector of #SS, IDT, EXT.
+_GP_OF_SS = Vector.SS << 3 | 2 | 1
+
+
+@pytest.mark.sdm("Information for VM Exits That Occur During Event Delivery")
+@pytest.mark.needs(Cap.EXCEPTION_PAYLOAD)
+@pytest.mark.parametrize("moved", [False, True], ids=["", "moved"])
+@pytest.mark.parametrize("stage", ["SS", "GP", "DF", "triple-fault"])
+def test_exception_that_meets_no_idt(l1: L1, stage: str, moved: bool) -> None:
+    """#SS from userspace and an empty IDT: #GP, #DF, triple fault; L1 gets the first it wants.
+
+    Up to the entry the exception stays pending, in another VM too, and nothing is delivered.
+    """
+    l1.enable_cap(Cap.EXCEPTION_PAYLOAD)
+    wanted = {name: 1 << Vector[name] for name in ("SS", "GP", "DF")}
+    bitmap = wanted.get(stage, 0)
+    guest = _stopped(l1, EXCEPTION_BITMAP=bitmap, GUEST_IDTR_LIMIT=0)
+    events = _events(l1, pending=1, nr=Vector.SS, has_error_code=1, error_code=0x1F8)
+    events.flags |= PAYLOAD
+    l1.vcpu.set_vcpu_events(events)
+    for _ in range(2):
+        assert isinstance(l1.vcpu.run(immediate_exit=True), exits.IntrExit)
+        if moved:
+            l1.round_trip()
+        now = l1.vcpu.get_vcpu_events().exception
+        assert (now.pending, now.injected, now.nr, now.error_code) == (1, 0, Vector.SS, 0x1F8)
+    seen = guest.resume()
+    ss = intr_info(Vector.SS, IntrType.HARDWARE_EXCEPTION, True)
+    if stage == "SS":
+        assert seen == guest.exception(Vector.SS, 0x1F8, offset=2)
+    elif stage == "GP":
+        assert seen == guest.exception(Vector.GP, _GP_OF_SS, offset=2, idt_info=ss, idt_error=0x1F8)
+    elif stage == "DF":
+        assert seen == guest.exception(Vector.DF, 0, offset=2)
+    else:
+        assert seen == guest.exit(ExitReason.TRIPLE_FAULT, offset=2)
+    assert guest.run(code.NOP, GUEST_IDTR_LIMIT=guest.vmcs.baseline[Field.GUEST_IDTR_LIMIT]) == (
+        Succeed()
+    )
+
+
 def test_triple_fault(l1: L1) -> None:
     """A triple fault that userspace reports for L2 is an exit to L1, without event in flight."""
     l1.enable_cap(Cap.X86_TRIPLE_FAULT_EVENT)

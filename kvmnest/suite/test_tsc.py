@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvmnest.kvm import Cap
+from kvmnest.kvm import Cap, Kvm
 from kvmnest.l1 import L1, code
 from kvmnest.suite.support.bitmaps import set_msr_bitmap
 from kvmnest.suite.support.guest import Guest
@@ -116,6 +116,106 @@ def test_never_goes_back(l1: L1) -> None:
         before, first, second, after = _between(l1, guest)
         assert last < before < first < second < after, number
         last = after
+
+
+#: RDTSC into R8; ADD R9; to EDX:EAX and R10; WRMSR to ECX; RDTSC into R11.
+_SET_COUNTER = (
+    code.RDTSC + b"\x48\xc1\xe2\x20\x48\x09\xd0\x49\x89\xc0"  # SHL RDX, 32; OR; MOV R8, RAX
+    b"\x4c\x01\xc8\x49\x89\xc2"  # ADD RAX, R9; MOV R10, RAX
+    b"\x48\x89\xc2\x48\xc1\xea\x20"  # MOV RDX, RAX; SHR RDX, 32
+     + code.WRMSR + code.RDTSC + b"\x48\xc1\xe2\x20\x48\x09\xd0\x49\x89\xc3"
+)
+
+
+@pytest.mark.needs(ProcCtl.USE_TSC_OFFSETTING)
+@pytest.mark.sdm("IA32_TSC_ADJUST Register Support")
+@pytest.mark.parametrize("offset", [None, 0, 1 << 40, -(1 << 40) & MASK], ids=str)
+def test_adjust_follows_the_counter(l1: L1, offset: int | None) -> None:
+    """WRMSR to the counter by L1, or by L2 with an offset, moves IA32_TSC_ADJUST by as much.
+
+    Counter less IA32_TSC_ADJUST is the time since the reset, which goes on as if nothing was.
+    """
+    guest = None
+    if offset is not None:
+        guest = Guest(l1, ProcCtl.USE_TSC_OFFSETTING, ProcCtl.USE_MSR_BITMAPS)
+        set_msr_bitmap(l1)
+    reading = offset or 0
+    for change in (1 << 50, -(1 << 49) & MASK, 12345678):
+        adjust = l1.rdmsr(Msr.TSC_ADJUST).value
+        start = l1.rdtsc().value - adjust & MASK
+        regs = {"rcx": Msr.TSC, "r9": change}
+        seen = (
+            guest.run(_SET_COUNTER, regs, TSC_OFFSET=reading)
+            if guest
+            else l1.call(_SET_COUNTER, regs=regs)
+        )
+        assert seen == Succeed()
+        adjusted = l1.rdmsr(Msr.TSC_ADJUST).value
+        end = l1.rdtsc().value - adjusted & MASK
+        first, written, second = (seen.regs[name] for name in ("r8", "r10", "r11"))
+        # L2 reads with its offset and writes without.
+        moments = (
+            first - reading - adjust & MASK,
+            written - adjusted & MASK,
+            second - reading - adjusted & MASK,
+        )
+        assert start < moments[0] < moments[1] <= moments[2] < end, hex(change)
+
+
+@pytest.mark.needs(ProcCtl.USE_TSC_OFFSETTING)
+@pytest.mark.sdm("IA32_TSC_ADJUST Register Support")
+@pytest.mark.parametrize("who", ["L1", "L2"])
+def test_counter_follows_adjust(l1: L1, who: str) -> None:
+    """WRMSR to IA32_TSC_ADJUST moves the counter of L1, and with it L2's."""
+    guest = Guest(l1, ProcCtl.USE_TSC_OFFSETTING, ProcCtl.USE_MSR_BITMAPS)
+    set_msr_bitmap(l1)
+    for value in (1 << 50, 1 << 41, 0):
+        adjust = l1.rdmsr(Msr.TSC_ADJUST).value
+        before = l1.rdtsc().value - adjust & MASK
+        regs = {"rcx": Msr.TSC_ADJUST, "rax": value & 0xFFFFFFFF, "rdx": value >> 32}
+        if who == "L1":
+            assert l1.wrmsr(Msr.TSC_ADJUST, value) == Succeed()
+        else:
+            assert guest.run(code.WRMSR, regs, TSC_OFFSET=1 << 30) == Succeed()
+        assert l1.rdmsr(Msr.TSC_ADJUST) == Succeed(value)
+        one, two, three, four = _between(l1, guest, TSC_OFFSET=1 << 30)
+        one, four = one - value & MASK, four - value & MASK
+        two, three = (x - value - (1 << 30) & MASK for x in (two, three))
+        assert before < one < two < three < four
+
+
+@pytest.mark.needs(Cap.TSC_CONTROL, ProcCtl.USE_TSC_OFFSETTING, Proc2Ctl.USE_TSC_SCALING)
+@pytest.mark.parametrize("times", [(1, 2), (3, 2), (2, 1)], ids=lambda n: f"{n[0]}-{n[1]}")
+def test_frequency_of_the_host_multiplies(kvm: Kvm, l1: L1, times: tuple[int, int]) -> None:
+    """KVM_SET_TSC_KHZ scales L1's counter, L1's multiplier scales that for L2, on top of it.
+
+    Another VM, which is not scaled, tells the host's counter before and after.
+    """
+    khz = l1.vcpu.get_tsc_khz()
+    wanted = khz * times[0] // times[1]
+    if l1.nested_roundtrip:
+        pytest.skip("a VM that replaces another one gets no frequency")
+    l1.vcpu.set_tsc_khz(wanted)
+    # A counter below 2^63: the reset gave one near 0, which would now be before it.
+    l1.vcpu.set_tsc_offset(1 << 50)
+    ratio = (wanted << 48) // khz
+    guest = Guest(l1, ProcCtl.USE_TSC_OFFSETTING, Proc2Ctl.USE_TSC_SCALING)
+    with L1(kvm) as other:
+
+        def host() -> int:
+            return int(other.rdtsc().value) - other.vcpu.get_tsc_offset() & MASK
+
+        for multiplier in (1 << 48, 3 << 47, 1 << 47):
+            early = host()
+            own = l1.vcpu.get_tsc_offset()
+            before, first, second, after = _between(
+                l1, guest, TSC_MULTIPLIER=multiplier, TSC_OFFSET=1 << 40
+            )
+            late = host()
+            low, high = ((x * ratio >> 48) + own & MASK for x in (early, late))
+            assert low <= before < after <= high, "L1's counter"
+            low, high = ((x * multiplier >> 48) + (1 << 40) & MASK for x in (before, after))
+            assert low <= first <= second <= high, "L2's counter"
 
 
 @pytest.mark.needs(ProcCtl.USE_TSC_OFFSETTING)
