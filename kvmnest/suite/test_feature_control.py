@@ -140,3 +140,46 @@ def test_cpuid_in_every_state(l1: L1) -> None:
     assert l1.cpuid(1, cpl=3).value[2] & CPUID_1_ECX_VMX
     assert l1.vmxoff() == Succeed()
     assert l1.cpuid(1).value[2] & CPUID_1_ECX_VMX
+
+
+#: Bits of other features than VMX: name, bits.
+_OF_FEATURES = {
+    "VMX-in-SMX": (1,),
+    "SENTER": (8, 15),
+    "SGX-launch-control": (17,),
+    "SGX": (18,),
+}
+
+
+def _features(l1: L1) -> dict[str, bool]:
+    """Which of them L1's CPUID has."""
+    smx = bool(l1.cpuid(1).value[2] >> 6 & 1)
+    ebx, ecx = l1.cpuid(7).value[1:3]
+    sgx, launch = bool(ebx >> 2 & 1), bool(ecx >> 30 & 1)
+    return {"VMX-in-SMX": smx, "SENTER": smx, "SGX-launch-control": sgx and launch, "SGX": sgx}
+
+
+@pytest.mark.parametrize("feature", _OF_FEATURES)
+def test_bits_of_features(kvm: Kvm, feature: str) -> None:
+    """A bit that enables another feature can be set only where CPUID has it, else #GP(0)."""
+    with L1(kvm, feature_control=0) as l1:
+        for bit in _OF_FEATURES[feature]:
+            for value in (1 << bit, OUTSIDE | 1 << bit):
+                expected = Succeed() if _features(l1)[feature] else GP
+                assert l1.wrmsr(CONTROL, value) == expected, bit
+                assert l1.rdmsr(CONTROL) == Succeed(value if expected == Succeed() else 0)
+                assert l1.wrmsr(CONTROL, 0) == Succeed()
+
+
+@pytest.mark.sdm("Local Machine Check")
+@pytest.mark.parametrize("offered", [False, True], ids=["absent", "offered"])
+def test_bit_of_local_machine_checks(kvm: Kvm, offered: bool) -> None:
+    """LMCE can be enabled only where IA32_MCG_CAP has LMCE_P (bit 27)."""
+    lmce = 1 << 27
+    if offered and not kvm.mce_capabilities() & lmce:
+        pytest.skip("needs local machine checks: KVM_X86_GET_MCE_CAP_SUPPORTED lacks bit 27")
+    with L1(kvm, feature_control=0) as l1:
+        l1.vcpu.setup_mce(kvm.mce_capabilities() & ~lmce | (lmce if offered else 0) | 10)
+        value = FeatureControl.LMCE
+        assert l1.wrmsr(CONTROL, value) == (Succeed() if offered else GP)
+        assert l1.rdmsr(CONTROL) == Succeed(int(value) if offered else 0)
