@@ -54,7 +54,7 @@ def _set(vcpu: Vcpu, state: bytes | None) -> int:
     try:
         vcpu.ioctl(row, ffi.NULL if state is None else ffi.from_buffer(row.pointer, state))
     except KvmError as error:
-        return error.errno
+        return error.errno or errno.EIO
     return 0
 
 
