@@ -8,9 +8,19 @@ from kvmnest.kvm import exits
 from kvmnest.l1 import L1, code
 from kvmnest.suite.support.bitmaps import set_io_bitmaps
 from kvmnest.suite.support.emulation import emulated
-from kvmnest.suite.support.ept import Access, R, W, Window, X, qualification, with_linear_rights
+from kvmnest.suite.support.ept import (
+    ENABLE_AD,
+    Access,
+    R,
+    W,
+    Window,
+    X,
+    preset_flags,
+    qualification,
+    with_linear_rights,
+)
 from kvmnest.suite.support.guest import NOT_VALID, Guest
-from kvmnest.vmx import EptVpidCap, ExitReason, Proc2Ctl, ProcCtl, Vector
+from kvmnest.vmx import EptVpidCap, ExitReason, Field, Proc2Ctl, ProcCtl, Vector
 from kvmnest.vmx.outcome import Exit, Fault, HostExit, Succeed
 
 __all__ = ["emulated"]
@@ -158,3 +168,32 @@ def test_what_kvm_cannot_emulate(
         assert seen == Fault(Vector.UD, rip=0)
     guest.set_cpl(0)
     assert guest.run(code.NOP, EXCEPTION_BITMAP=0) == Succeed()
+
+
+@pytest.mark.needs(Proc2Ctl.ENABLE_PML)
+@pytest.mark.sdm("Page-Modification Logging")
+def test_input_when_the_log_is_full(l1: L1) -> None:
+    """INSB whose page would be logged exits with "page-modification log full", and stores nothing.
+
+    KVM carries out INSB itself, so that no EPT violation of hardware precedes this exit.
+    """
+    window = Window(Guest(l1))
+    preset_flags(l1)
+    guest = window.guest
+    guest.vmcs[Field.EPT_POINTER] |= ENABLE_AD
+    guest.on(Proc2Ctl.ENABLE_PML)
+    guest.vmcs[Field.PML_ADDRESS], guest.vmcs[Field.GUEST_PML_INDEX] = l1.alloc(), 0xFFFF
+    before = l1.read(window.page, 8)
+    seen = guest.run(INSB, {"rdx": PORT, "rdi": window.linear})
+    if isinstance(seen, HostExit):
+        l1.vcpu.set_io_data(b"\x42")
+        seen = guest.resume()
+    assert seen == Exit(ExitReason.PML_FULL, rip=guest.at(), idt_info=NOT_VALID)
+    assert l1.read(window.page, 8) == before
+    guest.vmcs[Field.GUEST_PML_INDEX] = 7
+    seen = guest.go_on()
+    if isinstance(seen, HostExit):
+        l1.vcpu.set_io_data(b"\x42")
+        seen = guest.resume()
+    assert seen == Succeed()
+    assert l1.read_int(window.page, 1) == 0x42
