@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from kvmnest.repro.evidence import Shown
 
 _USAGE = """kvmnest repro [options] ID... (ids, CVE numbers, files of yours, all, or unfixed)
+       kvmnest repro [options] ID... --kernels SPEC... [--html FILE] [--record FILE]
        kvmnest repro list [--json]
        kvmnest repro show ID
        kvmnest repro new ID
@@ -36,7 +37,9 @@ def add_parser(subparsers: Any) -> None:
         " fixed kernel and on one with the bug. show: the script of one. new: write a script to"
         " start from. verify: run reproducers on a kernel as it is and on the same one with the"
         " bug put back (or mended, if nobody has fixed it), in the lab. all: those that were fixed"
-        " upstream; unfixed: those that were not.",
+        " upstream; unfixed: those that were not. With all or unfixed the answer is a table,"
+        " VULNERABLE first, with the versions that have the fix; --kernels asks several kernels"
+        " in the lab and prints bugs by kernels.",
         epilog="exit codes: 0 FIXED (verify: shown both ways), 1 VULNERABLE (any of them; verify:"
         " not shown both ways), 2 usage, 3 harness or environment error, 4 NOT APPLICABLE,"
         " 130 interrupted",
@@ -45,7 +48,14 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--target", choices=("auto", "kvm", "lab"), default="auto")
     parser.add_argument("--json", action="store_true", help="print a JSON document")
     parser.add_argument(
-        "--record", type=Path, metavar="FILE", help="verify: add what was shown to FILE"
+        "--kernels", nargs="+", metavar="SPEC", help="ask each of these kernels, in the lab"
+    )
+    parser.add_argument("--html", type=Path, metavar="FILE", help="--kernels: write a page")
+    parser.add_argument(
+        "--record",
+        type=Path,
+        metavar="FILE",
+        help="verify: add what was shown to FILE; --kernels: add the verdicts to FILE",
     )
     add_options(parser)
 
@@ -55,14 +65,21 @@ def run(options: argparse.Namespace) -> int:
     from kvmnest.repro import corpus
 
     verb, *names = options.words
-    if options.record and verb != "verify":
-        raise UsageError("--record is for kvmnest repro verify")
+    asking = verb not in ("list", "show", "new", "verify")
+    if options.record and verb != "verify" and not (asking and options.kernels):
+        raise UsageError("--record is for kvmnest repro verify, and for --kernels")
+    if options.html and not options.kernels:
+        raise UsageError("--html is for --kernels")
+    if options.kernels and not asking:
+        raise UsageError(f"kvmnest repro {verb} takes no --kernels")
     if verb == "list":
         if names:
             raise UsageError("kvmnest repro list takes no id; kvmnest repro show ID shows one")
         _list(corpus.load(), as_json=options.json)
         return 0
-    if verb not in ("show", "new", "verify"):
+    if asking and options.kernels:
+        return _climb(corpus.select(options.words), options)
+    if asking:
         return _check(corpus.select(options.words), options)
     if not names:
         raise UsageError(f"say which: kvmnest repro {verb} ID")
@@ -77,20 +94,69 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _check(reproducers: list[Reproducer], options: argparse.Namespace) -> int:
-    from kvmnest.repro import check, evidence
+    from kvmnest.repro import check, evidence, ladder, table
 
     verdicts = []
+    as_table = not options.json and bool({"all", "unfixed"} & set(options.words))
     try:
         for verdict in check.check(
             reproducers, lambda params: target(options, params), evidence.load()
         ):
             verdicts.append(verdict)
-            if not options.json:
+            if as_table:
+                print(f"{verdict.reproducer.id}: {verdict.verdict}", file=sys.stderr)
+            elif not options.json:
                 _tell(verdict)
     finally:  # what was found before Ctrl-C or an error counts
         if options.json:
             print(json.dumps(check.document(verdicts), indent=1))
+        elif as_table:
+            for line in table.lines(verdicts, ladder.load()):
+                print(line)
     return check.exit_code(verdicts)
+
+
+def _climb(reproducers: list[Reproducer], options: argparse.Namespace) -> int:
+    """Ask several kernels."""
+    import copy
+    import functools
+
+    from kvmnest.files import require_writable, write_text
+    from kvmnest.lab import kernels
+    from kvmnest.repro import check, ladder, page, table
+
+    if options.kernel or options.kvm_modules:
+        raise UsageError("--kernels names the kernels: no --kernel and no --kvm-modules")
+    if options.target == "kvm":
+        raise UsageError("--kernels boots kernels in the lab: no --target kvm")
+    own = [each.path for each in reproducers if not each.shipped]
+    if options.record and own:
+        raise UsageError(f"--record is for kvmnest's own reproducers, not for {own[0]}")
+    require_writable(options.html, options.record)
+    found, every = ladder.Ladder(), []
+    try:
+        for spec in options.kernels:
+            release = kernels.resolve(spec).release
+            here = copy.copy(options)
+            here.kernel, here.target = spec, "lab"
+            verdicts = []
+            for verdict in check.check(reproducers, functools.partial(target, here)):
+                verdicts.append(verdict)
+                print(f"{release}: {verdict.reproducer.id}: {verdict.verdict}", file=sys.stderr)
+            found.add(verdicts, release)
+            every += verdicts
+    finally:  # what was found before Ctrl-C or an error counts
+        if options.json:
+            print(json.dumps({"verdicts": found.verdicts}, indent=1))
+        else:
+            for line in table.grid(reproducers, found):
+                print(line)
+        if options.html:
+            write_text(options.html, page.page(reproducers, found))
+        if options.record:
+            before = ladder.load(options.record) if options.record.exists() else ladder.Ladder()
+            ladder.save(options.record, ladder.merge(before, found))
+    return check.exit_code(every)
 
 
 def _tell(verdict: Verdict) -> None:

@@ -162,4 +162,5 @@ def _of_a_bug(table: dict[str, Any], path: Path) -> Mutant:
         cases=tuple(table.get("cases", ())),
         masked=table.get("masked", ""),
         missed=table.get("missed", ""),
+        since=each.bug.edit_since,
     )

@@ -24,6 +24,8 @@ class Bug:
             of kvm.
         edit: brings the bug back into today's KVM: ``file``, ``function``, ``expression``, which
             must occur once in the function, and ``replacement`` (see ``kvmnest.kernel.edits``).
+        edit_since: the first version, as "6.15", whose source the edit is for; older kernels have
+            the bug themselves. "" for any.
         newer: its texts for later sources, oldest first: ``since`` ("7.2") and what differs.
         fix: edits, as ``edit``, that mend today's KVM, for a bug that nobody has fixed.
     """
@@ -38,5 +40,6 @@ class Bug:
     death: str = ""
     params: Mapping[str, str] = field(default_factory=dict)
     edit: Mapping[str, str] = field(default_factory=dict)
+    edit_since: str = ""
     newer: Sequence[Mapping[str, str]] = ()
     fix: Sequence[Mapping[str, str]] = ()

@@ -157,6 +157,8 @@ def document(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
     return [
         {
             "id": verdict.reproducer.id,
+            "cve": verdict.reproducer.bug.cve,
+            "fixed": verdict.reproducer.bug.fixed,
             "verdict": verdict.verdict,
             "kernel": verdict.kernel,
             "script": str(verdict.reproducer.path),

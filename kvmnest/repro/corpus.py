@@ -15,6 +15,7 @@ import functools
 import hashlib
 import json
 import pkgutil
+import re
 import sys
 import traceback
 import types
@@ -25,7 +26,7 @@ from pathlib import Path
 
 from kvmnest import reading
 from kvmnest.errors import HarnessError, UsageError
-from kvmnest.kernel.edits import Edit, Newer, newer_texts, text_for
+from kvmnest.kernel.edits import Edit, Newer, newer_texts, series_of, text_for
 from kvmnest.repro.bug import Bug
 
 PACKAGE = "kvmnest.repro.bugs"
@@ -76,8 +77,10 @@ class Reproducer:
         return newer_texts(self.edit, self.bug.newer) if self.edit else ()
 
     def edit_for(self, release: str) -> Edit | None:
-        """The edit for a kernel's source."""
-        return text_for(self.edit, self.newer, release) if self.edit else None
+        """The edit for a kernel's source, None if there is none for it."""
+        if self.edit is None or series_of(release) < series_of(self.bug.edit_since):
+            return None
+        return text_for(self.edit, self.newer, release)
 
     def script(self, release: str) -> str:
         """Hash of what it does, and of its edit for a kernel's source."""
@@ -200,6 +203,8 @@ def _reproducer(module: types.ModuleType, path: Path, source: str, case: str) ->
         newer_texts(Edit(**(bug.edit or dict.fromkeys(_EDIT, ""))), bug.newer)
     except ValueError as error:
         raise UsageError(f"{path}: edit: {error}") from error
+    if bug.edit_since and not re.fullmatch(r"\d+\.\d+", bug.edit_since):
+        raise UsageError(f'{path}: edit_since is a version, as "6.15", not {bug.edit_since!r}')
     if not all(map(_is_text, [*bug.params, *bug.params.values()])):
         raise UsageError(f'{path}: params are texts, as {{"ept": "0"}}')
     return Reproducer(

@@ -121,7 +121,7 @@ def test_parameters_of_the_machine():
         (["verify"], "say which"),
         (["verify", "vmx-cpl", "--target", "kvm"], "runs in the lab"),
         (["verify", "vmx-cpl", "--kvm-modules", "/"], "builds the modules itself"),
-        (["verify", "vmx-cpl", "--record", "/none/x.json"], "there is no folder /none"),
+        (["verify", "vmx-cpl", "--record", "/none/x.json"], "cannot write /none/x.json"),
         (["vmx-cpl", "--record", "x.json"], "--record is for kvmnest repro verify"),
         (["verify", "int1-lost", "--record", "x.json"], "kvmnest found --verify --record"),
         (["new", "int1-lost"], "kvmnest repro show int1-lost"),
