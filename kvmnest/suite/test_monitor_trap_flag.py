@@ -5,9 +5,20 @@ from __future__ import annotations
 import pytest
 
 from kvmnest.l1 import L1, code
+from kvmnest.l1.baseline import L2Mode
 from kvmnest.suite.support.bitmaps import set_msr_bitmap
 from kvmnest.suite.support.guest import Guest
-from kvmnest.vmx import ExitReason, Field, IntrType, Msr, ProcCtl, Rflags, Vector, intr_info
+from kvmnest.vmx import (
+    ExitReason,
+    Field,
+    IntrType,
+    Msr,
+    Proc2Ctl,
+    ProcCtl,
+    Rflags,
+    Vector,
+    intr_info,
+)
 from kvmnest.vmx.outcome import Exit, Fault, HostExit, Succeed
 
 pytestmark = [
@@ -119,3 +130,47 @@ def test_exit_has_priority(l1: L1) -> None:
     guest = _guest(l1)
     assert guest.run(code.CPUID) == guest.exit(ExitReason.CPUID, 2)
     assert guest.run(code.UD2, EXCEPTION_BITMAP=0) != Fault(Vector.UD)
+
+
+@pytest.mark.parametrize("name", ["INT1", "INT3", "WRMSR", "UD2"])
+def test_exception_that_is_delivered(l1: L1, name: str) -> None:
+    """An instruction that raises an exception: the exit is at the handler's first instruction.
+
+    INT1 is delivered like a trap, the #GP of WRMSR is found by the hypervisor that emulates it.
+    """
+    guest = _guest(l1)
+    program, vector, behind = {
+        "INT1": (b"\xf1", Vector.DB, 1),
+        "INT3": (b"\xcc", Vector.BP, 1),
+        "WRMSR": (code.WRMSR, Vector.GP, 0),
+        "UD2": (code.UD2, Vector.UD, 0),
+    }[name]
+    seen = guest.run(program + code.NOP, {"rcx": Msr.APIC_BASE, "rax": 0, "rdx": 1 << 31})
+    handler = l1.sym("l2_64_handlers") + 16 * vector
+    assert seen == _trap(guest, handler - guest.start)
+    guest.off(ProcCtl.MONITOR_TRAP_FLAG)
+    assert guest.go_on() == Fault(vector, error_code=0, rip=behind)
+
+
+@pytest.mark.needs(Proc2Ctl.ENABLE_EPT, Proc2Ctl.UNRESTRICTED_GUEST)
+@pytest.mark.sdm("Saving Guest State")
+def test_paging_is_turned_on(l1: L1) -> None:
+    """MOV to CR0 that turns on PAE paging loads the PDPTEs; the exit behind it saves them."""
+    guest = Guest(l1, ProcCtl.MONITOR_TRAP_FLAG, mode=L2Mode.PAE, ept=True)
+    fields = (Field.GUEST_PDPTR0, Field.GUEST_PDPTR1, Field.GUEST_PDPTR2, Field.GUEST_PDPTR3)
+    guest.on(Proc2Ctl.UNRESTRICTED_GUEST)
+    cr0, cr3 = guest.vmcs[Field.GUEST_CR0], guest.vmcs[Field.GUEST_CR3]
+    in_memory = tuple(l1.read_int(cr3 + 8 * number) for number in range(4))
+    assert any(in_memory)
+    seen = guest.run(
+        b"\x0f\x22\xc0" + code.NOP,  # MOV CR0, EAX
+        {"rax": cr0},
+        GUEST_CR0=cr0 & ~(1 << 31),
+        CR0_GUEST_HOST_MASK=0,
+        **{field.name: 0 for field in fields},
+    )
+    assert seen == _trap(guest, 3)
+    assert guest.vmcs.read(Field.GUEST_CR0) == (cr0,)
+    assert guest.vmcs.read(*fields) == in_memory
+    guest.off(ProcCtl.MONITOR_TRAP_FLAG)
+    assert guest.go_on() == Succeed()

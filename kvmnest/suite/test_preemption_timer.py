@@ -189,3 +189,76 @@ def test_comes_before_an_nmi_window(l1: L1) -> None:
     assert seen == _expired(guest)
     guest.off(TIMER)
     assert guest.go_on() == Exit(ExitReason.INTERRUPT_WINDOW, qualification=0, rip=guest.at())
+
+
+@pytest.mark.sdm("VM Exits Induced by the VMX-Preemption Timer")
+@pytest.mark.parametrize("pending", [1 << 14, 1 | 1 << 12], ids=["BS", "B0"])
+def test_pending_debug_exception_goes_first(l1: L1, pending: int) -> None:
+    """It comes before the exit of a timer that is 0 at entry: as an exit, or to L2's handler."""
+    guest = Guest(l1, TIMER)
+    seen = guest.run(
+        code.NOP,
+        VMX_PREEMPTION_TIMER_VALUE=0,
+        GUEST_PENDING_DBG_EXCEPTIONS=pending,
+        EXCEPTION_BITMAP=1 << Vector.DB,
+    )
+    assert seen == guest.exception(Vector.DB, qualification=pending & ~(1 << 12))
+    seen = guest.run(
+        code.NOP,
+        VMX_PREEMPTION_TIMER_VALUE=0,
+        GUEST_PENDING_DBG_EXCEPTIONS=pending,
+        EXCEPTION_BITMAP=0,
+    )
+    handler = l1.sym("l2_64_handlers") + 16 * Vector.DB
+    assert seen == _expired(guest, handler - guest.start)
+    guest.off(TIMER)
+    assert guest.go_on() == Fault(Vector.DB, error_code=0, rip=0)
+
+
+@pytest.mark.sdm("VM Exits Induced by the VMX-Preemption Timer")
+def test_injected_exception_is_not_intercepted(l1: L1) -> None:
+    """An injected #DB that the bitmap names is delivered, and the timer exits at its handler."""
+    guest = Guest(l1, TIMER)
+    seen = guest.run(
+        code.NOP,
+        VMX_PREEMPTION_TIMER_VALUE=0,
+        EXCEPTION_BITMAP=1 << Vector.DB,
+        VM_ENTRY_INTR_INFO_FIELD=intr_info(Vector.DB, IntrType.HARDWARE_EXCEPTION),
+    )
+    handler = l1.sym("l2_64_handlers") + 16 * Vector.DB
+    assert seen == _expired(guest, handler - guest.start)
+    guest.off(TIMER)
+    assert guest.go_on() == Fault(Vector.DB, error_code=0, rip=0)
+
+
+@pytest.mark.sdm("VM Exits Induced by the VMX-Preemption Timer")
+@pytest.mark.needs(ExitCtl.SAVE_PREEMPTION_TIMER)
+def test_single_steps_are_not_lost(l1: L1) -> None:
+    """The timer expires while L2 single-steps: a trap that waits is saved, and comes later.
+
+    Each instruction of L2 traps once, whether a timer exit comes between it and its trap or not.
+    """
+    guest = Guest(l1, TIMER)
+    guest.on(ExitCtl.SAVE_PREEMPTION_TIMER)
+    count = 40
+    fields = {"GUEST_RFLAGS": 0x102, "EXCEPTION_BITMAP": 1 << Vector.DB}
+    expired, trapped, offset = 0, [], 0
+    seen = guest.run(code.NOP * count, VMX_PREEMPTION_TIMER_VALUE=0, **fields)
+    while seen.reason in (ExitReason.PREEMPTION_TIMER, ExitReason.EXCEPTION_NMI):
+        if seen.reason == ExitReason.PREEMPTION_TIMER:
+            expired += 1
+            # The exit leaves no trap behind: it waits in the field, or has come already.
+            (pending,) = guest.vmcs.read(Field.GUEST_PENDING_DBG_EXCEPTIONS)
+            assert pending == (1 << 14 if seen.rip != guest.at(offset) else 0)
+        else:
+            offset += 1
+            assert seen == guest.exception(Vector.DB, offset=offset, qualification=1 << 14)
+            trapped.append(offset)
+            if offset == count:
+                break
+        # Every other round the timer expires before L2's next instruction.
+        guest.vmcs[Field.VMX_PREEMPTION_TIMER_VALUE] = 0 if expired <= len(trapped) else NEVER
+        seen = guest.go_on()
+        assert isinstance(seen, Exit)
+    assert trapped == list(range(1, count + 1))
+    assert expired >= count // 2
