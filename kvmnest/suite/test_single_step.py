@@ -45,7 +45,7 @@ def _guest(l1: L1) -> Guest:
     set_msr_bitmap(l1)
     guest.off(
         *(ProcCtl.INVLPG_EXITING, ProcCtl.RDTSC_EXITING, ProcCtl.CR8_LOAD_EXITING),
-        *(ProcCtl.MOV_DR_EXITING, ProcCtl.PAUSE_EXITING, ProcCtl.UNCOND_IO_EXITING),
+        *(ProcCtl.MOV_DR_EXITING, ProcCtl.PAUSE_EXITING, ProcCtl.UNCONDITIONAL_IO_EXITING),
     )
     return guest
 
