@@ -8,6 +8,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kvmnest.errors import HarnessError
 from kvmnest.known import same_parameter
 from kvmnest.kvm.cpuid import CPUID_1_ECX_VMX, leaf
 
@@ -94,3 +95,33 @@ def no_vmx_reason() -> str:
     if "vmx" in cpu_flags().split():
         return "the CPU has VMX, but kvm_intel is not the module behind /dev/kvm"
     return "this CPU has no VMX (no vmx flag in /proc/cpuinfo)"
+
+
+class NoVmx(HarnessError):
+    """/dev/kvm works, but its guests get no VMX; ``reason`` says why and what to do."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"/dev/kvm offers no VMX to guests: {reason}")
+        self.reason = reason
+
+
+def require_kvm() -> None:
+    """Raise KvmUnavailable or NoVmx unless guests of this machine's /dev/kvm get VMX."""
+    from kvmnest.kvm import Kvm
+
+    with Kvm() as kvm:
+        if not offers_vmx(kvm):
+            raise NoVmx(no_vmx_reason())
+
+
+def why_not_kvm() -> str:
+    """Why cases cannot run on this machine's /dev/kvm, in one line; "" if they can."""
+    from kvmnest.kvm import KvmUnavailable
+
+    try:
+        require_kvm()
+    except NoVmx as error:
+        return error.reason
+    except KvmUnavailable as error:
+        return str(error)
+    return ""

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from kvmnest import host
 from kvmnest.errors import KvmnestError, UsageError
+from kvmnest.host import why_not_kvm
 from kvmnest.known import same_parameter
 from kvmnest.lab.emulators import BOCHS, Choice
 from kvmnest.lab.errors import LabSetupError
-from kvmnest.results.environment import why_not_kvm
 from kvmnest.results.lab_target import LabTarget
 from kvmnest.results.model import Run
 from kvmnest.results.runner import Plan, outcome, split_selection

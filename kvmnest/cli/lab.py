@@ -177,7 +177,7 @@ def use_host(options: argparse.Namespace) -> bool:
     Raises UsageError if they contradict each other, KvmUnavailable or HarnessError for --target
     kvm where /dev/kvm does not do.
     """
-    from kvmnest.results.environment import require_kvm, why_not_kvm
+    from kvmnest.host import require_kvm, why_not_kvm
 
     given = lab_only(options)
     if options.target == "kvm":
@@ -218,7 +218,7 @@ def _build(args: argparse.Namespace) -> int:
     if args.jobs is not None and args.jobs < 1:
         raise UsageError(f"--jobs must be at least 1, not {args.jobs}")
     if args.check:
-        from kvmnest.results.environment import why_not_kvm
+        from kvmnest.host import why_not_kvm
 
         return int(bochs_build.built(args.smp) is None and bool(why_not_kvm()))
     show = _BuildProgress(sys.stdout)

@@ -19,12 +19,12 @@ from kvmnest.cli.lab import emulator, first_given, lab_only, parameters
 from kvmnest.cli.numbers import seconds
 from kvmnest.errors import KvmnestError, UsageError
 from kvmnest.files import require_writable, write_text
+from kvmnest.host import require_kvm, why_not_kvm
 from kvmnest.kmsg import LEVELS, WARNING
 from kvmnest.known import REFERENCE
 from kvmnest.lab.debian import NEWEST
 from kvmnest.results import last_failed, names, under_settings
 from kvmnest.results.collect import Collected, collect
-from kvmnest.results.environment import require_kvm, why_not_kvm
 from kvmnest.results.lab_target import LabTarget
 from kvmnest.results.model import Run
 from kvmnest.results.progress import Progress, slowest

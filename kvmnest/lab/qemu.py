@@ -52,7 +52,7 @@ def locate(path: str | None = None, accelerator: str = "kvm") -> Emulator:
     VMX to its guests.
     """
     if accelerator == "kvm":
-        from kvmnest.results.environment import why_not_kvm
+        from kvmnest.host import why_not_kvm
 
         reason = why_not_kvm()
         if reason:

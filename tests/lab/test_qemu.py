@@ -11,12 +11,12 @@ import pytest
 from lab_processes import children_of, emulator_of, gone, watch
 
 from kvmnest.cli.main import main
+from kvmnest.host import why_not_kvm
 from kvmnest.lab import qemu
 from kvmnest.lab.emulators import Choice
 from kvmnest.lab.errors import LabHang, LabLost, LabModuleError, LabPanic, LabSetupError
 from kvmnest.lab.guest import EVENTS_PATH
 from kvmnest.lab.machine import Lab
-from kvmnest.results.environment import why_not_kvm
 
 pytestmark = pytest.mark.skipif(
     shutil.which(qemu.PROGRAM) is None, reason="qemu-system-x86_64 is not installed"

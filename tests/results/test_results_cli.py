@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import kvmnest
-from kvmnest.results.environment import why_not_kvm
+from kvmnest.host import why_not_kvm
 
 ROOT = str(Path(__file__).resolve().parents[2])
 
