@@ -11,7 +11,7 @@ from kvmnest.errors import KvmnestError, UsageError
 from kvmnest.host import why_not_kvm
 from kvmnest.known import same_parameter
 from kvmnest.lab.emulators import BOCHS, Choice
-from kvmnest.lab.errors import LabSetupError
+from kvmnest.lab.errors import KernelSpecError, LabSetupError, PackageGone
 from kvmnest.results.lab_target import LabTarget
 from kvmnest.results.model import Run
 from kvmnest.results.runner import Plan, outcome, split_selection
@@ -125,20 +125,14 @@ def _other_parameters(wanted: Mapping[str, str]) -> str:
 
 def _is_environment(error: KvmnestError) -> bool:
     """Whether the next kernel would fail in the same way, which is no reason to skip this one."""
-    # A package that left the archive is this kernel's own trouble, and so is a wrong SPEC.
-    return type(error) is LabSetupError and not str(error).startswith("apt cannot download")
-
-
-#: What the lab and this machine say of a process or a kernel that does not come back.
-_HANGS = ("said nothing for", "no sign of life for")
-_STUCK = "stuck in the kernel"
+    of_this_kernel = isinstance(error, KernelSpecError | PackageGone)
+    return isinstance(error, LabSetupError) and not of_this_kernel
 
 
 def judge(run: Run) -> Answer:
     """The answer of one run: bad if any of its cases failed, skip if none of them could run."""
-    stuck = next((problem for problem in run.problems if _STUCK in problem), "")
-    if stuck and run.running:
-        return Answer(BAD, f"{run.running}: {stuck}", run.kernel, "hang")
+    if run.running in run.lost:
+        return Answer(BAD, f"{run.running}: {run.problems[-1]}", run.kernel, "hang")
     for case in run.cases:
         if case.id in run.interrupted:
             continue
@@ -146,8 +140,7 @@ def judge(run: Run) -> Answer:
             text = case.summary or case.detail.partition("\n")[0]
             kind = ""
             if case.outcome == "error":
-                hung = any(sign in f"{text} {case.detail}" for sign in _HANGS)
-                kind = "hang" if hung else "crash"
+                kind = run.lost.get(case.id, "crash")
             return Answer(BAD, f"{case.id}: {text}", run.kernel, kind)
     if not run.interrupted and any(case.outcome == "passed" for case in run.cases):
         passed = sum(case.outcome == "passed" for case in run.cases)

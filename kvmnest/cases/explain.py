@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -21,7 +22,7 @@ _REFUSALS = (7, 8)
 
 def is_outcome(value: object) -> bool:
     """Whether ``value`` is an outcome of ``kvmnest.vmx.outcome``."""
-    return type(value).__module__ == "kvmnest.vmx.outcome"
+    return _is_a(value, "kvmnest.vmx.outcome", "Outcome")
 
 
 def decode(outcome: Any) -> str:
@@ -238,9 +239,14 @@ def context(values: Iterable[object], rerun: str) -> str:
 
 
 def _is_l1(value: object) -> bool:
-    """An L1 or of a class made from it; without an import, as most failures have one loaded."""
-    kinds = {(kind.__module__, kind.__name__) for kind in type(value).__mro__}
-    return ("kvmnest.l1.guest", "L1") in kinds
+    """An L1 or of a class made from it."""
+    return _is_a(value, "kvmnest.l1.guest", "L1")
+
+
+def _is_a(value: object, module: str, name: str) -> bool:
+    """isinstance without an import: where the module is not loaded, nothing is of its class."""
+    kind = getattr(sys.modules.get(module), name, None)
+    return kind is not None and isinstance(value, kind)
 
 
 def _vmcs(l1: Any) -> list[str]:
@@ -261,11 +267,18 @@ def _vmcs(l1: Any) -> list[str]:
     return lines
 
 
+def _entries(l1: Any) -> list[object]:
+    """How the VM entries among the last commands ended."""
+    from kvmnest.l1.command import Kind
+
+    return [end for command, end in l1.log if getattr(command, "kind", None) is Kind.ENTRY]
+
+
 def _objections(l1: Any) -> list[str]:
     """Which rules of VM entry object to the VMCS, if L1 has tried to enter it."""
     from kvmnest.vmx.outcome import EntryFailure, VMfailValid
 
-    ends = [end for command, end in l1.log if str(command).startswith(("vmlaunch", "vmresume"))]
+    ends = _entries(l1)
     if not ends:
         return []
     try:
@@ -288,7 +301,7 @@ def _code(l1: Any) -> list[str]:
     from kvmnest.vmx import EntryCtl, Field
 
     try:
-        if not any(str(command).startswith(("vmlaunch", "vmresume")) for command, _ in l1.log):
+        if not _entries(l1):
             return []
         fields = l1.cpu.vmcs.fields()
         rights = fields.get(Field.GUEST_CS_ACCESS_RIGHTS, 0)

@@ -14,7 +14,7 @@ from pathlib import Path
 from kvmnest import reading, scratch
 from kvmnest.errors import KvmnestError
 from kvmnest.lab import tools
-from kvmnest.lab.errors import KernelSpecError, LabSetupError
+from kvmnest.lab.errors import KernelSpecError, LabSetupError, PackageGone
 from kvmnest.schema import COUNT, TEXT, TEXTS, exactly
 
 _IMAGE = re.compile(r"linux-image-(\d+\.\d+\S*?-(?:cloud-|rt-)?amd64)$")
@@ -168,7 +168,7 @@ class Apt:
             errors = [line for line in done.stderr.decode(errors="replace").splitlines()
                       if line.startswith("E:")]  # fmt: skip
             reason = errors[0][2:].strip() if errors else f"status {done.returncode}"
-            raise LabSetupError(f"apt cannot download {package}: {reason}")
+            raise PackageGone(f"apt cannot download {package}: {reason}")
         actual = hashlib.sha256(files[0].read_bytes()).hexdigest()
         if not wanted or actual != wanted:
             raise KernelSpecError(f"{package}: the downloaded file does not match apt's index")

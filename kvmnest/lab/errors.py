@@ -13,6 +13,10 @@ class KernelSpecError(LabSetupError):
     exit_code = 2
 
 
+class PackageGone(LabSetupError):
+    """The archive does not have a package of one kernel any more; others may be there."""
+
+
 class LabRunError(LabError):
     """The lab ended without the command's exit status.
 

@@ -14,7 +14,7 @@ from kvmnest.lab import cache
 from kvmnest.lab.emulators import BOCHS, Choice
 from kvmnest.results import jsonfile
 from kvmnest.results.lab_target import LabTarget
-from kvmnest.results.model import OUTCOMES, Run
+from kvmnest.results.model import OUTCOMES, Loss, Run
 from kvmnest.results.progress import Progress
 from kvmnest.results.reporter import Reporter
 from kvmnest.results.runner import Plan, pytest_arguments, run_cases, split_selection
@@ -89,10 +89,10 @@ class _Reporter(Reporter):
             raise Stopped
         super().event(event)
 
-    def lost(self, why: str) -> None:
+    def lost(self, why: str, loss: Loss = "crash") -> None:
         if self._stopped():
             raise Stopped
-        super().lost(why)
+        super().lost(why, loss)
 
 
 def run_job(job: Job, path: Path, stopped: Callable[[], bool] = lambda: False) -> Document:

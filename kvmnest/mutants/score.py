@@ -20,7 +20,7 @@ from kvmnest.mutants import record
 from kvmnest.mutants.catalogue import Mutant
 from kvmnest.mutants.record import Record, Score
 from kvmnest.results.lab_target import LabTarget
-from kvmnest.results.model import Case, Run
+from kvmnest.results.model import Case, Loss, Run
 from kvmnest.results.progress import Progress
 from kvmnest.results.reporter import Reporter
 from kvmnest.results.runner import Plan, pytest_arguments, run_cases, split_selection
@@ -48,9 +48,9 @@ class _UntilFailure(Reporter):
         super().event(event)
         self._check()
 
-    def lost(self, why: str) -> None:
+    def lost(self, why: str, loss: Loss = "crash") -> None:
         """The kernel died: the case that ran is in error."""
-        super().lost(why)
+        super().lost(why, loss)
         self._check()
 
     def failures(self) -> list[Case]:

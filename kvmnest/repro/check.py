@@ -12,7 +12,6 @@ from kvmnest.known import same_parameter
 from kvmnest.repro.corpus import Reproducer
 from kvmnest.repro.evidence import Record, Shown
 from kvmnest.results.model import Case, Run
-from kvmnest.results.reporter import CRASHED
 from kvmnest.results.runner import Plan, outcome
 from kvmnest.results.targets import Target
 
@@ -115,7 +114,7 @@ def judge(
         return verdict(NOT_APPLICABLE, text)
     expected = bool(death) and text.startswith(death)
     if not expected and (last.raised or case.outcome == "error"):
-        crashed = last.raised == "VmLost" or text.startswith(CRASHED)
+        crashed = last.raised == "VmLost" or case.id in run.lost
         why = " (not the way in which this bug kills)" if crashed else ""
         return verdict(NO_VERDICT, f"{text}{why}")
     recorded = [each.put_back.evidence for each in shown]

@@ -18,6 +18,7 @@ from kvmnest.lab.errors import LabHang, LabLost, LabModuleError, LabPanic, LabRu
 from kvmnest.lab.guest import EVENTS_PATH
 from kvmnest.lab.machine import Lab
 from kvmnest.results.collect import Collected, collect, rewritten
+from kvmnest.results.model import Loss
 from kvmnest.results.targets import Ended, OnEvent
 
 _TAIL = 16_384
@@ -147,7 +148,8 @@ class LabTarget:
         except LabModuleError:
             raise
         except (LabPanic, LabHang, LabLost) as error:
-            return Ended(None, str(error), tail.decode(errors="replace"))
+            loss: Loss = "hang" if isinstance(error, LabHang) else "crash"
+            return Ended(None, str(error), tail.decode(errors="replace"), loss)
         except LabRunError as error:
             if not self._lab.info:
                 raise

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 SCHEMA = 1
+
+#: How a process that runs cases, or its kernel, ends when it does not get to its end.
+Loss = Literal["crash", "hang"]
 
 #: Outcomes of a case, in the order in which tables show them.
 OUTCOMES = ("passed", "failed", "skipped", "known", "error")
@@ -73,6 +76,7 @@ class Run:
         planned: ids of all cases, in running order.
         no_longer: (id, reason) of listed deviations that passed.
         problems: lines about what went wrong outside of cases.
+        lost: of cases in which the process or the kernel was lost, how: "crash" or "hang".
         interrupted: ids of cases that ended the session of pytest they ran in.
         stopped: why the run was to stop before its last case, "" if it was not.
         complete: every planned case ended.
@@ -90,6 +94,7 @@ class Run:
     planned: list[str] = field(default_factory=list)
     no_longer: list[tuple[str, str]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    lost: dict[str, Loss] = field(default_factory=dict)
     interrupted: list[str] = field(default_factory=list)
     stopped: str = ""
     complete: bool = False

@@ -12,7 +12,7 @@ from kvmnest.cases.events import DamagedEvent, Event
 from kvmnest.errors import HarnessError
 from kvmnest.results.jsonfile import JsonFile
 from kvmnest.results.junit import JUnitFile
-from kvmnest.results.model import Case, Run
+from kvmnest.results.model import Case, Loss, Run
 from kvmnest.results.progress import Progress
 
 #: How the summary of a case begins in which the kernel or the process died.
@@ -179,7 +179,7 @@ class Reporter:
         elif deviation and case.outcome == "passed":
             self.run.no_longer.append((case.id, deviation.text))
         case.kernel_log = self._kernel_log
-        if not self._cases_read_log or case.summary.startswith(CRASHED):
+        if not self._cases_read_log or case.id in self.run.lost:
             case.kernel_log += self._last_words
         self._kernel_log = self._last_words = ""
         self._judge_messages(case)
@@ -222,10 +222,11 @@ class Reporter:
 
     # --- a process that did not get to its end ---
 
-    def lost(self, why: str) -> None:
+    def lost(self, why: str, loss: Loss = "crash") -> None:
         """Record the loss of the process: the case that ran, or was next, is in error."""
         self.finished_since_loss = 0
         if self.run.planned and not self.run.complete:
+            self.run.lost[self._present()] = loss
             self._lose(f"{CRASHED}{why.partition(chr(10))[0]}", why)
 
     def interrupted(self, why: str) -> None:

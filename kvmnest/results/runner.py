@@ -16,7 +16,7 @@ from kvmnest.results.collect import why_broken
 from kvmnest.results.model import Run
 from kvmnest.results.progress import Progress
 from kvmnest.results.reporter import Enough, Reporter
-from kvmnest.results.targets import Ended, Target
+from kvmnest.results.targets import Ended, Stuck, Target
 
 _INTERRUPTED = 2  # pytest.ExitCode.INTERRUPTED
 
@@ -184,6 +184,8 @@ def _run_cases(target: Target, arguments: Sequence[str], reporter: Reporter) -> 
         except KvmnestError as error:
             if not reporter.run.planned:
                 raise
+            if isinstance(error, Stuck) and reporter.run.running:
+                reporter.run.lost[reporter.run.running] = "hang"
             reporter.problem(str(error).partition("\n")[0])
             return
         if reporter.ended is not None:
@@ -196,7 +198,7 @@ def _run_cases(target: Target, arguments: Sequence[str], reporter: Reporter) -> 
         if reporter.ended is not None:
             reporter.interrupted(reporter.why_ended or f"pytest's exit status {reporter.ended}")
         else:
-            reporter.lost(_why(ended))
+            reporter.lost(_why(ended), ended.loss)
         if reporter.run.complete:
             return
         left = len(reporter.run.not_run())

@@ -95,6 +95,7 @@ class Shards:
             self.stopped = True
         with self._lock:
             self.reporter.run.no_longer += part.run.no_longer
+            self.reporter.run.lost |= part.run.lost
             self.reporter.run.interrupted += part.run.interrupted
 
     def event(self, run: Run, event: Event) -> None:

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from kvmnest.cases.events import parse
 from kvmnest.errors import HarnessError
+from kvmnest.results.model import Loss
 
 _TAIL = 16_384
 
@@ -26,12 +27,18 @@ class Ended:
     """How a process that ran cases came to its end.
 
     ``status`` is its exit status, None if it was lost (signal, kernel panic, hang); ``why`` then
-    is what was seen, its first line short. ``output`` is the tail of stdout and stderr.
+    is what was seen, its first line short, and ``loss`` tells a hang from a crash. ``output`` is
+    the tail of stdout and stderr.
     """
 
     status: int | None
     why: str = ""
     output: str = ""
+    loss: Loss = "crash"
+
+
+class Stuck(HarnessError):
+    """The process that runs a case cannot be ended: the kernel does not come back from a call."""
 
 
 class Target(Protocol):
@@ -117,7 +124,8 @@ class LocalTarget:
         status = process.wait()
         tail = streams.tail.decode(errors="replace")
         if hung:
-            return Ended(None, f"no sign of life for {self._patience:.0f} s, killed", tail)
+            why = f"no sign of life for {self._patience:.0f} s, killed"
+            return Ended(None, why, tail, "hang")
         if status < 0:
             return Ended(None, f"killed by {signal.Signals(-status).name}", tail)
         return Ended(status, output=tail)
@@ -129,7 +137,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     try:
         process.wait(10)
     except subprocess.TimeoutExpired as error:
-        raise HarnessError(
+        raise Stuck(
             f"process {process.pid} is stuck in the kernel and does not end (see dmesg)"
         ) from error
 

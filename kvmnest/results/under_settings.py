@@ -91,6 +91,7 @@ class UnderSetting(Reporter):
         """Hand over what is told at the end of the whole run."""
         whole = self.whole.run
         whole.no_longer += [(name(case, self.setting), why) for case, why in self.run.no_longer]
+        whole.lost |= {name(case, self.setting): loss for case, loss in self.run.lost.items()}
         whole.interrupted += [name(case, self.setting) for case in self.run.interrupted]
 
 

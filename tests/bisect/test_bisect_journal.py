@@ -170,22 +170,19 @@ def test_nothing_to_continue_and_a_dirty_tree(history, capsys):
 
 
 @pytest.mark.parametrize(
-    ("detail", "kind"),
-    [
-        ("the guest said nothing for 120 s", "hang"),
-        ("no sign of life for 120 s, killed", "hang"),
-        ("the guest kernel panicked", "crash"),
-        ("killed by SIGKILL", "crash"),
-    ],
+    ("lost", "kind"),
+    [({"a": "hang"}, "hang"), ({"a": "crash"}, "crash"), ({"b": "hang"}, "crash"), ({}, "crash")],
 )
-def test_a_hang_and_a_crash_are_told_apart(detail, kind):
-    found = judge(Run("lab", cases=[Case("a", 1, "x", "error", 0.1, detail=detail)]))
+def test_a_hang_and_a_crash_are_told_apart(lost, kind):
+    case = Case("a", 1, "x", "error", 0.1, detail="the guest said nothing for 120 s")
+    found = judge(Run("lab", cases=[case], lost=lost))
     assert (found.verdict, found.kind) == (BAD, kind)
 
 
 def test_a_process_that_is_stuck_in_the_kernel_is_a_hang():
     problem = "process 12 is stuck in the kernel and does not end (see dmesg)"
-    found = judge(Run("kvm", running="test_a.py::test_b", problems=[problem]))
+    name = "test_a.py::test_b"
+    found = judge(Run("kvm", running=name, problems=[problem], lost={name: "hang"}))
     assert found == Answer(BAD, f"test_a.py::test_b: {problem}", kind="hang")
     assert judge(Run("kvm", problems=["no space left"])).verdict == SKIP
 

@@ -8,6 +8,7 @@ from plugin_helpers import run_pytest
 
 from kvmnest import disassembly
 from kvmnest.cases import explain
+from kvmnest.l1.command import Command, Frame, Kind
 from kvmnest.l1.vmcs import FieldValue, Vmcs
 from kvmnest.vmx import ExitReason, Field, Vector
 from kvmnest.vmx.outcome import Exit, Succeed
@@ -70,6 +71,10 @@ class _Fake:
         return []
 
 
+def command(kind, name):
+    return Command(Frame(kind, name, 0, 0x2000), {})
+
+
 @pytest.fixture
 def report(monkeypatch):
     monkeypatch.setattr(explain, "_is_l1", lambda value: isinstance(value, _Fake))
@@ -91,7 +96,7 @@ def test_l2s_code_is_disassembled_where_capstone_is(report, monkeypatch, install
     else:
         monkeypatch.setattr(disassembly, "available", lambda: False)
     code = b"\x0f\xa2\x90" + b"\x0f\x01\xc1\xf4"
-    text = disassembly.expand(report([("vmlaunch ", Succeed())], code))
+    text = disassembly.expand(report([(command(Kind.ENTRY, "vmlaunch"), Succeed())], code))
     if installed:
         assert "L2's code (64-bit):\n  0x1000  cpuid\n  0x1002  nop\n  0x1003  vmcall\n" in text
     else:
@@ -99,7 +104,7 @@ def test_l2s_code_is_disassembled_where_capstone_is(report, monkeypatch, install
 
 
 def test_without_an_entry_there_is_no_code(report):
-    assert "L2's code" not in report([("cpuid ", Succeed())], b"\x0f\xa2")
+    assert "L2's code" not in report([(command(Kind.PLAIN, "cpuid"), Succeed())], b"\x0f\xa2")
 
 
 @pytest.mark.parametrize(

@@ -246,6 +246,7 @@ def test_a_hang_has_a_name(write, tmp_path):
     found = run(tmp_path / "out", name, patience=2.0)[1]
     assert outcomes(found) == {"test_a": "error", "test_b": "passed"}
     assert found.cases[0].summary == "crashed: no sign of life for 2 s, killed"
+    assert found.lost == {found.cases[0].id: "hang"}
 
 
 def test_known_deviations(write, tmp_path, monkeypatch, capsys):
