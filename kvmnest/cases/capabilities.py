@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from kvmnest import host
-from kvmnest.cases.machine import Machine
+from kvmnest.cases.offer import HostOffer
 
 SCHEMA = 1
 
@@ -17,7 +17,7 @@ def read() -> dict[str, Any]:
     ``msrs`` maps indices to values, both as hexadecimal text. Raises KvmUnavailable without
     /dev/kvm; without VMX ``msrs`` is empty and ``reason`` says why.
     """
-    machine = Machine()
+    offer = HostOffer()
     found: dict[str, Any] = {
         "schema": SCHEMA,
         "kernel": host.kernel(),
@@ -25,12 +25,12 @@ def read() -> dict[str, Any]:
         "kvm_params": host.kvm_intel_params(),
         "msrs": {},
     }
-    if machine.vmx:
-        msrs = machine.caps.msrs
+    if offer.vmx:
+        msrs = offer.caps.msrs
         found["msrs"] = {f"{index:#x}": f"{msrs[index]:#x}" for index in sorted(msrs)}
     else:
         found["reason"] = host.no_vmx_reason()
-    machine.close()
+    offer.close()
     return found
 
 

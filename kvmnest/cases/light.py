@@ -26,7 +26,7 @@ import kvmnest
 from kvmnest import host, kmsg
 from kvmnest.cases import explain, rewrite, standin, verdict
 from kvmnest.cases.events import EventWriter
-from kvmnest.cases.machine import Machine
+from kvmnest.cases.offer import HostOffer
 from kvmnest.cases.needs import why_skipped
 from kvmnest.kmsg import LEVELS, KernelLog
 
@@ -71,8 +71,8 @@ def _flag(module: str, kind: str, value: int) -> Any:
 class Fixtures:
     """Values of fixtures, each kept for its scope."""
 
-    def __init__(self, machine: Machine, config: standin.Config, writer: EventWriter) -> None:
-        self.machine, self.config, self.writer = machine, config, writer
+    def __init__(self, offer: HostOffer, config: standin.Config, writer: EventWriter) -> None:
+        self.offer, self.config, self.writer = offer, config, writer
         #: Whether the present case has passed so far.
         self.passed = True
         self._values: dict[tuple[str, str], Any] = {}
@@ -122,7 +122,7 @@ def _home(name: str, module: str) -> str:
 
 
 def _vm(fixtures: Fixtures) -> Iterator[Any]:
-    with fixtures.machine.kvm.create_vm() as new:
+    with fixtures.offer.kvm.create_vm() as new:
         yield new
 
 
@@ -131,7 +131,7 @@ def _l1_pool(fixtures: Fixtures) -> Iterator[Any]:
 
     option = fixtures.config.getoption
     pool = L1Pool(
-        fixtures.machine.kvm,
+        fixtures.offer.kvm,
         budget=option("--kvmnest-budget"),
         nested_roundtrip=option("--nested-roundtrip"),
     )
@@ -154,7 +154,7 @@ def _l1(fixtures: Fixtures) -> Iterator[Any]:
 
 #: The plugin's fixtures: scope, and what makes the value.
 _PLUGIN_FIXTURES: dict[str, tuple[str, Callable[[Fixtures], Any]]] = {
-    "kvm": ("session", lambda fixtures: fixtures.machine.kvm),
+    "kvm": ("session", lambda fixtures: fixtures.offer.kvm),
     "pytestconfig": ("session", lambda fixtures: fixtures.config),
     "vm": ("function", _vm),
     "l1_pool": ("session", _l1_pool),
@@ -168,8 +168,8 @@ class Runner:
     def __init__(self, plan: dict[str, Any], writer: EventWriter) -> None:
         self._writer = writer
         self._kernel_log = KernelLog(LEVELS.index(plan["options"]["--kernel-log"]))
-        self._machine = Machine()
-        self._fixtures = Fixtures(self._machine, standin.Config(plan["options"]), writer)
+        self._offer = HostOffer()
+        self._fixtures = Fixtures(self._offer, standin.Config(plan["options"]), writer)
         self._failed = False
         #: What a case raised that ends more than the case.
         self.interrupted = ""
@@ -202,7 +202,7 @@ class Runner:
                 detail=result.pop("detail", "")[:_LONGEST_DETAIL],
                 **result,
             )
-        self._machine.close()
+        self._offer.close()
         return int(self._failed)
 
     def _case(self, case: Case, after: Case | None) -> dict[str, str]:
@@ -211,7 +211,7 @@ class Runner:
         when = "setup"
         self._fixtures.passed = False
         try:
-            reason = why_skipped(self._machine, case.needs, case.params, vmx=case.vmx)
+            reason = why_skipped(self._offer, case.needs, case.params, vmx=case.vmx)
             if reason:
                 raise standin.Skipped(reason)
             values = {name: self._fixtures.value(name, where) for name, where in case.fixtures}

@@ -6,11 +6,11 @@ import enum
 from collections.abc import Mapping, Sequence
 
 from kvmnest import host
-from kvmnest.cases.machine import Machine
+from kvmnest.cases.offer import HostOffer
 
 
 def why_skipped(
-    machine: Machine,
+    offer: HostOffer,
     flags: Sequence[enum.Enum],
     params: Mapping[str, object],
     *,
@@ -18,15 +18,15 @@ def why_skipped(
 ) -> str:
     """Reason to skip a case, "" if it can run.
 
-    ``flags`` are capability flags that it needs (see Machine.missing), ``params`` values of
+    ``flags`` are capability flags that it needs (see HostOffer.missing), ``params`` values of
     kvm_intel's parameters; ``vmx`` says that it needs VMX as such. Raises KvmUnavailable.
     """
-    lacking = machine.lacks(params)
+    lacking = offer.lacks(params)
     if lacking:
         return f"needs {lacking}"
-    missing = machine.missing(*flags) if flags else []
+    missing = offer.missing(*flags) if flags else []
     if missing:
         return "needs " + "; ".join(missing)
-    if vmx and not machine.vmx:
+    if vmx and not offer.vmx:
         return f"KVM offers no VMX to guests: {host.no_vmx_reason()}"
     return ""

@@ -215,15 +215,15 @@ def _told(search: Callable[[], list[str]], hint: str | Callable[[], str]) -> int
 def _reboot(options: argparse.Namespace) -> int:
     from kvmnest.bisect.reboot import dry, fitness, session, state
     from kvmnest.bisect.reboot.commands import Commands
+    from kvmnest.bisect.reboot.debian_grub import DebianGrub
     from kvmnest.bisect.reboot.host import RebootNeeded
-    from kvmnest.bisect.reboot.machine import Machine
 
     folder = Path(os.path.realpath(options.state or state.FOLDER))
     if options.dry_run:
         dry.dry_run(_reboot_plan(options), folder, _say)
         return 0
     fitness.require_root()
-    machine = Machine(Commands(), folder / "state.json")
+    machine = DebianGrub(Commands(), folder / "state.json")
     with state.locked(folder):
         if options.go_on or options.words:
             given = first_given(options, *_SEARCH)

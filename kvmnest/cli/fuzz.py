@@ -16,7 +16,7 @@ from kvmnest.errors import UsageError
 from kvmnest.files import require_writable, write_json, write_text
 
 if TYPE_CHECKING:
-    from kvmnest.fuzz.machines import Machine
+    from kvmnest.fuzz.machines import FuzzMachine
 
 
 def add_parser(subparsers: Any) -> None:
@@ -49,7 +49,7 @@ def add_fuzz_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-shrink", action="store_true", help="keep findings as they are")
 
 
-def run(options: argparse.Namespace, lab: Callable[..., Machine] | None = None) -> int:
+def run(options: argparse.Namespace, lab: Callable[..., FuzzMachine] | None = None) -> int:
     """Run the verb; ``lab`` makes the machine that boots the lab, usually LabMachine."""
     from kvmnest.fuzz.journal import Journal
     from kvmnest.fuzz.machines import LabMachine, LocalMachine
@@ -64,7 +64,7 @@ def run(options: argparse.Namespace, lab: Callable[..., Machine] | None = None) 
         raise UsageError("--continue needs the --seed of the run")
     seed = random.SystemRandom().randrange(1 << 32) if options.seed is None else options.seed
     require_writable(options.json, options.tests and options.tests / "test_fuzz.py")
-    machine: Machine = LocalMachine()
+    machine: FuzzMachine = LocalMachine()
     if not use_host(options):
         machine = (lab or LabMachine)(
             kernel=options.kernel,

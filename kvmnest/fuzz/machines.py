@@ -33,7 +33,7 @@ PATIENCE = 60.0
 _CASES = "/kvmnest/fuzz.json"
 
 
-class Machine(Protocol):
+class FuzzMachine(Protocol):
     """A kernel's KVM on which VM entries can be tried."""
 
     name: str
@@ -72,7 +72,7 @@ class LabMachine:
         self.name = emulator.boot
 
     def run(self, cases: Numbered, on_event: OnEvent, journal: Path | None) -> str:
-        """See Machine; the lab's crash is not this machine's, so ``journal`` is not needed."""
+        """See FuzzMachine; the lab's crash is not this machine's, so ``journal`` is not needed."""
         output = b""
 
         def take_output(data: bytes) -> None:
@@ -111,7 +111,7 @@ class LocalMachine:
     name = "kvm"
 
     def run(self, cases: Numbered, on_event: OnEvent, journal: Path | None) -> str:
-        """See Machine."""
+        """See FuzzMachine."""
         with scratch.folder() as folder:
             source = Path(folder) / "cases.json"
             source.write_bytes(_write_cases(cases))
@@ -170,7 +170,7 @@ class _Enough(Exception):
 
 
 def try_sequences(
-    machine: Machine,
+    machine: FuzzMachine,
     sequences: Sequence[Sequence[FuzzCase]],
     enough: Callable[[int, Seen], bool] = lambda index, seen: False,
 ) -> list[Seen | None]:

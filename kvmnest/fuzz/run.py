@@ -14,7 +14,7 @@ from kvmnest.fuzz.execute import Seen
 from kvmnest.fuzz.generate import Generator
 from kvmnest.fuzz.journal import CRASHED, Journal
 from kvmnest.fuzz.judge import AGREE, DISAGREE, KNOWN, Judge, Verdict
-from kvmnest.fuzz.machines import Machine, Numbered
+from kvmnest.fuzz.machines import FuzzMachine, Numbered
 from kvmnest.fuzz.model import FuzzCase
 from kvmnest.kernel_reports import reports
 
@@ -87,7 +87,7 @@ class Fuzzer:
     """Tries the cases of a seed. ``on_line`` gets lines about what happens."""
 
     def __init__(
-        self, machine: Machine, journal: Journal, seed: int, on_line: Callable[[str], None]
+        self, machine: FuzzMachine, journal: Journal, seed: int, on_line: Callable[[str], None]
     ) -> None:
         self.machine, self.journal, self.seed = machine, journal, seed
         self._on_line = on_line

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from kvmnest.fuzz.execute import Seen
 from kvmnest.fuzz.judge import DISAGREE, Judge
-from kvmnest.fuzz.machines import Machine, try_sequences
+from kvmnest.fuzz.machines import FuzzMachine, try_sequences
 from kvmnest.fuzz.model import FuzzCase
 from kvmnest.fuzz.run import Finding, name_of
 from kvmnest.l1.baseline import L2Mode
@@ -85,7 +85,7 @@ def simpler(judge: Judge, steps: Steps) -> Iterator[Steps]:
 class Shrinker:
     """Simplifies one finding on ``machine``."""
 
-    def __init__(self, machine: Machine, judge: Judge, finding: Finding) -> None:
+    def __init__(self, machine: FuzzMachine, judge: Judge, finding: Finding) -> None:
         self._machine, self._judge, self._finding = machine, judge, finding
         self._rules = {str(violation) for violation in judge.violations(finding.case)}
         self._best = finding

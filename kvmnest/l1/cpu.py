@@ -14,7 +14,7 @@ from kvmnest.l1.command import GPRS, LIST_ENTRY, Command, Result, frames
 from kvmnest.l1.lost import VmLost
 
 if TYPE_CHECKING:
-    from kvmnest.l1.machine import Machine
+    from kvmnest.l1.vm import L1Vm
     from kvmnest.l1.vmcs import Vmcs
 
 _SELECTORS = struct.Struct("<6H")
@@ -62,7 +62,7 @@ def _values(count: int) -> struct.Struct:
 class Cpu:
     """vCPU ``index`` of an L1, started in the payload's command loop."""
 
-    def __init__(self, l1: Machine, index: int) -> None:
+    def __init__(self, l1: L1Vm, index: int) -> None:
         self.l1 = l1
         self.index = index
         #: What its commands for the same instruction have in common.

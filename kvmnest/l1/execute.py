@@ -9,7 +9,7 @@ from kvmnest.errors import HarnessError
 from kvmnest.kvm.exits import Exit as KvmExit
 from kvmnest.l1.command import Command, Mode, Result, Shadow
 from kvmnest.l1.cpu import Cpu
-from kvmnest.l1.machine import Machine
+from kvmnest.l1.vm import L1Vm
 from kvmnest.vmx import Vector
 from kvmnest.vmx.numbers import enum_or_int
 from kvmnest.vmx.outcome import Fault, HostExit, Outcome, Succeed
@@ -36,7 +36,7 @@ class How(TypedDict, total=False):
     rsp: int
 
 
-class SystemInstructions(Machine):
+class SystemInstructions(L1Vm):
     """A machine that executes instructions; the VMX ones are in ``Instructions``.
 
     Unless a method says otherwise it returns ``Succeed``, ``Fault``, or ``HostExit`` when KVM

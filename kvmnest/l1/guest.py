@@ -14,7 +14,7 @@ from kvmnest.vmx.outcome import Succeed
 
 
 class L1(Instructions):
-    """An L1 that executes instructions for Python, and gets an L2 ready; see ``Machine``."""
+    """An L1 that executes instructions for Python, and gets an L2 ready; see ``L1Vm``."""
 
     def enter_vmx(self, cpu: Cpu | None = None) -> None:
         """Execute VMXON with a good region; HarnessError when it does not succeed."""

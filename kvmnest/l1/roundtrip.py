@@ -15,7 +15,7 @@ from kvmnest.kvm import Cap, Kvm, KvmError, MsrList, TscOffset, Vcpu
 from kvmnest.vmx.msrs import VMX_MSRS
 
 if TYPE_CHECKING:
-    from kvmnest.l1.machine import Machine
+    from kvmnest.l1.vm import L1Vm
 
 
 @dataclass
@@ -70,7 +70,7 @@ class Rewind:
 _migrated_msrs: WeakKeyDictionary[Kvm, list[int]] = WeakKeyDictionary()
 
 
-def save(l1: Machine, vcpu: Vcpu) -> VcpuState:
+def save(l1: L1Vm, vcpu: Vcpu) -> VcpuState:
     """Read a vCPU's whole state."""
     # An exit to userspace leaves an instruction half done; KVM finishes it at the next KVM_RUN
     # (kernel documentation, "KVM_RUN": immediate_exit).
@@ -118,7 +118,7 @@ def restore(vcpu: Vcpu, state: VcpuState) -> None:
     vcpu.set_debugregs(state.debugregs)
 
 
-def round_trip(l1: Machine, msrs: Mapping[int, int] | None = None) -> None:
+def round_trip(l1: L1Vm, msrs: Mapping[int, int] | None = None) -> None:
     """Replace ``l1.vm`` and its vCPUs by new ones in the same state but for ``msrs``."""
     states = [save(l1, vcpu) for vcpu in l1._vcpus]
     for state in states:
@@ -144,7 +144,7 @@ def _tsc_offset(vcpu: Vcpu) -> int | None:
         return None  # before Linux 5.16
 
 
-def _read_msrs(l1: Machine, vcpu: Vcpu) -> dict[int, int]:
+def _read_msrs(l1: L1Vm, vcpu: Vcpu) -> dict[int, int]:
     """Read each MSR of the index list that this vCPU lets read and write back."""
     # The list depends on the kernel only, and finding it out takes two ioctls an MSR.
     if l1.kvm not in _migrated_msrs:

@@ -14,7 +14,7 @@ import pytest
 
 from kvmnest.kmsg import LEVELS, WARNING
 from kvmnest.plugin import policy
-from kvmnest.plugin.fixtures import MACHINE, kvm, l1, l1_pool, vm
+from kvmnest.plugin.fixtures import OFFER, kvm, l1, l1_pool, vm
 from kvmnest.plugin.outcomes import judge
 
 if TYPE_CHECKING:
@@ -139,8 +139,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     """Close /dev/kvm."""
-    if MACHINE in config.stash:
-        config.stash[MACHINE].close()
+    if OFFER in config.stash:
+        config.stash[OFFER].close()
 
 
 @pytest.hookimpl(trylast=True)

@@ -7,30 +7,30 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from kvmnest.cases.machine import Machine
+from kvmnest.cases.offer import HostOffer
 
 if TYPE_CHECKING:
     from kvmnest.kvm import Kvm, Vm
     from kvmnest.l1 import L1
     from kvmnest.l1.pool import L1Pool
 
-MACHINE = pytest.StashKey[Machine]()
+OFFER = pytest.StashKey[HostOffer]()
 
 
-def machine(config: pytest.Config) -> Machine:
-    """Return the session's machine."""
-    if MACHINE not in config.stash:
-        config.stash[MACHINE] = _machine(config)
-    return config.stash[MACHINE]
+def offer(config: pytest.Config) -> HostOffer:
+    """What this session's KVM offers, asked once."""
+    if OFFER not in config.stash:
+        config.stash[OFFER] = _made(config)
+    return config.stash[OFFER]
 
 
-def _machine(config: pytest.Config) -> Machine:
+def _made(config: pytest.Config) -> HostOffer:
     if config.getoption("--kvmnest-target") != "reference":
-        return Machine()
-    from kvmnest.reference.machine import ReferenceMachine
+        return HostOffer()
+    from kvmnest.reference.offer import ReferenceOffer
 
     option = config.getoption
-    return ReferenceMachine(option("--kvmnest-bochs"), option("--kvmnest-cpu-model"))
+    return ReferenceOffer(option("--kvmnest-bochs"), option("--kvmnest-cpu-model"))
 
 
 def open_kvm(config: pytest.Config) -> Kvm:
@@ -38,7 +38,7 @@ def open_kvm(config: pytest.Config) -> Kvm:
     from kvmnest.kvm import KvmUnavailable
 
     try:
-        return machine(config).kvm
+        return offer(config).kvm
     except KvmUnavailable as error:
         if config.getoption("--require-kvm"):
             raise

@@ -10,7 +10,7 @@ from kvmnest.cases.needs import why_skipped
 from kvmnest.errors import HarnessError
 from kvmnest.kvm.errors import KvmUnavailable
 from kvmnest.plugin import policy
-from kvmnest.plugin.fixtures import machine
+from kvmnest.plugin.fixtures import offer
 
 
 class Listing:
@@ -26,9 +26,7 @@ class Listing:
             needs = [f"{type(flag).__name__}.{flag.name}" for flag in flags]
             needs += [f"kvm_intel.{name}={value}" for name, value in params.items()]
             try:
-                skip = why_skipped(
-                    machine(session.config), flags, params, vmx=policy.needs_vmx(item)
-                )
+                skip = why_skipped(offer(session.config), flags, params, vmx=policy.needs_vmx(item))
             except (HarnessError, KvmUnavailable) as error:
                 skip = str(error)
             self._send(

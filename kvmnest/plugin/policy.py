@@ -11,7 +11,7 @@ import pytest
 import kvmnest
 from kvmnest.cases.needs import why_skipped
 from kvmnest.plugin.asserts import asserts
-from kvmnest.plugin.fixtures import machine, open_kvm
+from kvmnest.plugin.fixtures import offer, open_kvm
 
 SUITE = "kvmnest.suite"
 #: The reproducers of ``kvmnest repro``: rules of the suite hold for them too.
@@ -118,7 +118,7 @@ def require(item: pytest.Item) -> None:
         return
     if flags or vmx:
         open_kvm(item.config)
-    reason = why_skipped(machine(item.config), flags, params, vmx=vmx)
+    reason = why_skipped(offer(item.config), flags, params, vmx=vmx)
     if reason:
         pytest.skip(reason)
 

@@ -13,7 +13,7 @@ from kvmnest.cases import explain
 from kvmnest.cases.events import EventWriter
 from kvmnest.kmsg import LEVELS, KernelLog
 from kvmnest.plugin import policy
-from kvmnest.plugin.fixtures import machine
+from kvmnest.plugin.fixtures import offer
 from kvmnest.plugin.outcomes import KIND, RAISED, SUMMARY, skip_reason
 
 _LONGEST_DETAIL = 20_000
@@ -25,9 +25,9 @@ class EventStream:
     def __init__(self, config: pytest.Config, spec: str) -> None:
         self._config = config
         self._writer = EventWriter(spec)
-        self._machine = machine(config)
+        self._offer = offer(config)
         self._kernel_log = KernelLog(LEVELS.index(config.getoption("--kernel-log")))
-        if not self._machine.has_kernel_log:
+        if not self._offer.has_kernel_log:
             self._kernel_log.close()
         self._case: dict[str, Any] = {}
         self._why = ""
@@ -39,10 +39,10 @@ class EventStream:
             kvmnest=kvmnest.__version__,
             python=sys.version.split()[0],
             pytest=pytest.__version__,
-            kernel=self._machine.kernel,
-            cpu=self._machine.cpu,
-            cpu_flags=self._machine.cpu_flags,
-            kvm_params=self._machine.params,
+            kernel=self._offer.kernel,
+            cpu=self._offer.cpu,
+            cpu_flags=self._offer.cpu_flags,
+            kvm_params=self._offer.params,
             nested_roundtrip=bool(self._config.getoption("--nested-roundtrip")),
             kernel_log=self._kernel_log.readable,
         )

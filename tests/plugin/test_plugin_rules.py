@@ -132,13 +132,13 @@ def test_needs_accepts_what_kvm_has_and_names_what_it_lacks(module):
     folder = module(
         """
 from kvmnest.kvm import Cap
-from kvmnest.cases.machine import Machine
+from kvmnest.cases.offer import HostOffer
 from kvmnest.vmx import ProcCtl
 @pytest.mark.needs(Cap.NR_VCPUS)
 def test_there(): assert 1
 @pytest.mark.needs(Cap.PPC_RMA)
 def test_elsewhere(): assert 1
-@pytest.mark.skipif(Machine().vmx, reason="VMX here")
+@pytest.mark.skipif(HostOffer().vmx, reason="VMX here")
 @pytest.mark.needs(ProcCtl.MONITOR_TRAP_FLAG)
 def test_vmx(): assert 1
 """.replace("PPC_RMA", _absent_cap()),

@@ -105,7 +105,7 @@ def test_the_bindings_know_nothing_of_vmx() -> None:
 @pytest.mark.parametrize(
     "source",
     [
-        "import kvmnest.l1.machine",
+        "import kvmnest.l1.vm",
         "from kvmnest.l1 import machine",
         "from kvmnest import l1",
         "from ..l1 import machine",

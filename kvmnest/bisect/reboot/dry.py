@@ -12,13 +12,13 @@ from kvmnest.bisect.plan import Plan
 from kvmnest.bisect.reboot import fitness
 from kvmnest.bisect.reboot.candidates import tag
 from kvmnest.bisect.reboot.commands import DryCommands
-from kvmnest.bisect.reboot.machine import Machine
+from kvmnest.bisect.reboot.debian_grub import DebianGrub
 from kvmnest.bisect.reboot.session import parameters, unit_arguments
 
 Say = Callable[[str], None]
 
 
-class DryMachine(Machine):
+class DryMachine(DebianGrub):
     """Prints; what would be there only after a command it prints is guessed."""
 
     def _read_menu(self) -> str:

@@ -36,7 +36,7 @@ def public_modules(package: str) -> Iterator[str]:
 def complete_annotations(module: ModuleType) -> None:
     """Import what a module imports for the type checker only, so that annotations can be linked.
 
-    Otherwise autodoc finds them by their bare names, and two modules may have a ``Machine``.
+    Otherwise autodoc finds them by their bare names, which two modules may share.
     """
     for node in ast.parse(inspect.getsource(module)).body:
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":

@@ -19,7 +19,7 @@ _NEEDED_IN_BOOT = 200 << 20
 _SAFE = re.compile(r"\d[0-9A-Za-z.+~_-]*")
 
 
-class Machine:
+class DebianGrub:
     """See ``kvmnest.bisect.reboot.host.Host``.
 
     ``state`` is the file that the unit waits for. ``root`` is where the system's files are, for

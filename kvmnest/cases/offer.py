@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from kvmnest.vmx import Capabilities
 
 
-class Machine:
+class HostOffer:
     """The open /dev/kvm and what is asked of it again and again."""
 
     @cached_property

@@ -13,7 +13,7 @@ from kvmnest import host
 from kvmnest.bisect.probe import GOOD, Answer, Question
 from kvmnest.bisect.reboot import fitness, grub, session, unit
 from kvmnest.bisect.reboot.commands import CommandFailed, Commands
-from kvmnest.bisect.reboot.machine import Machine
+from kvmnest.bisect.reboot.debian_grub import DebianGrub
 from kvmnest.errors import HarnessError, UsageError
 
 needs_grub = pytest.mark.skipif(
@@ -24,7 +24,7 @@ needs_grub = pytest.mark.skipif(
 @pytest.fixture
 def machine(root, monkeypatch):
     monkeypatch.setattr(host, "kernel", lambda: HOME)
-    return Machine(Scratch(root), root / "state.json", root)
+    return DebianGrub(Scratch(root), root / "state.json", root)
 
 
 def grubenv(root):
@@ -157,14 +157,14 @@ def test_a_kernel_that_was_built_is_removed_by_its_files(machine, root):
 
 
 def test_a_package_is_removed_alone(machine, monkeypatch):
-    monkeypatch.setattr("kvmnest.bisect.reboot.machine._has_traces", lambda package: True)
+    monkeypatch.setattr("kvmnest.bisect.reboot.debian_grub._has_traces", lambda package: True)
     machine.remove("6.1.0-50-amd64")
     (ran,) = machine._do.ran
     assert ran == "dpkg --purge --force-remove-reinstreq linux-image-6.1.0-50-amd64"
 
 
 def test_traces_of_a_package():
-    from kvmnest.bisect.reboot.machine import _has_traces
+    from kvmnest.bisect.reboot.debian_grub import _has_traces
 
     assert _has_traces("dpkg")
     assert not _has_traces("linux-image-0.0.0-none")

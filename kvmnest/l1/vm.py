@@ -40,7 +40,7 @@ def _vmx_msrs(kvm: Kvm) -> tuple[int, ...]:
     return tuple(sorted(set(kvm.msr_feature_index_list()) & set(VMX_MSRS)))
 
 
-class Machine:
+class L1Vm:
     """An L1 in 64-bit mode, CPL 0, ready to execute instructions; not yet in VMX operation.
 
     CR4.VMXE is set and IA32_FEATURE_CONTROL is locked with VMX enabled, as firmware leaves it,

@@ -1,4 +1,4 @@
-"""The machine of a session that runs on the reference target."""
+"""What the CPU offers in a session that runs on the reference target."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import enum
 from collections.abc import Mapping
 from functools import cached_property
 
-from kvmnest.cases.machine import Machine
+from kvmnest.cases.offer import HostOffer
 from kvmnest.kvm import Kvm
 from kvmnest.kvm.cpuid import leaf
 from kvmnest.reference.kvm import ReferenceKvm
 
 
-class ReferenceMachine(Machine):
+class ReferenceOffer(HostOffer):
     """A bare CPU in place of /dev/kvm; ``bochs`` and ``model`` as in ``ReferenceKvm``."""
 
     def __init__(self, bochs: str | None = None, model: str | None = None) -> None:
@@ -56,7 +56,7 @@ class ReferenceMachine(Machine):
         return f"a host: kvm_intel with {next(iter(flags))}" if flags else ""
 
     def missing(self, *flags: enum.Enum) -> list[str]:
-        """As of a ``Machine``, but all of KVM's capabilities need a host."""
+        """As of ``HostOffer``, but all of KVM's capabilities need a host."""
         from kvmnest.kvm import Cap
 
         caps = [f"a host: KVM_CAP_{flag.name}" for flag in flags if isinstance(flag, Cap)]
