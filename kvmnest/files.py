@@ -71,11 +71,18 @@ def write_text(path: Path, text: str) -> None:
         raise HarnessError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def replace(path: Path, content: bytes) -> None:
-    """Replace a regular file, on the disk when this returns. Raises OSError; the old one stays."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def replace(path: Path, content: bytes, mode: int = 0o666, *, durable: bool = False) -> None:
+    """Replace a file as a whole: after a crash it holds the old content or the new.
+
+    ``mode`` is that of a new file, before the umask. With ``durable`` the new content is on the
+    disk when the call returns, even if the power fails then. Raises OSError.
+    """
+    # What a loss of power leaves behind is overwritten next time; other files may have two writers.
+    suffix = "new" if durable else f"{os.getpid()}.tmp"
+    temporary = path.with_name(f".{path.name}.{suffix}")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
     try:
-        with open(temporary, "wb") as file:
+        with open(os.open(temporary, flags, mode), "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -83,6 +90,17 @@ def replace(path: Path, content: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    if durable:
+        sync_folder(path)
+
+
+def sync_folder(path: Path) -> None:
+    """Wait until the names in the folder of ``path`` are on the disk. Raises OSError."""
+    fd = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def sweep(path: Path) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from kvmnest import files
 from kvmnest.errors import HarnessError
 
 
@@ -21,22 +22,15 @@ def append(path: Path, line: Mapping[str, Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         if new:
-            _sync_folder(path)
+            files.sync_folder(path)
     except OSError as error:
         raise HarnessError(f"cannot write {path}: {error.strerror}") from error
 
 
 def replace(path: Path, text: str, mode: int = 0o600) -> None:
     """Replace a file as a whole: it holds the old text or the new. Raises HarnessError."""
-    temporary = path.with_name(f".{path.name}.new")
     try:
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
-        with open(fd, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path)
+        files.replace(path, text.encode(), mode, durable=True)
     except OSError as error:
         raise HarnessError(f"cannot write {path}: {error.strerror}") from error
 
@@ -55,17 +49,8 @@ def remove(path: Path) -> None:
     """Remove a file if it is there. Raises HarnessError."""
     try:
         path.unlink(missing_ok=True)
-        _sync_folder(path)
+        files.sync_folder(path)
     except FileNotFoundError:
         return  # not even its folder is there
     except OSError as error:
         raise HarnessError(f"cannot remove {path}: {error.strerror}") from error
-
-
-def _sync_folder(path: Path) -> None:
-    """A new name is on the disk only when its folder is."""
-    fd = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import json
-import os
 import re
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,6 +12,7 @@ from pathlib import Path
 
 from kvmnest import reading, scratch
 from kvmnest.errors import KvmnestError
+from kvmnest.files import replace
 from kvmnest.lab import tools
 from kvmnest.lab.errors import KernelSpecError, LabSetupError, PackageGone
 from kvmnest.schema import COUNT, TEXT, TEXTS, exactly
@@ -216,9 +216,7 @@ def _read_notes(path: Path) -> Iterator[Offer]:
 
 
 def _write_notes(path: Path, offers: Iterable[Offer]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps([asdict(offer) for offer in offers]))
-    temporary.replace(path)
+    replace(path, json.dumps([asdict(offer) for offer in offers]).encode())
 
 
 def records(output: bytes) -> Iterator[dict[str, str]]:
