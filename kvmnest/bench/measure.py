@@ -66,7 +66,7 @@ def _bare(kvm: Kvm) -> Iterator[Callable[[], object]]:
 def _fresh(kvm: Kvm) -> None:
     with L1(kvm) as l1:
         l1.call(b"\x90")
-        l1.stop_budget()
+        l1.budget.stop()
 
 
 def _expect(outcome: Outcome, wanted: Outcome) -> None:
@@ -91,11 +91,11 @@ def measure() -> dict[str, Any]:
             seconds["command"] = best(lambda: l1.execute("nop", {}))
             many = [l1.command("nop", {}) for _ in range(l1.payload["SLOT_COUNT"])]
             seconds["command in a batch"] = best(lambda: l1.cpu.submit(many), len(many))
-            l1.stop_budget()
+            l1.budget.stop()
         if offers_vmx(kvm):
             with L1(kvm) as l1:
                 seconds |= _nested(l1)
-                l1.stop_budget()
+                l1.budget.stop()
     return {
         "schema": SCHEMA,
         "kernel": host.kernel(),

@@ -93,7 +93,7 @@ class Executor:
             # A VMWRITE failed or L1 answered nonsense.
             self.close()
             return ["other", str(error)]
-        l1.stop_budget()
+        l1.budget.stop()
         if isinstance(outcome, HostExit):
             self.close()
         else:
@@ -124,7 +124,7 @@ class Executor:
         leaves = []
         for leaf, subleaf in _LEAVES:
             leaves.append([leaf, subleaf, *l1.cpuid(leaf, subleaf).value])
-        l1.stop_budget()
+        l1.budget.stop()
         return {
             "kernel": host.kernel(),
             "cpu": host.cpu_model(),

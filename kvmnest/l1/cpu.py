@@ -139,16 +139,16 @@ class Cpu:
         l1 = self.l1
         if l1.nested_roundtrip:
             # The time that a round trip takes is no time of the guest.
-            l1.stop_budget()
+            l1.budget.stop()
             l1.round_trip()
-        l1.arm_budget()
+        l1.budget.start()
         self.suspended = True
         while True:
             seen = l1._vcpus[self.index].run_to_port(self._done_port)
             if seen is None:
                 break
             if isinstance(seen, exits.IntrExit):
-                if l1.expired:
+                if l1.budget.used_up:
                     raise self.lost("hang", "the case's budget is used up")
                 continue
             if isinstance(seen, exits.ShutdownExit):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import signal
-import threading
 from collections import deque
 from collections.abc import Callable, Mapping
 from types import TracebackType
@@ -15,6 +13,7 @@ from kvmnest.kvm import Cap, Kvm, KvmMsrError, Vcpu, Vm
 from kvmnest.kvm.cpuid import CPUID_1_ECX_VMX, leaf
 from kvmnest.kvm.memory import Image
 from kvmnest.l1 import roundtrip
+from kvmnest.l1.budget import Budget
 from kvmnest.l1.command import Result, checked_payload
 from kvmnest.l1.cpu import Cpu
 from kvmnest.l1.roundtrip import Rewind
@@ -72,7 +71,7 @@ class L1Vm:
     ) -> None:
         self.kvm = kvm
         self.payload = checked_payload()
-        self.budget = budget
+        self.budget = Budget(budget, self._wake)
         self.irqchip = irqchip
         self.nested_roundtrip = nested_roundtrip
         #: Commands since the VM was made, with their outcomes: (command, outcome). The str of a
@@ -80,10 +79,6 @@ class L1Vm:
         self.log: deque[tuple[object, object]] = deque(maxlen=400)
         #: Called with the vCPU and the results of its commands after each batch, for tracing.
         self.on_results: Callable[[Cpu, list[Result]], None] | None = None
-        self.expired = False
-        self._armed = False
-        #: The handler of SIGALRM outside a case; None if it was not set from Python.
-        self._handler: Any = None
         #: VMCSs that have a baseline, by region address.
         self.vmcss: dict[int, Vmcs] = {}
         self._free = _FIRST_FREE
@@ -95,7 +90,6 @@ class L1Vm:
         self._vmxe = vmxe and self.has_vmx
         self.memory = kvm.create_memory(self.payload["RAM_SIZE"])
         self.cpus: list[Cpu] = []
-        self._vm: Vm
         self._vcpus: list[Vcpu] = []
         self._caps: Capabilities | None = None
         #: True once a case took hold of the VM or a vCPU itself: ``reset`` cannot know then
@@ -109,6 +103,10 @@ class L1Vm:
             for address, content in self.payload.segments:
                 self.memory.write(address, content)
             self._vm = self.create_vm()
+        except BaseException:
+            self.memory.close()
+            raise
+        try:
             self.add_cpu()
         except BaseException:
             self.close()
@@ -193,12 +191,11 @@ class L1Vm:
 
     def close(self) -> None:
         """Destroy the VM and free its memory. Closing twice is allowed."""
-        self.stop_budget()
+        self.budget.stop()
         for vcpu in self._vcpus:
             vcpu.close()
         self._vcpus, self.cpus = [], []
-        if hasattr(self, "_vm"):
-            self._vm.close()
+        self._vm.close()
         self._rewind = self._image = None
         self.memory.close()
 
@@ -221,7 +218,7 @@ class L1Vm:
         return not (
             self.touched
             or self.nested_roundtrip
-            or self.expired
+            or self.budget.used_up
             or len(self.cpus) != 1
             or self.cpu.suspended
         )
@@ -233,7 +230,7 @@ class L1Vm:
         """
         if not self.resettable:
             raise HarnessError("this VM was changed in ways that a reset does not undo")
-        self.stop_budget()
+        self.budget.stop()
         if self._rewind is None or self._image is None:
             raise HarnessError("reset needs keep_state()")
         self._image.restore()
@@ -253,29 +250,10 @@ class L1Vm:
             self._rewind = lambda: state(self._vcpus[0])
         self._image = Image(self.memory, self.payload.image)
 
-    # --- the budget of a case ---
-
-    def arm_budget(self) -> None:
-        """Start the clock of the case, once; a signal then brings KVM_RUN back."""
-        if self._armed or not self.budget or threading.current_thread() != threading.main_thread():
-            return
-        self._armed = True
-        self._handler = signal.signal(signal.SIGALRM, self._expire)
-        # The timer repeats, since a signal that arrives just before KVM_RUN does not end it.
-        signal.setitimer(signal.ITIMER_REAL, self.budget, 0.05)
-
-    def _expire(self, number: int, frame: object) -> None:
-        self.expired = True
+    def _wake(self) -> None:
         for cpu in self.cpus:
             if cpu.suspended:
                 self._vcpus[cpu.index].kick()
-
-    def stop_budget(self) -> None:
-        """Stop the clock; the next command starts it anew."""
-        if self._armed:
-            self._armed = False
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, self._handler or signal.SIG_DFL)
 
     # --- what L1 has ---
 

@@ -78,14 +78,14 @@ class Namespace:
             raise
         except BaseException as error:
             # At once, not at the end: nothing of the budget may run while L1 is regained.
-            self.l1.stop_budget()
+            self.l1.budget.stop()
             self._write(describe(error, self.names))
             if isinstance(error, (KeyboardInterrupt, VmLost)):
                 # Only a vCPU that could run on can be led back.
                 lost = isinstance(error, VmLost) and error.kind != "hang"
                 self._go_on(None if lost else regain(self.l1))
         finally:
-            self.l1.stop_budget()
+            self.l1.budget.stop()
 
     def _go_on(self, said: str | None) -> None:
         """Show what became of L1; None: make a new one."""

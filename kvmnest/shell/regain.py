@@ -55,8 +55,8 @@ def _stop(l1: L1, cpu: Cpu) -> str:
         regs.rip = l1.sym("done64" if vcpu.get_sregs().cs.l else "done32")
         vcpu.set_regs(regs)
     vcpu.set_mp_state(0)  # KVM_MP_STATE_RUNNABLE: it may be in HLT
-    l1.stop_budget()
-    l1.expired = False
+    l1.budget.stop()
+    l1.budget.used_up = False
     cpu.resume()
     if in_l2:
         return f"L2 is stopped at RIP {rip:#x}, by a triple-fault exit; L1 lives"

@@ -40,7 +40,7 @@ def test_l1(kvm, l1, n):
     assert l1.kvm is kvm
     assert not l1.log
     assert l1.cpuid(0)
-    assert l1.budget == 7
+    assert l1.budget.seconds == 7
 """,
         suite=False,
     )
