@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from kvmnest.lab import debian, kernels
+from kvmnest.lab import apts, debian, kernels
 from kvmnest.lab.machine import Lab
 
 
@@ -29,7 +29,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The package of the lab's own kernel, unpacked; with the user's cache, which has its name."""
     release = kernels.resolve().release
     folder = tmp_path_factory.mktemp("package")
-    debian.fetch(kernels.apt_of(release), release, folder)
+    debian.fetch(apts.of(release), release, folder)
     return folder
 
 

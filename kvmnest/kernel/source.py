@@ -14,7 +14,7 @@ from pathlib import Path
 from kvmnest import scratch
 from kvmnest.errors import HarnessError
 from kvmnest.kernel import build_tools
-from kvmnest.lab import cache, debian, kernels, tools
+from kvmnest.lab import apts, cache, debian, tools
 from kvmnest.lab.errors import LabSetupError
 
 _FORMAT = 2
@@ -60,7 +60,7 @@ def prepare(release: str, apt: debian.Apt | None = None) -> KernelSource:
     build_tools.require_programs(release)
     found = _noted(release)
     if found is None:
-        found = _fetch(release, apt or kernels.apt_of(release))
+        found = _fetch(release, apt or apts.of(release))
     build_tools.require(found.headers, release)
     return found
 

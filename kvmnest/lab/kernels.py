@@ -7,7 +7,6 @@ or vmlinux and kvm modules.
 """
 
 import contextlib
-import functools
 import hashlib
 import marshal
 import re
@@ -18,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kvmnest import scratch
-from kvmnest.lab import DEFAULT_KERNEL, archive, cache, debian, modules, packages
+from kvmnest.lab import DEFAULT_KERNEL, apts, archive, cache, debian, modules, packages
 from kvmnest.lab.decompress import vmlinux_of
 from kvmnest.lab.errors import KernelSpecError, LabSetupError
 from kvmnest.lab.image import KernelImage, flatten
@@ -219,63 +218,11 @@ def _noted(path: Path) -> str:
     return text if re.fullmatch(r"[\w.+-]+", text) else ""
 
 
-def _archive_folder() -> Path:
-    return cache.root() / "archive"
-
-
-def _system_apt() -> debian.Apt:
-    """The apt of this machine; what it said is kept until its lists change."""
-    notes = cache.root() / "debian" / f"system-{archive.system_stamp()}"
-    if not notes.is_file():
-        notes.parent.mkdir(mode=0o700, exist_ok=True)
-        for old in notes.parent.glob("system-*"):
-            cache.drop(old)
-    return debian.Apt(notes=notes)
-
-
-def apts() -> list[debian.Apt]:
-    """Who knows Debian's kernels: the archive as it is now, and the system's apt.
-
-    Raises LabSetupError if neither can be asked.
-    """
-    found, why = [], None
-    try:
-        with cache.locked("archive"):
-            found.append(archive.ask(_archive_folder()))
-    except LabSetupError as error:
-        why = error
-    system = _system_apt()
-    try:
-        if system.offers:
-            found.append(system)
-    except LabSetupError as error:
-        why = why or error
-    if not found:
-        raise why or LabSetupError("apt knows no kernel")
-    if why is not None:
-        _tell_once(f"only kernels of this system's own apt can be had: {why}")
-    return found
-
-
-@functools.cache
-def _tell_once(text: str) -> None:
-    cache.tell(text)
-
-
-def apt_of(release: str) -> debian.Apt:
-    """The apt that knows a kernel release; the archive's if none does.
-
-    Raises LabSetupError if apt cannot be asked.
-    """
-    every = apts()
-    return next((apt for apt in every if release in apt.offers), every[0])
-
-
 def _from_version(spec: str) -> Kernel:
     # Asking apt takes a second, so its last answer holds until its lists change or are old.
     notes = cache.root() / "debian"
     notes.mkdir(mode=0o700, exist_ok=True)
-    stamps = [archive.system_stamp(), archive.stamp(_archive_folder())]
+    stamps = [archive.system_stamp(), archive.stamp(apts.archive_folder())]
     answer = notes / f"answer-{cache.digest([spec, *stamps])}"
     cached = cached_releases()
     if answer.is_file() and time.time() - answer.stat().st_mtime < _DAY:
@@ -283,7 +230,7 @@ def _from_version(spec: str) -> Kernel:
         if release in cached:
             return _cached(cached[release], _gone)
     try:
-        known = {release: apt for apt in reversed(apts()) for release in apt.offers}
+        known = {release: apt for apt in reversed(apts.every()) for release in apt.offers}
     except LabSetupError as e:
         release = debian.match(spec, cached) or ""
         if not release:
@@ -306,7 +253,7 @@ def _from_version(spec: str) -> Kernel:
     for old in notes.glob("answer-*"):
         if _noted(old) in (release, ""):
             cache.drop(old)
-    stamps[1] = archive.stamp(_archive_folder())  # asking may have renewed its lists
+    stamps[1] = archive.stamp(apts.archive_folder())  # asking may have renewed its lists
     _note(notes / f"answer-{cache.digest([spec, *stamps])}", release)
     return kernel
 
@@ -361,7 +308,9 @@ def available() -> list[Available]:
     cached, installed = cached_releases(), installed_releases()
     offers: dict[str, debian.Offer] = {}
     with contextlib.suppress(LabSetupError):
-        offers = {name: offer for apt in reversed(apts()) for name, offer in apt.offers.items()}
+        offers = {
+            name: offer for apt in reversed(apts.every()) for name, offer in apt.offers.items()
+        }
     found = []
     for release in sorted({*offers, *cached, *installed}, key=debian.version_key):
         entry = Available(release, release in cached, release in installed)
@@ -392,7 +341,7 @@ def between(first: str, last: str, *, here: bool = False) -> list[str]:
     """
     known = {entry.release for entry in available()}
     if here:
-        known &= {*_system_apt().offers, *installed_releases()}
+        known &= {*apts.system().offers, *installed_releases()}
         known = {release for release in known if "-cloud-" not in release}
     ends = []
     for spec in (first, last):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from kvmnest.lab import archive, debian, kernels, tools
+from kvmnest.lab import apts, archive, debian, kernels, tools
 from kvmnest.lab.errors import KernelSpecError, LabSetupError
 
 
@@ -37,7 +37,7 @@ def test_kernels_up_to_mainline() -> None:
     assert newest is not None
     assert debian.version_key(newest) > (7, 3)
     assert found[newest].size > 30_000_000
-    offers = kernels.apt_of(newest).offers
+    offers = apts.of(newest).offers
     assert len(offers[newest].packages) == 2
     assert not [name for name in found if "/" in name or name.startswith(("6.12-", "7.2-"))]
 
@@ -66,11 +66,11 @@ def test_between_spans_suites() -> None:
 @pytest.fixture
 def lists(tmp_path: Path) -> Path:
     """A copy of the lists of the cache."""
-    kernels.apts()
+    apts.every()
     folder = tmp_path / "apt"
-    shutil.copytree(kernels._archive_folder(), folder)
+    shutil.copytree(apts.archive_folder(), folder)
     path = folder / "sources.list"
-    path.write_text(path.read_text().replace(str(kernels._archive_folder()), str(folder)))
+    path.write_text(path.read_text().replace(str(apts.archive_folder()), str(folder)))
     return folder
 
 
@@ -121,7 +121,7 @@ def test_installed_kernels(tmp_path: Path) -> None:
     """A kernel with its modules in the usual places; one without modules does not count."""
     release = kernels.resolve().release
     package = tmp_path / "package"
-    debian.fetch(kernels.apt_of(release), release, package)
+    debian.fetch(apts.of(release), release, package)
     shutil.copyfile(package / f"boot/vmlinuz-{release}", package / "boot/vmlinuz-7.0.0-alone")
     assert kernels.installed_releases(package) == [release]
     kernel = kernels._from_installed(release, package)
@@ -152,7 +152,7 @@ def test_an_archive_out_of_reach_is_no_wrong_usage(
         raise LabSetupError("apt knows no kernel")
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(kernels.debian.Apt, "offers", property(lambda self: no_system()))
+    monkeypatch.setattr(debian.Apt, "offers", property(lambda self: no_system()))
     with pytest.raises(
         LabSetupError, match=r"no kernel 6\.1 in the cache, and .*no connection"
     ) as e:
@@ -166,9 +166,9 @@ def test_fewer_kernels_than_the_archive_has_are_no_secret(
     """Else the newest kernel of the system's lists, which may be old, would pass for the newest."""
     little = shutil._ntuple_diskusage(1 << 40, 0, 1 << 20)
     monkeypatch.setattr(shutil, "disk_usage", lambda place: little)
-    kernels._tell_once.cache_clear()
+    apts._tell_once.cache_clear()
     for _ in range(2):
-        assert len(kernels.apts()) == 1
+        assert len(apts.every()) == 1
     assert capfd.readouterr().err == (
         "kvmnest: only kernels of this system's own apt can be had:"
         f" {own_cache} has 1 MiB free; Debian's package lists need 300 MiB"

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from kvmnest.cli.main import main
-from kvmnest.lab import kernels, packages
+from kvmnest.lab import apts, kernels, packages
 from kvmnest.lab.errors import KernelSpecError
 
 R = "7.3.4+deb13-cloud-amd64"
@@ -107,7 +107,7 @@ def test_a_kernel_in_parts(as_folder: bool, tmp_path: Path) -> None:
     """The newest kernel of the archive, as the files that its packages are."""
     from kvmnest.lab import debian
 
-    known = {release: apt for apt in reversed(kernels.apts()) for release in apt.offers}
+    known = {release: apt for apt in reversed(apts.every()) for release in apt.offers}
     release = debian.match("newest", known)
     assert release is not None
     debs = []

@@ -2,7 +2,7 @@
 
 import pytest
 
-from kvmnest.lab import bochs, cache, debian, kernels, saved
+from kvmnest.lab import apts, bochs, cache, debian, kernels, saved
 from kvmnest.lab.errors import LabSetupError
 from kvmnest.lab.rootfs import Tree
 
@@ -47,13 +47,13 @@ def test_the_first_boot_says_so_and_later_ones_do_not(capsys, monkeypatch):
     monkeypatch.setattr(saved.snapshot, "resume", lambda *_: None)
     tree = Tree("key", {}, {})
     boots = saved.SavedBoots(bochs.locate(), 128, 1, (), lambda to: None, tree)
-    _, resumed = boots.start(Process(), {})
+    _, resumed = boots.start(Process(), {}, collected=False)
     assert not resumed
     assert capsys.readouterr().err == (
         "kvmnest: the first boot of this kernel here, which is saved for later ones: 5 to 30 s\n"
     )
-    cache.entry("booted", boots._steps({})[0].key, _build)
-    _, resumed = boots.start(Process(), {})
+    cache.entry("booted", boots._steps({}, collected=False)[0].key, _build)
+    _, resumed = boots.start(Process(), {}, collected=False)
     assert resumed
     assert capsys.readouterr().err == ""
     assert started == [True, True]
@@ -63,7 +63,7 @@ def test_a_kernel_that_is_fetched_says_so(capsys, monkeypatch):
     offer = debian.Offer("6.1-amd64", "6.1-1", ("bookworm",), 5, ("linux-image=6.1",), "key")
     apt = debian.Apt()
     apt.__dict__["offers"] = {offer.release: offer}
-    monkeypatch.setattr(kernels, "apts", lambda: [apt])
+    monkeypatch.setattr(apts, "every", lambda: [apt])
 
     def fetch(*_):
         raise LabSetupError("no connection")

@@ -1,44 +1,22 @@
-"""Whole runs: real child processes that pass, fail, crash, hang and are interrupted."""
+"""Whole runs: real child processes that pass, fail, crash, or hang."""
 
 import io
 import json
 import os
-import re
-import resource
-import signal
-import subprocess
-import sys
-import time
 import xml.etree.ElementTree as ET
-from pathlib import Path
 
 import pytest
 from results_run import run
 
 from kvmnest import known
 from kvmnest.bisect import probe
-from kvmnest.errors import HarnessError, KvmnestError, UsageError
+from kvmnest.errors import HarnessError, UsageError
 from kvmnest.results import jsonfile, ktap
-from kvmnest.results.model import Case, Run
+from kvmnest.results.model import Run
 from kvmnest.results.progress import Progress
 from kvmnest.results.reporter import Reporter
 from kvmnest.results.runner import Plan, pytest_arguments, run_cases
 from kvmnest.results.targets import LocalTarget
-
-SCRIPT = str(Path(__file__).with_name("results_run.py"))
-ROOT = str(Path(__file__).resolve().parents[2])
-
-
-@pytest.fixture
-def write(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", ROOT)
-
-    def writer(text, name="test_sample.py"):
-        (tmp_path / name).write_text("import os, signal, time\nimport pytest\n" + text)
-        return name
-
-    return writer
 
 
 def outcomes(found: Run) -> dict[str, str]:
@@ -282,182 +260,6 @@ def test_a_file_that_does_not_load(write, tmp_path):
 def test_a_case_that_does_not_exist(write, tmp_path):
     with pytest.raises(UsageError, match="test_nothing"):
         run(tmp_path / "out", write("def test_a(): pass") + "::test_nothing")
-
-
-def _start(tmp_path, name):
-    return subprocess.Popen(
-        [sys.executable, SCRIPT, str(tmp_path / "out"), name],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def _wait_for_cases(path, count):
-    end = time.monotonic() + 30
-    while time.monotonic() < end:
-        if path.exists() and len(json.loads(path.read_text())["cases"]) >= count:
-            return
-        time.sleep(0.01)
-    raise AssertionError(f"{path} never had {count} cases")
-
-
-SLOW = 'def test_pid(): open("pid", "w").write(str(os.getpid()))\n' + (
-    '@pytest.mark.parametrize("n", range(100))\ndef test_a(n): time.sleep(0.05)\n'
-)
-
-
-def _gone(pid):
-    for _ in range(200):
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return True
-        time.sleep(0.05)
-    return False
-
-
-def test_killed_in_the_middle(write, tmp_path):
-    process = _start(tmp_path, write(SLOW))
-    _wait_for_cases(tmp_path / "out.json", 5)
-    process.kill()
-    process.communicate()
-    document = json.loads((tmp_path / "out.json").read_text())
-    assert len(document["cases"]) >= 5
-    assert document["complete"] is False
-    assert document["finished"] is None
-    # Nobody listens to the child any more.
-    assert _gone(int((tmp_path / "pid").read_text()))
-
-
-def test_what_a_killed_run_left_beside_its_results(tmp_path):
-    """A kill in the middle of a write; what a process that lives writes at the moment stays."""
-    path = tmp_path / "o[1].json"
-    dead = subprocess.Popen(["true"])
-    dead.wait()
-    left, other = (path.with_name(f".{path.name}.{pid}.tmp") for pid in (dead.pid, os.getppid()))
-    left.write_text("{")
-    other.write_text("{")
-    jsonfile.JsonFile(path).start(Run("kvm"))
-    assert {*tmp_path.iterdir()} == {path, other}
-
-
-def test_a_killed_run_leaves_a_junit_report_that_does_not_look_good(write, tmp_path):
-    process = _start(tmp_path, write(SLOW))
-    _wait_for_cases(tmp_path / "out.json", 5)
-    process.kill()
-    output, _ = process.communicate()
-    suite = ET.parse(tmp_path / "out.xml").getroot()[0]
-    found = [case for case in suite.iter("testcase") if case.get("classname") != "kvmnest"]
-    stored = len(json.loads((tmp_path / "out.json").read_text())["cases"])
-    assert len(found) >= stored - 1  # it is written second
-    assert suite.get("errors") == "1"
-    assert "the run did not come to its end" in suite.find("testcase/error").get("message")
-    # What the terminal has counted is stored.
-    counted = max((int(n) for n in re.findall(r"\[(\d+)/", output)), default=0)
-    assert min(stored, len(found)) >= counted
-
-
-def test_a_case_is_stored_before_it_is_told(tmp_path):
-    path = tmp_path / "out.json"
-
-    class Telling(Progress):
-        def ended(self, run, case):
-            document = json.loads(path.read_text())
-            assert [one["id"] for one in document["cases"]] == [one.id for one in run.cases]
-            told.append(case.id)
-
-    told = []
-    reporter = Reporter(Run("kvm"), Telling(io.StringIO()), json_path=path)
-    reporter.run.planned = ["a", "b"]
-    for name in reporter.run.planned:
-        reporter.store(Case(name, None, None, "passed", 0.0))
-    assert told == ["a", "b"]
-
-
-def test_interrupted(write, tmp_path):
-    process = _start(tmp_path, write(SLOW))
-    _wait_for_cases(tmp_path / "out.json", 5)
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=30)
-    document = json.loads((tmp_path / "out.json").read_text())
-    assert len(document["cases"]) >= 5
-    assert document["finished"]
-    assert document["not_run"]
-    assert "not run: " in output
-    assert _gone(int((tmp_path / "pid").read_text()))
-
-
-@pytest.mark.parametrize("where", ["no/such/folder/out", "."])
-def test_unwritable_results_are_an_error_at_the_start(write, tmp_path, where):
-    name = write('def test_a(): open("ran", "w")')
-    path = tmp_path / where
-    with pytest.raises(HarnessError, match="cannot write results to"):
-        jsonfile.JsonFile(path).start(Run("kvm"))
-    if where != ".":
-        with pytest.raises(HarnessError, match="cannot write"):
-            run(path, name)
-        assert not (tmp_path / "ran").exists()
-
-
-def test_full_disk_keeps_what_was_written(tmp_path, capsys):
-    from kvmnest.results.model import Case
-
-    path = tmp_path / "out.json"
-    file, found = jsonfile.JsonFile(path), Run("kvm")
-    file.start(found)
-    found.cases.append(Case("a", 1, "s", "passed", 0.1))
-    file.write(found)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    # The kernel refuses the write as it does on a full disk, with another errno.
-    resource.setrlimit(resource.RLIMIT_FSIZE, (512, limits[1]))
-    try:
-        found.cases.append(Case("b", 1, "s", "failed", 0.1, "x" * 4096))
-        file.write(found)
-        file.write(found)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert [case["id"] for case in json.loads(path.read_text())["cases"]] == ["a"]
-    assert file.problem == f"cannot write results to {path}: File too large"
-    assert capsys.readouterr().err.count("cannot write") == 1
-    assert list(tmp_path.iterdir()) == [path]
-    file.write(found)
-    assert file.problem == ""
-    assert len(json.loads(path.read_text())["cases"]) == 2
-
-
-@pytest.mark.parametrize(
-    ("text", "complaint"),
-    [
-        (None, "cannot read"),
-        ("{", "no JSON"),
-        ("[]", "is no results file of kvmnest run --json: it must be an object"),
-        ('{"schema": 2, "cases": []}', "has schema 2, this kvmnest reads schema 1"),
-        ('{"schema": 1, "cases": [{"id": "a", "outcome": "great"}]}', "it must have "),
-    ],
-)
-def test_results_that_cannot_be_read(tmp_path, text, complaint):
-    path = tmp_path / "in.json"
-    if text is not None:
-        path.write_text(text)
-    with pytest.raises(KvmnestError, match=complaint):
-        jsonfile.load(path)
-
-
-def test_only_regular_files_are_replaced(tmp_path):
-    """Root could replace /dev/null; a link stays one, and its file gets the results."""
-    pipe = tmp_path / "pipe"
-    os.mkfifo(pipe)
-    for where in (pipe, tmp_path):
-        with pytest.raises(HarnessError, match="cannot write results to"):
-            jsonfile.JsonFile(where)
-    assert pipe.is_fifo()
-    link, path = tmp_path / "link", tmp_path / "out.json"
-    path.write_text("")
-    link.symlink_to(path)
-    jsonfile.JsonFile(link).start(Run("kvm"))
-    assert link.is_symlink()
-    assert json.loads(path.read_text())["cases"] == []
 
 
 def test_cases_of_the_suite_beside_a_file_of_the_user(write, tmp_path):
