@@ -27,7 +27,8 @@ def run(folder, *arguments):
         check=False,
         timeout=560,
     )
-    return done, json.loads((folder / "out.json").read_text())
+    out = folder / "out.json"
+    return done, json.loads(out.read_text()) if out.exists() else None
 
 
 def test_cases_of_the_suite(tmp_path):
@@ -80,7 +81,7 @@ def test_a_wrong_selection_is_a_usage_error(tmp_path, arguments, text):
     assert done.returncode == 2, done.stdout
     assert text in done.stdout
     assert "Traceback" not in done.stdout
-    assert document["cases"] == []
+    assert document is None
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
