@@ -11,6 +11,7 @@ import time
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
+from kvmnest.results import jsonfile
 from kvmnest.results.model import Case, Run
 from kvmnest.results.progress import Progress
 from kvmnest.results.reporter import Reporter
