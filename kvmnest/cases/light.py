@@ -26,8 +26,8 @@ import kvmnest
 from kvmnest import host, kmsg
 from kvmnest.cases import explain, rewrite, standin, verdict
 from kvmnest.cases.events import EventWriter
-from kvmnest.cases.offer import HostOffer
 from kvmnest.cases.needs import why_skipped
+from kvmnest.cases.offer import HostOffer
 from kvmnest.kmsg import LEVELS, KernelLog
 
 _LONGEST_DETAIL = 20_000

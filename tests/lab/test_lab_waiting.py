@@ -47,13 +47,13 @@ def test_the_first_boot_says_so_and_later_ones_do_not(capsys, monkeypatch):
     monkeypatch.setattr(saved.snapshot, "resume", lambda *_: None)
     tree = Tree("key", {}, {})
     boots = saved.SavedBoots(bochs.locate(), 128, 1, (), lambda to: None, tree)
-    _, resumed = boots.start(Process(), {}, collected=False)
+    _, resumed = boots.start(Process(), {})
     assert not resumed
     assert capsys.readouterr().err == (
         "kvmnest: the first boot of this kernel here, which is saved for later ones: 5 to 30 s\n"
     )
-    cache.entry("booted", boots._steps({}, collected=False)[0].key, _build)
-    _, resumed = boots.start(Process(), {}, collected=False)
+    cache.entry("booted", boots._steps({})[0].key, _build)
+    _, resumed = boots.start(Process(), {})
     assert resumed
     assert capsys.readouterr().err == ""
     assert started == [True, True]
