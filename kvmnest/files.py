@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import glob
 import json
@@ -13,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kvmnest.errors import HarnessError, UsageError
+from kvmnest.errors import HarnessError, KvmnestError, UsageError
 
 # What the disk has against it, not the name.
 _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
@@ -30,15 +29,21 @@ def require_writable(*paths: Path | None) -> None:
         try:
             _try(path)
         except OSError as error:
-            kind = HarnessError if error.errno in _OF_THE_DISK else UsageError
-            raise kind(f"cannot write {path}: {error.strerror or error}") from error
+            raise _refusal(path, error) from error
 
 
 def require_folder(folder: Path) -> None:
     """Make a folder if need be, private to the user. Raises as ``require_writable``."""
-    with contextlib.suppress(OSError):  # what cannot be made is told by the next line
+    try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    require_writable(folder / "file")
+        _try(folder / "file")
+    except OSError as error:
+        raise _refusal(folder, error) from error
+
+
+def _refusal(path: Path, error: OSError) -> KvmnestError:
+    kind = HarnessError if error.errno in _OF_THE_DISK else UsageError
+    return kind(f"cannot write {path}: {error.strerror or error}")
 
 
 def _try(path: Path) -> None:

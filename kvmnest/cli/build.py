@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kvmnest.errors import UsageError
+from kvmnest.files import require_folder
 from kvmnest.lab import DEFAULT_KERNEL
 
 
@@ -33,13 +34,15 @@ def run(options: argparse.Namespace) -> int:
     """Run the verb."""
     import sys
 
-    from kvmnest.kernel.build import BuildError, build_tree
+    from kvmnest.kernel.build import BuildError, build_tree, require_source
     from kvmnest.lab import kernels
 
     # What can be wrong at once comes before a kernel that may have to be fetched.
     tree = Path(os.path.realpath(options.tree))
     if not os.path.isdir(tree):
         raise UsageError(f"{options.tree}: no such directory")
+    require_source(tree)
+    require_folder(options.to)
     release = kernels.resolve(options.kernel).release
     try:
         build_tree(tree, release, options.to)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from kvmnest import scratch
-from kvmnest.errors import KvmnestError
+from kvmnest.errors import KvmnestError, UsageError
 from kvmnest.kernel import source
 from kvmnest.kernel.edits import Edit, apply_all
 from kvmnest.lab import cache, modules, tools
@@ -93,16 +93,22 @@ def rebuilt(kernel: source.KernelSource, change: Callable[[Path], None]) -> Iter
         raise LabSetupError(cache.describe(error, "building kernel modules")) from error
 
 
+def require_source(tree: Path) -> None:
+    """Raise UsageError unless ``tree`` looks like a kernel's source."""
+    if not (tree / KVM / "Makefile").is_file():
+        raise UsageError(f"{tree} is no kernel source: it has no {KVM}")
+
+
 def build_tree(tree: Path, release: str, to: Path) -> None:
     """Compile the KVM of a source ``tree`` for a Debian kernel and put both modules into ``to``.
 
     ``tree`` has arch/x86/kvm and virt/kvm, as close to the kernel's own source as the change
     under test allows. Only files that differ from that source are compiled again. Raises
-    BuildError if it does not compile, LabSetupError as ``build_modules``.
+    UsageError for what is no source, BuildError if it does not compile, LabSetupError as
+    ``build_modules``.
     """
+    require_source(tree)
     kernel = source.prepare(release)
-    if not (tree / KVM / "Makefile").is_file():
-        raise LabSetupError(f"{tree} is no kernel source: it has no {KVM}")
 
     def overlay(work: Path) -> None:
         for folder in (KVM, "virt/kvm"):

@@ -27,6 +27,7 @@ _KEPT_KERNELS = 24  # some 60 MB each: a ladder of kernels is asked again and ag
 _DAY = 86_400.0
 _FORMAT = 1
 _BANNER = re.compile(rb"Linux version (\S+) \(")
+_LARGEST = 2 << 30  # bytes; a vmlinux with all its debug information has less than one
 _OLDEST = (5, 10)  # KVM lets user space filter and answer MSRs since then
 
 
@@ -155,10 +156,9 @@ def _from_files(
     file: Path, found: Mapping[str, Path], wanted: Iterable[Path], listings: Iterable[Path]
 ) -> Kernel:
     """A kernel of loose files; ``wanted`` are the modules whose content tells it from others."""
-    listing = next((path.read_text() for path in listings if path.is_file()), "")
-    builtin = modules.builtin_names(listing)
+    builtin = _builtin(listings)
     try:
-        contents = [file.read_bytes(), *(path.read_bytes() for path in sorted(wanted))]
+        contents = [_content(file), *(_content(path) for path in sorted(wanted))]
     except PermissionError as e:
         raise KernelSpecError(
             f"{e.filename} cannot be read: make it readable, or run as root"
@@ -166,6 +166,19 @@ def _from_files(
     hashes = [hashlib.sha256(content).digest() for content in contents]
     key = cache.digest([_FORMAT, *hashes, *sorted(builtin)])
     return _cached(key, lambda to: _store(file, found, builtin, to))
+
+
+def _content(path: Path) -> bytes:
+    size = path.stat().st_size
+    if size > _LARGEST:
+        raise KernelSpecError(f"{path} has {size >> 30} GiB, which no file of a kernel has")
+    return path.read_bytes()
+
+
+def _builtin(listings: Iterable[Path]) -> frozenset[str]:
+    """Names of the modules that are part of the kernel, of the first list that is there."""
+    text = next((_content(path) for path in listings if path.is_file()), b"")
+    return modules.builtin_names(text.decode(errors="replace"))
 
 
 def _cached(key: str, build: Callable[[Path], None]) -> Kernel:
@@ -192,7 +205,7 @@ def _from_debs(debs: Sequence[Path]) -> Kernel:
 def _store_unpacked(package: Path, to: Path) -> None:
     found = modules.find(package / "lib/modules") | modules.find(package / "usr/lib/modules")
     listings = list(package.glob("**/modules.builtin"))
-    builtin = modules.builtin_names(listings[0].read_text() if listings else "")
+    builtin = _builtin(listings)
     _store(_kernel_file(package), found, builtin, to)
 
 

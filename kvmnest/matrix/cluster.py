@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import re
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError
@@ -43,9 +44,9 @@ class Cluster:
             raise HarnessError("--scheduler needs Dask: pip install 'kvmnest[matrix]'") from error
         # What it has to say about lost connections is told in our words.
         logging.getLogger("distributed").setLevel(logging.CRITICAL)
-        if not address.strip():
-            # Dask would start a cluster of its own.
-            raise UsageError("--scheduler needs the address of a Dask scheduler")
+        # Without an address Dask would start a cluster of its own, and without a port never end.
+        if not re.fullmatch(r"(\w+://)?[^\s/]+:\d{1,5}", address):
+            raise UsageError(f"--scheduler {address!r}: an address looks like tcp://HOST:8786")
         try:
             self._client = self._dask.Client(
                 address, timeout=_CONNECT_SECONDS, set_as_default=False

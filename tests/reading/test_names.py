@@ -56,6 +56,10 @@ COMMANDS = [
     ("repro", "new", "BAD"),
     ("build", "BAD", "BAD"),
     ("found", "BAD"),
+    ("coverage", "show", "BAD"),
+    ("coverage", "show", "GOOD", "--against", "BAD"),
+    ("coverage", "run", "--data", "BAD/x", CASE),
+    ("coverage", "run", "--against", "BAD", CASE),
     ("kernels", "forget", "BAD"),
 ]
 

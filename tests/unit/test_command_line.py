@@ -150,3 +150,12 @@ def test_an_interrupt_at_the_start(after):
     process.send_signal(signal.SIGINT)
     _, told = process.communicate(timeout=60)
     assert told in ("kvmnest: interrupted\n", ""), told
+
+
+@pytest.mark.parametrize("address", ["", " ", "nowhere", "tcp://nowhere", "tcp://:1", "a b:1"])
+def test_an_address_that_cannot_be(address, tmp_path, capsys):
+    """Dask would start a cluster of its own, or wait."""
+    pytest.importorskip("distributed")
+    words = ["--scheduler", address, "--kernels", "6.1", "--state", str(tmp_path)]
+    assert main(["matrix", *words, "test_vmxon.py"]) == 2
+    assert "an address looks like tcp://HOST:8786" in capsys.readouterr().err
