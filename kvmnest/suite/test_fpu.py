@@ -249,3 +249,24 @@ def test_ymm_registers_both_ways(l1: L1) -> None:
     assert l1.read(data + 64, 32) == mine
     assert l1.call(STORE_YMM3, regs={"rdi": data + 96}) == Succeed()
     assert l1.read(data + 96, 32) == theirs
+
+
+@pytest.mark.needs(Cr4.OSXSAVE)
+@pytest.mark.series(18)
+@pytest.mark.sdm("Loading Host Control Registers, Debug Registers, MSRs")
+@pytest.mark.parametrize("kept", [True, False], ids=["set", "clear"])
+def test_cpuid_follows_the_cr4_of_l1(l1: L1, kept: bool) -> None:
+    """CPUID.01H:ECX.OSXSAVE mirrors CR4.OSXSAVE: behind an exit that of L1, whatever L2 had."""
+    guest = Guest(l1)
+    cr4 = _enable_xsave(l1, guest, X87)
+    osxsave = 1 << 27
+    outcome = l1.cpuid(1)
+    assert isinstance(outcome, Succeed)
+    assert outcome.value[2] & osxsave
+    guest.vmcs[Field.HOST_CR4] = cr4 if kept else guest.vmcs[Field.HOST_CR4] & ~Cr4.OSXSAVE
+    theirs = cr4 & ~Cr4.OSXSAVE if kept else cr4
+    for _ in range(2):
+        assert guest.run(code.NOP, GUEST_CR4=theirs) == Succeed()
+        outcome = l1.cpuid(1)
+        assert isinstance(outcome, Succeed)
+        assert outcome.value[2] & osxsave == osxsave * kept

@@ -260,3 +260,25 @@ def test_l1_passes_an_interrupt_on(l1: L1) -> None:
         guest.vmcs[Field.VM_ENTRY_INTR_INFO_FIELD] = info
         assert guest.go_on() == Fault(0x30 + number, error_code=0, rip=0)
         assert apic.in_service() == []
+
+
+@pytest.mark.sdm("Task-Priority Register")
+@pytest.mark.parametrize("way", ["MOV-to-CR8", "WRMSR"])
+def test_task_priority_that_l2_lowers(l1: L1, way: str) -> None:
+    """L2 shares L1's APIC: it lowers the priority, and L1 takes the interrupt that waited, once.
+
+    L2 itself has interrupts disabled.
+    """
+    apic, guest = Apic(l1), _guest(l1, exiting=False)
+    assert l1.wrmsr(Msr.X2APIC_TPR, 0x60) == Succeed()
+    apic.send(VECTOR)
+    assert apic.open_window() == []
+    if way == "WRMSR":
+        program, regs = code.WRMSR, {"rcx": int(Msr.X2APIC_TPR), "rax": 0, "rdx": 0}
+    else:
+        program, regs = code.mov_to_cr(8), {"rax": 0}
+    assert guest.run(program + code.NOP * 2, regs, GUEST_RFLAGS=0x2) == Succeed()
+    assert apic.requested() == [VECTOR]
+    assert apic.open_window() == [VECTOR]
+    assert apic.open_window() == []
+    assert apic.requested() == []

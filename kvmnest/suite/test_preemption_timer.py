@@ -262,3 +262,23 @@ def test_single_steps_are_not_lost(l1: L1) -> None:
         assert isinstance(seen, Exit)
     assert trapped == list(range(1, count + 1))
     assert expired >= count // 2
+
+
+@pytest.mark.parametrize("ticks", [1 << 10, 1 << 14], ids=["short", "long"])
+def test_is_never_late(l1: L1, ticks: int) -> None:
+    """The last time that L2 reads lies before the end of the timer, which began with the entry."""
+    guest = Guest(l1, TIMER)
+    guest.off(ProcCtl.RDTSC_EXITING)
+    guest.off(ProcCtl.USE_TSC_OFFSETTING)
+    data, rate = l1.sym("l2_data"), l1.caps.misc.preemption_timer_rate
+    # RDTSC; SHL RDX, 32; OR RAX, RDX: the time in RAX.
+    now = code.RDTSC + b"\x48\xc1\xe2\x20\x48\x09\xd0"
+    first = now + b"\x48\x89\x07"  # MOV [RDI], RAX
+    loop = now + b"\x48\x89\x47\x08"  # MOV [RDI+8], RAX
+    program = first + loop + b"\xeb" + bytes([256 - len(loop) - 2])
+    for _ in range(3):
+        l1.write(data, bytes(16))
+        seen = guest.run(program, {"rdi": data}, VMX_PREEMPTION_TIMER_VALUE=ticks, GUEST_RFLAGS=IF)
+        assert seen.reason == ExitReason.PREEMPTION_TIMER
+        began, last = l1.read_int(data), l1.read_int(data + 8)
+        assert last < began + (ticks << rate)
