@@ -1,0 +1,130 @@
+"""Userspace reads any state of a vCPU in L2 and writes it back: nothing changes, for L2 or L1."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from kvmnest.kvm import Cap, Vcpu, exits
+from kvmnest.l1 import L1, L2Mode, code
+from kvmnest.suite.support.apic import Apic
+from kvmnest.suite.support.guest import PATTERN, Guest
+from kvmnest.vmx import ExitCtl, ExitReason, IntrType, Msr, PinCtl, Proc2Ctl, Vector, intr_info
+from kvmnest.vmx.outcome import Exit, HostExit, Succeed
+
+pytestmark = [
+    pytest.mark.series(24),
+    pytest.mark.sdm("VMX Non-Root Operation"),
+    pytest.mark.needs(Cap.NESTED_STATE, Proc2Ctl.ENABLE_EPT),
+]
+
+OUT_80 = code.out8(0x80)
+VECTOR = 0x51
+TO_APIC_0, NMI = 0xFEE00000, 4 << 8
+_MSRS = (
+    *(Msr.SYSENTER_CS, Msr.SYSENTER_ESP, Msr.SYSENTER_EIP, Msr.STAR, Msr.LSTAR, Msr.CSTAR),
+    *(Msr.KERNEL_GS_BASE, Msr.PAT, Msr.APIC_BASE, Msr.IA32_FEATURE_CONTROL),
+)
+
+
+def _msrs(vcpu: Vcpu) -> None:
+    vcpu.set_msrs(vcpu.get_msrs(_MSRS))
+
+
+def _pair(name: str) -> Callable[[Vcpu], None]:
+    def rewrite(vcpu: Vcpu) -> None:
+        getattr(vcpu, f"set_{name}")(getattr(vcpu, f"get_{name}")())
+
+    return rewrite
+
+
+#: The ioctls that write a vCPU's state, each given what its counterpart has read.
+REWRITES: dict[str, Callable[[Vcpu], None]] = {
+    **{
+        name: _pair(name)
+        for name in (
+            *("regs", "sregs", "sregs2", "fpu", "xsave", "xcrs", "debugregs", "vcpu_events"),
+            *("mp_state", "lapic", "cpuid", "nested_state", "tsc_khz"),
+        )
+    },
+    "msrs": _msrs,
+}
+_NEEDS = {"sregs2": Cap.SREGS2, "tsc_khz": Cap.TSC_CONTROL}
+MODES = (L2Mode.LONG, L2Mode.PAE, L2Mode.PROTECTED, L2Mode.UNPAGED, L2Mode.REAL)
+
+
+def _stop(guest: Guest, **fields: int) -> None:
+    """Run L2 to an OUT that userspace sees and that is done."""
+    seen = guest.run(OUT_80 + code.NOP, **fields)
+    assert isinstance(seen, HostExit)
+    assert isinstance(guest.l1.vcpu.run(immediate_exit=True), exits.IntrExit)
+
+
+def _needed(l1: L1, name: str) -> None:
+    if name in _NEEDS and not l1.kvm.check_extension(_NEEDS[name]):
+        pytest.skip(f"needs {_NEEDS[name].name}")
+
+
+@pytest.mark.parametrize("name", REWRITES)
+def test_in_every_mode_of_l2(l1: L1, name: str) -> None:
+    """L2 of each mode goes on with its registers, exits as it would have, and L1 is as before."""
+    _needed(l1, name)
+    modes = [m for m in MODES if m.name not in ("UNPAGED", "REAL")]
+    if l1.caps.supports(Proc2Ctl.UNRESTRICTED_GUEST):
+        modes = list(MODES)
+    for mode in modes:
+        guest = Guest(l1, mode=mode, ept=True)
+        _stop(guest)
+        for _ in range(2):
+            REWRITES[name](l1.vcpu)
+        seen = guest.resume()
+        assert seen == Succeed(), mode
+        if mode is L2Mode.LONG:
+            assert {key: seen.regs[key] for key in PATTERN} == guest.loaded, mode
+        assert l1.read_cr(3) == Succeed(l1.sym("l1_pml4")), mode
+        assert l1.vmptrst() == Succeed(guest.vmcs.address), mode
+        assert l1.vmxoff() == Succeed(), mode
+
+
+def _interrupt(l1: L1) -> None:
+    assert l1.vm.signal_msi(TO_APIC_0, VECTOR) == 1
+
+
+def _nmi(l1: L1) -> None:
+    assert l1.vm.signal_msi(TO_APIC_0, NMI) == 1
+
+
+_PENDING: dict[str, Callable[[L1], None]] = {
+    "interrupt": _interrupt,
+    "NMI": _nmi,
+}
+
+
+@pytest.mark.needs(
+    Cap.SIGNAL_MSI,
+    PinCtl.NMI_EXITING,
+    PinCtl.EXTERNAL_INTERRUPT_EXITING,
+    ExitCtl.ACKNOWLEDGE_INTERRUPT_ON_EXIT,
+)
+@pytest.mark.parametrize("pending", _PENDING)
+@pytest.mark.parametrize("name", REWRITES)
+def test_with_an_event_pending(l1: L1, name: str, pending: str) -> None:
+    """What waits for L2 is not lost, nor does it come twice."""
+    _needed(l1, name)
+    Apic(l1)
+    guest = Guest(l1, PinCtl.NMI_EXITING, PinCtl.EXTERNAL_INTERRUPT_EXITING)
+    guest.on(ExitCtl.ACKNOWLEDGE_INTERRUPT_ON_EXIT)
+    _stop(guest)
+    _PENDING[pending](l1)
+    for _ in range(2):
+        REWRITES[name](l1.vcpu)
+    seen: Any = guest.resume()
+    info = {
+        "interrupt": (ExitReason.EXTERNAL_INTERRUPT, VECTOR, IntrType.EXTERNAL_INTERRUPT),
+        "NMI": (ExitReason.EXCEPTION_NMI, Vector.NMI, IntrType.NMI),
+    }[pending]
+    reason, vector, kind = info
+    assert seen == Exit(reason, rip=guest.at(len(OUT_80)), intr_info=intr_info(vector, kind))
+    assert guest.go_on() == Succeed()
