@@ -112,6 +112,9 @@ def restore(vcpu: Vcpu, state: VcpuState) -> None:
     vcpu.set_mp_state(state.mp_state)
     vcpu.set_regs(state.regs)
     if state.nested is not None:
+        if state.events.smi.smm:
+            # The state of VMX operation that waits for RSM is refused outside SMM.
+            vcpu.set_vcpu_events(state.events)
         vcpu.set_nested_state(state.nested)
     # Events, blocking of NMIs and debug registers are L2's if L2 runs.
     vcpu.set_vcpu_events(state.events)

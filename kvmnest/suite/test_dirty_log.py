@@ -8,6 +8,7 @@ from kvmnest.kvm import exits
 from kvmnest.l1 import L1, code
 from kvmnest.suite.support.bitmaps import set_msr_bitmap
 from kvmnest.suite.support.emulation import PREFIX, forced
+from kvmnest.suite.support.entries import EPT_OR_NOT
 from kvmnest.suite.support.ept import (
     ENABLE_AD,
     RWX,
@@ -15,6 +16,7 @@ from kvmnest.suite.support.ept import (
     Access,
     Window,
     identity_entry,
+    poke,
     preset_flags,
 )
 from kvmnest.suite.support.failures import write_msr_area
@@ -93,6 +95,36 @@ def test_address_of_l2_is_another_page(l1: L1) -> None:
     assert _dirty(l1, named, page) == [False, True]
     assert guest.run(STORE, {"rdi": page}) == Succeed()
     assert _dirty(l1, named, page) == [False, True]
+
+
+@EPT_OR_NOT
+@pytest.mark.sdm("Address Translation in VMX Operation")
+def test_two_addresses_of_one_page(l1: L1, ept: bool) -> None:
+    """Two addresses of L2 for one page of L1, by EPT or by L2's tables: that page is logged."""
+    guest = Guest(l1, ept=ept)
+    first, second, page = l1.alloc(), l1.alloc(), l1.alloc()
+    for address in (first, second):
+        if ept:
+            l1.write_int(identity_entry(l1, address), page | WRITE_BACK | RWX)
+        else:
+            l1.write_int(l1.sym("l2_pml4_pt") + 8 * (address >> 12), page | 0x67)
+    load = Access.READ.value[1]
+    for address in (first, second):
+        assert guest.run(STORE + load, {"rdi": address}) == Succeed()
+    poke(l1, page, 0)
+    _start(l1)
+    for number, address in enumerate((first, second, second, first)):
+        assert guest.run(STORE, {"rdi": address, "rax": number}) == Succeed()
+        assert _dirty(l1, first, second, page) == [False, False, True], number
+        assert l1.read_int(page) == number
+        for read in (first, second):
+            assert guest.run(load, {"rdi": read}) == Succeed()
+        assert _dirty(l1, first, second, page) == [False] * 3, number
+        # L1's own write, by its own tables, to the page and to the one that has the address.
+        poke(l1, page, 0)
+        poke(l1, address, 0)
+        written = [address == first, address == second, True]
+        assert _dirty(l1, first, second, page) == written, number
 
 
 @pytest.mark.needs(Proc2Ctl.ENABLE_EPT, EptVpidCap.ACCESSED_DIRTY)
