@@ -81,6 +81,17 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="do not list CPU models, but measure the speed of each Bochs",
     )
     emulators.add_argument(
+        "--outcomes", action="store_true", help="what the suite gave on each CPU model"
+    )
+    emulators.add_argument(
+        "--record",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="take results of kvmnest run --cpu-model or matrix --cpu-models (--json FILE) for"
+        " --outcomes; files of the same model are parts of one run",
+    )
+    emulators.add_argument(
         "--kernel", metavar="SPEC", help=f"the kernel to ask (default: {DEFAULT_KERNEL})"
     )
     emulators.add_argument("--no-boot", action="store_true", help="names of the models only")
@@ -232,6 +243,8 @@ def _build(args: argparse.Namespace) -> int:
 
 def _emulators(args: argparse.Namespace) -> int:
     """List the emulators."""
+    if args.outcomes or args.record:
+        return _outcomes(args.record)
     from kvmnest.lab import bochs_build, cpu_models, fleet
     from kvmnest.lab.errors import LabSetupError
 
@@ -281,6 +294,15 @@ def _emulators(args: argparse.Namespace) -> int:
             print(f"      {line}")
         before = has or before
         sys.stdout.flush()
+    return 0
+
+
+def _outcomes(record: Sequence[Path] | None) -> int:
+    """Print the suite's outcomes on each CPU model, or those that come into the record."""
+    from kvmnest.results import by_cpu_model
+
+    rows = by_cpu_model.record(record) if record else by_cpu_model.recorded()
+    print("\n".join(by_cpu_model.lines(rows)))
     return 0
 
 
