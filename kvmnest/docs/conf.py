@@ -21,6 +21,7 @@ extensions = [
     "documented_modules",
     "documented_formats",
     "other_pages",
+    "public_bugs",
 ]
 exclude_patterns = ["extension"]
 default_role = "code"
