@@ -104,9 +104,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="of the cases that ship with kvmnest, leave out those with other ids",
     )
     group.addoption(
-        "--kvmnest-plan", metavar="FILE", help="write what was collected for the light runner"
-    )
-    group.addoption(
         "--kvmnest-from", type=int, default=0, metavar="N", help="leave out the first N cases"
     )
 
@@ -116,11 +113,6 @@ def pytest_configure(config: pytest.Config) -> None:
     """Register the markers and, if asked for, the event stream."""
     for marker in policy.MARKERS:
         config.addinivalue_line("markers", marker)
-    plan = config.getoption("--kvmnest-plan")
-    if plan:
-        from kvmnest.plugin.plan import PlanWriter
-
-        config.pluginmanager.register(PlanWriter(config, plan), "kvmnest-plan")
     spec = config.getoption("--kvmnest-events")
     if spec:
         from kvmnest.plugin.stream import EventStream

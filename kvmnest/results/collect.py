@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
 import marshal
-import os
-import subprocess
-import sys
-import types
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import kvmnest
 from kvmnest import scratch
 from kvmnest.errors import HarnessError, UsageError
 from kvmnest.lab import cache
-from kvmnest.lab.rootfs import REWRITTEN, SITE
+from kvmnest.light.plan import options as plan_options
+from kvmnest.light.plan import why_not
 from kvmnest.results.names import nothing
 from kvmnest.results.targets import Ended, LocalTarget
 
 _USAGE, _NOTHING = 4, 5  # of pytest.ExitCode
-_PYC_HEADER = 16
-# Loaded without a look at the source (PEP 552: hash-based, unchecked).
-_UNCHECKED = importlib.util.MAGIC_NUMBER + b"\1\0\0\0" + bytes(8)
 
 
 @dataclass(frozen=True)
@@ -89,8 +81,8 @@ def why_broken(text: str) -> str:
 def collect(arguments: Sequence[str]) -> Collected:
     """Collect with the arguments of a run.
 
-    pytest keeps modules with rewritten assert statements in the cache, where ``rewritten`` finds
-    them. Raises LabSetupError if the cache cannot be used.
+    pytest keeps modules with rewritten assert statements in the cache, where ``compiled.rewritten``
+    finds them. Raises LabSetupError if the cache cannot be used.
     """
     compiled = cache.root() / "pycache"
     found = _collect(arguments, compiled)
@@ -109,62 +101,13 @@ def _collect(arguments: Sequence[str], compiled: Path) -> Collected:
     with scratch.folder() as folder:
         file = Path(folder) / "plan"
         target = LocalTarget(environment=environment)
-        ended = target.run([*arguments, "--collect-only", f"--kvmnest-plan={file}"], events.append)
+        ended = target.run([*arguments, "--collect-only", *plan_options(file)], events.append)
         plan = file.read_bytes() if file.is_file() else b""
         if not plan:
             return Collected(b"", "", "", 0, events, ended)
         content = marshal.loads(plan)
-        unsupported = content["unsupported"] or _check(str(file))
+        unsupported = content["unsupported"] or why_not(str(file))
     count = next((event["count"] for event in events if event["e"] == "collected"), 0)
     return Collected(
         b"" if unsupported else plan, unsupported, content["pyc_tail"], count, events, ended
     )
-
-
-def _check(path: str) -> str:
-    """Why the light runner cannot run a plan, "" if it can."""
-    done = subprocess.run(
-        [sys.executable, "-m", "kvmnest.cases.light", path, "check", "0"],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    lines = done.stderr.strip().splitlines()
-    return "" if done.returncode == 0 else lines[-1] if lines else f"status {done.returncode}"
-
-
-def rewritten(tail: str, *, light: bool) -> dict[str, bytes]:
-    """The suite and the reproducers as pytest compiled them in ``collect``: guest path -> content.
-
-    ``tail`` is that of ``Collected``: the cache may hold what other versions of pytest compiled. A
-    damaged file is left out; pytest has written those anew that it needed.
-
-    For the light runner they stand where Python looks for compiled modules, else where pytest
-    does.
-    """
-    base = Path(kvmnest.__file__).parent
-    mirrored = cache.root() / "pycache" / base.relative_to("/")
-    files = {}
-    for source in sorted(path for part in REWRITTEN for path in (base / part).rglob("*.py")):
-        plain = Path(importlib.util.cache_from_source(source.name)).name
-        inside = Path(f"/{SITE}/kvmnest") / source.relative_to(base)
-        path = mirrored / source.parent.relative_to(base) / f"{source.stem}{tail}"
-        try:
-            pyc = path.read_bytes()
-            code = _renamed(marshal.loads(pyc[_PYC_HEADER:]), str(inside))
-        except (OSError, EOFError, ValueError, TypeError, AttributeError):
-            continue
-        header = _UNCHECKED if light else pyc[:_PYC_HEADER]
-        name = plain if light else path.name
-        files[os.fspath(inside.parent / "__pycache__" / name)] = header + marshal.dumps(code)
-    return files
-
-
-def _renamed(code: types.CodeType, filename: str) -> types.CodeType:
-    """The code with its file named as in the guest, where tracebacks look for source lines."""
-    constants = tuple(
-        _renamed(const, filename) if isinstance(const, types.CodeType) else const
-        for const in code.co_consts
-    )
-    return code.replace(co_filename=filename, co_consts=constants)

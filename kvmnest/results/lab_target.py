@@ -13,11 +13,13 @@ from pathlib import Path
 
 from kvmnest.cases.events import parse
 from kvmnest.errors import UsageError
+from kvmnest.lab import cache
 from kvmnest.lab.emulators import BOCHS, Choice
 from kvmnest.lab.errors import LabHang, LabLost, LabModuleError, LabPanic, LabRunError
 from kvmnest.lab.guest import EVENTS_PATH
 from kvmnest.lab.machine import Lab
-from kvmnest.results.collect import Collected, collect, rewritten
+from kvmnest.light.compiled import rewritten
+from kvmnest.results.collect import Collected, collect
 from kvmnest.results.model import Loss
 from kvmnest.results.targets import Ended, OnEvent
 
@@ -92,10 +94,10 @@ class LabTarget:
         light = self.collected is not None and bool(self.collected.plan)
         files = dict(self._files)
         if self.collected:
-            files |= rewritten(self.collected.tail, light=light)
+            files |= rewritten(cache.root() / "pycache", self.collected.tail, light=light)
         if self.collected and light:
             files[_PLAN] = self.collected.plan
-            argv = ["python3", "-m", "kvmnest.cases.light", _PLAN, EVENTS_PATH, str(first)]
+            argv = ["python3", "-m", "kvmnest.light.runner", _PLAN, EVENTS_PATH, str(first)]
         else:
             argv = ["python3", "-m", "pytest", *arguments]
             argv += [f"--kvmnest-from={first}", f"--kvmnest-events={EVENTS_PATH}"]

@@ -9,6 +9,8 @@ import pytest
 from plugin_helpers import environment, results, run_events, run_pytest
 
 from kvmnest.lab import cache
+from kvmnest.light.compiled import rewritten
+from kvmnest.light.plan import options
 from kvmnest.plugin import policy
 from kvmnest.results import collect
 from kvmnest.results.runner import Plan, pytest_arguments
@@ -182,7 +184,7 @@ policy.needs_vmx = lambda item: False
 
 def _light(folder, *arguments):
     return subprocess.run(
-        [sys.executable, "-m", "kvmnest.cases.light", *arguments],
+        [sys.executable, "-m", "kvmnest.light.runner", *arguments],
         cwd=folder,
         env=environment() | {"PYTHONPATH": f"{folder}:{environment()['PYTHONPATH']}"},
         capture_output=True,
@@ -204,7 +206,7 @@ def sample(tmp_path):
 
 
 def _plan(folder):
-    done = run_pytest(folder, "--collect-only", "--kvmnest-plan=plan")
+    done = run_pytest(folder, "--collect-only", *options("plan"))
     assert done.returncode == 0, done.stdout
 
 
@@ -349,7 +351,7 @@ def test_only_what_this_pytest_compiled_goes_into_the_lab(tmp_path, monkeypatch)
     for name, junk in (("test_vmclear", b""), ("test_exit_io", b"\xff" * 99), ("test_nmi", b"i")):
         (folder / f"{name}{found.tail}").write_bytes(content[:16] + junk)
     for light in (True, False):
-        files = collect.rewritten(found.tail, light=light)
+        files = rewritten(cache.root() / "pycache", found.tail, light=light)
         (name,) = [name for name in files if "/test_" in name]
         code = marshal.loads(files[name][16:])
         assert code.co_filename.endswith("/kvmnest/suite/test_vmxon.py")

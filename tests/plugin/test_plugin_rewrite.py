@@ -7,7 +7,7 @@ import pytest
 from _pytest.assertion import rewrite as real
 from _pytest.assertion import util
 
-from kvmnest.cases import rewrite
+from kvmnest.light import rewrite
 from kvmnest.vmx import VmxError
 from kvmnest.vmx.outcome import Succeed, VMfailValid
 

@@ -1,13 +1,7 @@
-"""``python -m kvmnest.cases.light PLAN EVENTS FIRST``: run cases without importing pytest.
+"""``python -m kvmnest.light.runner PLAN EVENTS FIRST``: run cases without importing pytest.
 
-The plan (see ``kvmnest.plugin.plan``) is what the host's pytest collected. This runner resolves
-fixtures and parameters, runs the cases and writes the same events as the plugin does.
-
-It is here for its speed. In the lab (Bochs 3, 6.1.0-56, pytest imported before the snapshot), 78
-cases of three files took 8.1 s of the emulator's CPU time under this runner and 18.1 s under
-pytest: 79 ms and 140 ms a case, and pytest collects for 5.0 s and starts for 1.9 s (0.7 s).
-
-With EVENTS "check" it runs nothing and exits with 0 if it could run every case of the plan.
+It resolves the fixtures and parameters of the plan, runs the cases and writes the same events as
+the plugin does. With EVENTS "check" it runs nothing and exits with 0 if it could run every case.
 """
 
 from __future__ import annotations
@@ -24,11 +18,12 @@ from typing import Any
 
 import kvmnest
 from kvmnest import host, kmsg
-from kvmnest.cases import explain, rewrite, standin, verdict
+from kvmnest.cases import explain, verdict
 from kvmnest.cases.events import EventWriter
 from kvmnest.cases.needs import why_skipped
 from kvmnest.cases.offer import HostOffer
 from kvmnest.kmsg import LEVELS, KernelLog
+from kvmnest.light import rewrite, standin
 
 _LONGEST_DETAIL = 20_000
 _INTERRUPTED = 2  # pytest.ExitCode.INTERRUPTED

@@ -1,10 +1,16 @@
-"""Writes what pytest collected as a plan for the light runner (``kvmnest.cases.light``)."""
+"""Writes what pytest collected as a plan for ``kvmnest.light.runner``.
+
+As a plugin it is loaded by ``-p kvmnest.light.plan --kvmnest-plan FILE`` only.
+"""
 
 from __future__ import annotations
 
 import marshal
+import subprocess
+import sys
 import types
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +29,38 @@ _UNSUPPORTED_MARKS = ("skip", "skipif", "xfail", "usefixtures", "filterwarnings"
 
 class Unsupported(Exception):
     """The light runner cannot run a case; the text says why."""
+
+
+def options(path: Path | str) -> list[str]:
+    """Options with which pytest writes the plan to ``path``."""
+    return ["-p", "kvmnest.light.plan", f"--kvmnest-plan={path}"]
+
+
+def why_not(path: str) -> str:
+    """Why the light runner cannot run a plan, "" if it can."""
+    done = subprocess.run(
+        [sys.executable, "-m", "kvmnest.light.runner", path, "check", "0"],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    lines = done.stderr.strip().splitlines()
+    return "" if done.returncode == 0 else lines[-1] if lines else f"status {done.returncode}"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the option."""
+    group = parser.getgroup("kvmnest", "nested VMX under KVM")
+    group.addoption("--kvmnest-plan", metavar="FILE", help="write what was collected to FILE")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Register what writes the plan."""
+    path = config.getoption("--kvmnest-plan")
+    if path:
+        config.pluginmanager.register(PlanWriter(config, path), "kvmnest-plan")
 
 
 class PlanWriter:

@@ -2,7 +2,7 @@
 
 Importing pytest takes the lab's guest longer than booting Linux. Modules of the suite need it for
 decorators, which the host's pytest has read already, and for a few functions. What this module
-lacks, a suite module must not use; ``kvmnest.plugin.plan`` finds out and falls back to pytest.
+lacks, a suite module must not use; ``kvmnest.light.plan`` finds out and falls back to pytest.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import types
 from collections.abc import Callable
 from typing import Any, NoReturn, Self
 
-from kvmnest.cases import rewrite
+from kvmnest.light import rewrite
 
 #: Attribute of a function: its ``parametrize`` marks as (names, values) pairs.
 PARAMETRIZE = "_kvmnest_parametrize"
