@@ -182,8 +182,8 @@ def bisect(
 
     ``ask`` builds and tests what is checked out; each answer is in the journal (``state``, or in
     the git directory) before git is told. After Ctrl-C, or when the machine went down, ``go_on``
-    continues and asks nothing twice. Whatever ends the check of good and bad puts HEAD back; later
-    HEAD stays on the commit that git chose. Raises UsageError, NotBisectable, HarnessError.
+    continues, and tests no commit again. Whatever ends the check of good and bad puts HEAD back;
+    later HEAD stays on the commit that git chose. Raises UsageError, NotBisectable, HarnessError.
     """
     path = state or repository.journal
     if go_on:

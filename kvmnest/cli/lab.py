@@ -186,7 +186,7 @@ def use_host(options: argparse.Namespace) -> bool:
     """Whether --target and the options of the lab mean this machine's /dev/kvm.
 
     Raises UsageError if they contradict each other, KvmUnavailable or HarnessError for --target
-    kvm where /dev/kvm does not do.
+    kvm where /dev/kvm cannot run L1.
     """
     from kvmnest.host import require_kvm, why_not_kvm
 

@@ -278,7 +278,7 @@ def test_invalid_tss(l1: L1) -> None:
 
 @pytest.mark.sdm("Other Causes of VM Exits")
 def test_triple_fault(l1: L1) -> None:
-    """A triple fault of L2 exits without interruption information, and L1 lives on."""
+    """A triple fault of L2 exits without interruption information, and L1 continues."""
     guest = Guest(l1)
     seen = guest.run(code.UD2, GUEST_IDTR_LIMIT=0)
     assert seen == guest.exit(ExitReason.TRIPLE_FAULT)

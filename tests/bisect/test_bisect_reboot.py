@@ -1,4 +1,4 @@
-"""Bisections by restarts on an acted machine, the power failing at every moment there is."""
+"""Bisections by restarts on a simulated machine whose power fails at every moment in turn."""
 
 import json
 import os

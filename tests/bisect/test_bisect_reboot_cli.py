@@ -75,7 +75,7 @@ def test_a_dry_run_over_commits(history, capsys, git_call):
 
 
 def test_a_bisection_from_the_command_line(monkeypatch, capsys, tmp_path):
-    """The verb itself over an acted machine: every start is a new command line."""
+    """The verb itself over a simulated machine: every start is a new command line."""
     names = [f"6.1.0-{number}-amd64" for number in range(40, 44)]
     sim = Sim(tmp_path, {name: "good" if i < 2 else "bad" for i, name in enumerate(names)})
     monkeypatch.setattr("kvmnest.bisect.reboot.debian_grub.DebianGrub", lambda *arguments: sim)

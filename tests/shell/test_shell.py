@@ -38,7 +38,7 @@ def shell(*arguments: str, source: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_in_the_lab(prepared: None) -> None:
-    """Instructions, the VMCS, rules, code, blocks; errors are shown and the prompt lives on."""
+    """Instructions, the VMCS, rules, code, blocks; errors are shown and the shell continues."""
     done = shell("--target", "lab", source=SESSION)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()

@@ -46,7 +46,7 @@ def test_interrupt_of_python(lab: Terminal) -> None:
 
 @pytest.mark.parametrize("rflags", [0x2, 0x202], ids=["IF=0", "IF=1"])
 def test_interrupt_of_a_looping_l2(lab: Terminal, rflags: int) -> None:
-    """L1 lives on, in VMX operation, with L2's registers in the VMCS."""
+    """L1 continues, in VMX operation, with L2's registers in the VMCS."""
     lab.run("_ = new()")
     lab.run(f"v = l1.launchable(l2=code.NOP + {LOOP}); vmcs[Field.GUEST_RFLAGS] = {rflags}")
     lab.start("l1.vmlaunch()")
@@ -59,7 +59,7 @@ def test_interrupt_of_a_looping_l2(lab: Terminal, rflags: int) -> None:
 
 
 def test_a_hanging_l2_is_given_up(lab: Terminal) -> None:
-    """Nobody presses Ctrl-C: the budget ends it, and L1 lives on."""
+    """Nobody presses Ctrl-C: the budget ends it, and L1 continues."""
     lab.run("_ = new()")
     lab.run(f"v = l1.launchable(l2={LOOP})")
     shown = lab.run("l1.vmlaunch()")

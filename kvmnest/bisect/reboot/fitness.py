@@ -57,7 +57,7 @@ def problems(root: Path, *, own_kernels: bool) -> Iterator[str]:
 
 
 def _environment_block(folder: Path) -> Iterator[str]:
-    """GRUB has to clear its choice of the next boot, or one that crashes is booted for ever."""
+    """GRUB must clear next_entry, or it boots a kernel that crashes again and again."""
     if not (folder / "grubenv").is_file():
         yield f"{folder}/grubenv does not exist: grub-editenv {folder}/grubenv create"
         return
