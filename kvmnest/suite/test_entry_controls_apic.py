@@ -70,6 +70,31 @@ def test_tpr_threshold_above_vtpr(l1: L1) -> None:
     expect_accepted(tries, each(Field.TPR_THRESHOLD, [0, 4, 5]))
 
 
+@pytest.mark.needs(ProcCtl.USE_TPR_SHADOW)
+def test_tpr_threshold_with_inactive_secondary_controls(l1: L1) -> None:
+    """Secondary controls count as 0 unless they are activated: the rule on VTPR holds."""
+    tries = _with_tpr_shadow(l1, vtpr=0x5F)
+    used = tries.using(without=ProcCtl.ACTIVATE_SECONDARY_CONTROLS)
+    # EPT is off with them, which maps one to one.
+    flags = Proc2Ctl.VIRTUALIZE_APIC_ACCESSES | Proc2Ctl.VIRTUAL_INTERRUPT_DELIVERY
+    for secondary in (0, Proc2Ctl.VIRTUALIZE_APIC_ACCESSES, flags, 0xFFFFFFFF):
+        fields = {**used, Field.SECONDARY_VM_EXEC_CONTROL: int(secondary)}
+        expect_refused(tries, BAD_CONTROL, each(Field.TPR_THRESHOLD, [6, 15, 0x10], fields))
+        expect_accepted(tries, each(Field.TPR_THRESHOLD, [0, 5], fields))
+
+
+@pytest.mark.needs(
+    ProcCtl.USE_TPR_SHADOW,
+    PinCtl.EXTERNAL_INTERRUPT_EXITING,
+    Proc2Ctl.VIRTUAL_INTERRUPT_DELIVERY,
+)
+def test_tpr_threshold_with_virtual_interrupt_delivery(l1: L1) -> None:
+    """With virtual-interrupt delivery the threshold is not used, whatever it holds."""
+    tries = _with_tpr_shadow(l1, vtpr=0x5F)
+    flags = (PinCtl.EXTERNAL_INTERRUPT_EXITING, Proc2Ctl.VIRTUAL_INTERRUPT_DELIVERY)
+    expect_accepted(tries, each(Field.TPR_THRESHOLD, [0, 5, 6, 15, 0x10], tries.using(*flags)))
+
+
 def _expect_refused_without_harm(l1: L1, tries: Entries, thresholds: Iterable[int]) -> None:
     """L1 goes on with its control registers after each refusal.
 

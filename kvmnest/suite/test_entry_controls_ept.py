@@ -7,6 +7,7 @@ import pytest
 from kvmnest.l1 import L1
 from kvmnest.suite.support.entries import (
     BAD_CONTROL,
+    BAD_GUEST,
     Entries,
     address_bits,
     bad_pages,
@@ -16,7 +17,8 @@ from kvmnest.suite.support.entries import (
     expect_refused,
     flips,
 )
-from kvmnest.vmx import EptVpidCap, Field, Proc2Ctl, Proc3Ctl, ProcCtl, VmFunc
+from kvmnest.vmx import EptVpidCap, ExitReason, Field, Proc2Ctl, Proc3Ctl, ProcCtl, VmFunc
+from kvmnest.vmx.outcome import EntryFailure
 
 pytestmark = [pytest.mark.series(14), pytest.mark.sdm("VM-Execution Control Fields")]
 
@@ -228,3 +230,19 @@ def test_msr_area_end(l1: L1, address: Field, count: Field) -> None:
         {address: top - 16 * 0x200, count: 0x201},
     ]
     expect_refused(tries, BAD_CONTROL, bad)
+
+
+def test_msr_area_at_the_top(l1: L1) -> None:
+    """An area that ends with the physical width passes the check of controls.
+
+    There is no memory: its first entry, all ones, then makes the entry fail. Of the VM-exit areas
+    the store area is not used by an entry that fails for its guest state.
+    """
+    tries = entries(l1)
+    physical, _ = address_bits(l1)
+    for count in (1, 2, 256):
+        top = (1 << physical) - 16 * count
+        loading = {Field.VM_ENTRY_MSR_LOAD_ADDR: top, Field.VM_ENTRY_MSR_LOAD_COUNT: count}
+        expect_refused(tries, EntryFailure(ExitReason.MSR_LOAD_FAIL, qualification=1), [loading])
+        storing = {Field.VM_EXIT_MSR_STORE_ADDR: top, Field.VM_EXIT_MSR_STORE_COUNT: count}
+        expect_refused(tries, BAD_GUEST, [{**storing, Field.GUEST_RFLAGS: 0}])

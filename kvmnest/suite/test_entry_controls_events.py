@@ -10,6 +10,7 @@ from kvmnest.l1 import L1, L2Mode
 from kvmnest.suite.support.batch import Changes
 from kvmnest.suite.support.entries import (
     BAD_CONTROL,
+    BAD_GUEST,
     Entries,
     each,
     entries,
@@ -19,6 +20,7 @@ from kvmnest.suite.support.entries import (
 )
 from kvmnest.vmx import (
     ERROR_CODE_VECTORS,
+    Cr0,
     ExitReason,
     Field,
     IntrType,
@@ -200,6 +202,24 @@ def test_error_code_of_unrestricted_protected_mode(l1: L1, mode: L2Mode) -> None
         bad = [_exception(Vector.GP, code=False), _exception(Vector.UD, code=True)]
         expect_refused(tries, BAD_CONTROL, each(_INFO, bad))
     expect_delivered(tries, [{_INFO: _exception(v)} for v in (Vector.GP, Vector.UD)], size=4)
+
+
+@pytest.mark.needs(Proc2Ctl.UNRESTRICTED_GUEST)
+def test_error_code_of_restricted_real_mode(l1: L1) -> None:
+    """Without "unrestricted guest" CR0.PE does not matter: the controls pass, CR0 is refused then.
+
+    Controls are checked before guest state: a wrong event is error 7, a right one not.
+    """
+    tries = _ready(l1)
+    real = {
+        **tries.using(without=Proc2Ctl.UNRESTRICTED_GUEST),
+        Field.GUEST_CR0: tries.vmcs[Field.GUEST_CR0] & ~(Cr0.PE | Cr0.PG),
+    }
+    if not l1.caps.basic.error_code_optional:
+        bad = [_exception(Vector.GP, code=False), _exception(Vector.UD, code=True)]
+        expect_refused(tries, BAD_CONTROL, each(_INFO, bad, real))
+    good = [_exception(vector) for vector in (Vector.GP, Vector.UD)]
+    expect_refused(tries, BAD_GUEST, each(_INFO, good, real))
 
 
 # --- instruction length ---

@@ -96,6 +96,16 @@ def test_ss_and_cs_rpl(l1: L1, mode: L2Mode) -> None:
     expect_refused(tries, BAD_GUEST, bad)
 
 
+def test_rpl_of_an_unusable_ss(l1: L1) -> None:
+    """An unusable SS has to have the RPL of CS, too."""
+    tries = entries(l1)
+    ss = tries.vmcs[selector("SS")]
+    unusable = {rights("SS"): UNUSABLE}
+    bad = [value | rpl for value in (0, ss & ~3) for rpl in (1, 2, 3)]
+    expect_refused(tries, BAD_GUEST, each(selector("SS"), bad, unusable))
+    expect_accepted(tries, each(selector("SS"), [0, ss & ~3, 0xFFFC], unusable))
+
+
 # --- bases ---
 
 

@@ -87,6 +87,28 @@ def test_control_registers(l1: L1, leave: Leave) -> None:
 
 
 @WAYS
+@pytest.mark.needs(Cr4.PCIDE)
+@pytest.mark.sdm("Loading Host Control Registers, Debug Registers, MSRs")
+def test_process_context(l1: L1, leave: Leave) -> None:
+    """CR4.PCIDE and a process context of CR3 come together; L1 can change CR4 afterwards.
+
+    By MOV to CR4 PCIDE can only be set while bits 11:0 of CR3 are 0; that holds for a change.
+    """
+    guest = Guest(l1)
+    vmcs = guest.vmcs
+    cr3, cr4 = vmcs[Field.HOST_CR3], vmcs[Field.HOST_CR4] | Cr4.PCIDE
+    vmcs[Field.HOST_CR4] = cr4
+    for context in (5, 0xFFF, 0):
+        vmcs[Field.HOST_CR3] = cr3 | context
+        leave(guest)
+        assert (l1.read_cr(3), l1.read_cr(4)) == (Succeed(cr3 | context), Succeed(cr4))
+        for bits in (Cr4.MCE, Cr4.DE | Cr4.TSD, 0):
+            assert l1.write_cr(4, cr4 | bits) == Succeed(), bits
+            assert l1.read_cr(4) == Succeed(cr4 | bits)
+            assert l1.read_cr(3) == Succeed(cr3 | context)
+
+
+@WAYS
 @pytest.mark.sdm("Loading Host Segment and Descriptor-Table Registers")
 def test_selectors(l1: L1, leave: Leave) -> None:
     """Selectors come from the host-state area; LDTR gets the null selector."""
