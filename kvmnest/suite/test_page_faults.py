@@ -1,0 +1,279 @@
+"""Page faults of L2: every access through every kind of entry, against a model of paging.
+
+Without EPT a hypervisor walks L2's tables itself and decides whether a fault is L2's; with EPT and
+its own tables read-only, too. What it remembers of a table must not outlive what L2 and L1 do to
+forget it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import pytest
+
+from kvmnest.l1 import L1
+from kvmnest.suite.support.entries import address_bits
+from kvmnest.suite.support.ept import FILL, VALUE, Access
+from kvmnest.suite.support.guest import Guest
+from kvmnest.vmx import (
+    Cr0,
+    Cr4,
+    Efer,
+    EntryCtl,
+    EptVpidCap,
+    ExitCtl,
+    Field,
+    Proc2Ctl,
+    Rflags,
+    Vector,
+)
+from kvmnest.vmx.outcome import Outcome, Succeed
+
+pytestmark = [
+    pytest.mark.series(21),
+    pytest.mark.sdm("Page-Fault Exceptions"),
+]
+
+P, W, U, A, D, LARGE, NX = 1, 2, 4, 1 << 5, 1 << 6, 1 << 7, 1 << 63
+KEY_1 = 1 << 59
+ALL = P | W | U
+LINEAR = 0x40000000
+INVLPG = b"\x0f\x01\x3f"  # INVLPG [RDI]
+INDIVIDUAL_ADDRESS = 0
+#: Flags of a leaf: not present (with all else), and each set of permissions.
+LEAVES = [W | U, *(P | w | u | nx for w in (0, W) for u in (0, U) for nx in (0, NX))]
+#: Flags of an entry above it.
+ABOVE = [P | U, P | W, ALL | NX, W | U]
+CPLS = pytest.mark.parametrize("cpl", [0, 3], ids=["supervisor", "user"])
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What decides beside the entries."""
+
+    user: bool
+    wp: bool = True
+    nxe: bool = True
+    smap: bool = False
+    ac: bool = False
+    #: Access-disable and write-disable of protection key 1, if CR4.PKE is set.
+    pkru: int | None = None
+
+    def error_code(self, kind: Access, entries: list[int], reserved: int) -> int | None:
+        """The error code of the fault that the access meets, None if it meets none.
+
+        ``entries`` are those of the walk, the leaf last; ``reserved`` are bits that must be 0.
+        """
+        code = (kind is Access.WRITE) << 1 | self.user << 2
+        code |= (kind is Access.FETCH and self.nxe) << 4
+        must_be_0 = reserved if self.nxe else reserved | NX
+        for entry in entries:
+            if not entry & P:
+                return code
+            if entry & must_be_0:
+                return code | 1 << 3 | P
+        rights, leaf = entries[0], entries[-1]
+        for entry in entries:
+            rights &= entry
+        never = any(entry & NX for entry in entries)
+        if self.user and not rights & U:
+            return code | P
+        if kind is Access.FETCH:
+            return code | P if never and self.nxe else None
+        if kind is Access.WRITE and not rights & W and (self.user or self.wp):
+            return code | P
+        if not self.user and self.smap and not self.ac and rights & U:
+            return code | P
+        if self.pkru is not None and rights & U and leaf & KEY_1:
+            no_write = self.pkru & 2 and (self.user or self.wp)
+            if self.pkru & 1 or (kind is Access.WRITE and no_write):
+                return code | P | 1 << 5
+        return None
+
+
+class Page:
+    """A page of L2 at LINEAR, with a page directory and a page table of its own."""
+
+    def __init__(self, guest: Guest, rules: Rules) -> None:
+        self.guest, self.rules = guest, rules
+        self.l1 = l1 = guest.l1
+        self.directory, self.table, self.page = l1.alloc(), l1.alloc(), l1.alloc()
+        l1.write(self.page, bytes([FILL]) * 4096)
+        l1.write_int(l1.sym("l2_pml4_pdpt") + 8 * (LINEAR >> 30), self.directory | ALL)
+        physical, _ = address_bits(l1)
+        self.reserved = ((1 << 52) - 1) & -(1 << physical)
+
+    def __repr__(self) -> str:
+        return f"<Page of L2 at {LINEAR:#x}>"
+
+    def set(self, above: int, leaf: int) -> None:
+        """Let L1 write both entries: KVM sees a guest's own writes to tables, not Python's."""
+        regs = {
+            **{"rdi": self.directory, "rax": self.table | above},
+            **{"rsi": self.table, "rbx": self.page | leaf},
+        }
+        assert self.l1.call(b"\x48\x89\x07\x48\x89\x1e", regs=regs) == Succeed()
+
+    def access(self, kind: Access, fields: dict[str, int], before: bytes = b"") -> Outcome:
+        """Let L2 access the page; all page faults exit."""
+        fields = {
+            "EXCEPTION_BITMAP": 1 << Vector.PF,
+            "PAGE_FAULT_ERROR_CODE_MASK": 0,
+            "PAGE_FAULT_ERROR_CODE_MATCH": 0,
+            **fields,
+        }
+        self.offset = len(before)
+        return self.guest.run(before + kind.value[1], {"rdi": LINEAR, "rax": VALUE}, **fields)
+
+    def wrong(self, kind: Access, above: int, leaf: int, seen: Outcome) -> Iterator[str]:
+        """What is wrong with an access: its outcome, or the flags of the entries behind it."""
+        entries = [self.l1.read_int(self.directory), self.l1.read_int(self.table)]
+        code = self.rules.error_code(kind, [above, leaf], self.reserved)
+        what = f"{kind.name} above={above:#x} leaf={leaf:#x}"
+        if code is None:
+            if seen != Succeed():
+                yield f"{what}: {seen}, expected no fault"
+            dirty = D * (kind is Access.WRITE)
+            if entries[0] & A != A or entries[1] & (A | D) != A | dirty:
+                yield f"{what}: flags behind it {entries[0] & 0xFFF:#x} {entries[1] & 0xFFF:#x}"
+            return
+        at = LINEAR - self.guest.start if kind is Access.FETCH else self.offset
+        expected = self.guest.exception(Vector.PF, code, offset=at, qualification=LINEAR)
+        if seen != expected:
+            yield f"{what}: {seen}, expected {expected}"
+        if entries[1] & D:
+            yield f"{what}: dirty, although it faults"
+
+
+def _cr(guest: Guest, rules: Rules) -> dict[str, int]:
+    """The control registers, EFER and RFLAGS that make L2 obey the rules."""
+    cr0 = guest.vmcs[Field.GUEST_CR0] & ~Cr0.WP | Cr0.WP * rules.wp
+    cr4 = guest.vmcs[Field.GUEST_CR4] | Cr4.SMAP * rules.smap
+    if rules.pkru is not None:
+        cr4 |= Cr4.PKE
+    return {"GUEST_CR0": cr0, "GUEST_CR4": cr4, "GUEST_RFLAGS": 0x2 | Rflags.AC * rules.ac}
+
+
+def expect_model(
+    page: Page, cases: Iterable[tuple[int, int]], fields: dict[str, int], before: bytes = b""
+) -> None:
+    """Try each access with each pair of entries."""
+    wrong: list[str] = []
+    # L2's stack, to which a CALL writes, is on user pages.
+    kinds = [kind for kind in Access if kind is not Access.FETCH or not page.rules.smap]
+    for above, leaf in cases:
+        for kind in kinds:
+            page.set(above, leaf)
+            seen = page.access(kind, fields, before)
+            wrong += page.wrong(kind, above, leaf, seen)
+    assert wrong == []
+
+
+@CPLS
+@pytest.mark.parametrize("wp", [True, False], ids=["WP", "no-WP"])
+def test_rights_of_both_levels(l1: L1, cpl: int, wp: bool) -> None:
+    """An access needs its right at each level; CR0.WP decides for a supervisor's write."""
+    guest = Guest(l1)
+    guest.set_cpl(cpl)
+    page = Page(guest, Rules(cpl == 3, wp))
+    cases = [(ALL, leaf) for leaf in LEAVES] + [*itertools.product(ABOVE, (ALL, P))]
+    expect_model(page, cases, _cr(guest, page.rules))
+
+
+@CPLS
+def test_reserved_bits(l1: L1, cpl: int) -> None:
+    """A reserved bit of a present entry is told as such, whatever the rights are."""
+    guest = Guest(l1)
+    guest.set_cpl(cpl)
+    page = Page(guest, Rules(cpl == 3))
+    bits = [1 << n for n in range(52) if page.reserved >> n & 1]
+    if not bits:
+        pytest.skip("needs a reserved address bit: MAXPHYADDR is 52")
+    cases = [(ALL | bit, leaf) for bit in (bits[0], bits[-1]) for leaf in (ALL, P, W)]
+    cases += [(ALL, leaf | bit) for bit in (bits[0], bits[-1]) for leaf in (ALL, P, W)]
+    cases += [(P, ALL | bit) for bit in bits]
+    expect_model(page, cases, _cr(guest, page.rules))
+
+
+@CPLS
+@pytest.mark.needs(EntryCtl.LOAD_EFER, ExitCtl.LOAD_EFER)
+def test_execute_disable_without_nxe(l1: L1, cpl: int) -> None:
+    """With IA32_EFER.NXE clear bit 63 is reserved, and no fault is told as one of a fetch."""
+    guest = Guest(l1)
+    guest.set_cpl(cpl)
+    page = Page(guest, Rules(cpl == 3, nxe=False))
+    guest.on(EntryCtl.LOAD_EFER, ExitCtl.LOAD_EFER)
+    efer = guest.vmcs[Field.GUEST_IA32_EFER] & ~Efer.NXE
+    cases = itertools.product((ALL, ALL | NX), (ALL, ALL | NX, P, P | NX, W))
+    expect_model(page, cases, {"GUEST_IA32_EFER": efer, **_cr(guest, page.rules)})
+
+
+@pytest.mark.needs(Cr4.SMAP)
+@pytest.mark.parametrize("ac", [False, True], ids=["no-AC", "AC"])
+def test_supervisor_accesses_to_user_pages(l1: L1, ac: bool) -> None:
+    """With CR4.SMAP data of user pages is for a supervisor with RFLAGS.AC set only."""
+    guest = Guest(l1)
+    page = Page(guest, Rules(user=False, smap=True, ac=ac))
+    expect_model(page, itertools.product((ALL, P | W), LEAVES), _cr(guest, page.rules))
+
+
+@CPLS
+@pytest.mark.needs(Cr4.PKE)
+@pytest.mark.sdm("Protection Keys")
+@pytest.mark.parametrize("pkru", range(4), ids=["none", "AD", "WD", "AD-WD"])
+def test_protection_key(l1: L1, cpl: int, pkru: int) -> None:
+    """PKRU, which VMX does not switch, takes away data accesses to user pages of its key."""
+    guest = Guest(l1)
+    guest.set_cpl(cpl)
+    page = Page(guest, Rules(cpl == 3, pkru=pkru))
+    # PUSH RAX; XOR ECX, ECX; XOR EDX, EDX; MOV EAX, key 1; WRPKRU; POP RAX
+    before = b"\x50\x31\xc9\x31\xd2\xb8" + (pkru << 2).to_bytes(4, "little")
+    before += b"\x0f\x01\xef\x58"
+    cases = itertools.product((ALL, P | W), [leaf | key for leaf in LEAVES for key in (0, KEY_1)])
+    expect_model(page, cases, _cr(guest, page.rules), before)
+
+
+# --- what is remembered of an entry, and what makes the processor forget it ---
+
+#: Pairs of leaves: what L2 accessed before, and what the entry was changed to.
+CHANGES = [(ALL | A | D, leaf) for leaf in (W | U, P | U, P | W, ALL | NX)]
+CHANGES += [(leaf, ALL) for leaf in (W | U, P | U)]
+
+
+@CPLS
+@pytest.mark.parametrize("way", ["without-VPID", "INVLPG", "INVVPID", "new-VPID"])
+@pytest.mark.sdm("Operations that Invalidate Cached Mappings")
+def test_changed_entry(l1: L1, cpl: int, way: str) -> None:
+    """After each way to invalidate a translation the entry as it is now decides."""
+    guest = Guest(l1)
+    rules = Rules(cpl == 3)
+    page = Page(guest, rules)
+    if way != "without-VPID":
+        needed = [Proc2Ctl.ENABLE_VPID] + [EptVpidCap.INVVPID] * (way == "INVVPID")
+        for flag in needed:
+            if not l1.caps.supports(flag):
+                pytest.skip(f"needs {flag!r}")
+        guest.on(Proc2Ctl.ENABLE_VPID)
+    vpid, wrong, registers = 1, [], _cr(guest, rules)
+    for (first, then), kind in itertools.product(CHANGES, Access):
+        guest.vmcs[Field.VIRTUAL_PROCESSOR_ID] = vpid if way != "without-VPID" else 0
+        guest.set_cpl(cpl)
+        page.set(ALL, first)
+        page.access(kind, registers)
+        page.set(ALL, then)
+        if way == "INVLPG":
+            guest.set_cpl(0)
+            assert guest.run(INVLPG, {"rdi": LINEAR}) == Succeed()
+            guest.set_cpl(cpl)
+        elif way == "INVVPID":
+            assert l1.invvpid(INDIVIDUAL_ADDRESS, vpid, LINEAR) == Succeed()
+        elif way == "new-VPID":
+            vpid += 1
+            guest.vmcs[Field.VIRTUAL_PROCESSOR_ID] = vpid
+        seen = page.access(kind, registers)
+        wrong += [f"from {first:#x}: {text}" for text in page.wrong(kind, ALL, then, seen)]
+        # The next round starts without what this one left.
+        vpid += way != "without-VPID"
+    assert wrong == []
