@@ -18,7 +18,7 @@ from kvmnest.cli.lab import add_options as add_lab_options
 from kvmnest.cli.lab import emulator, first_given, lab_only, parameters
 from kvmnest.cli.numbers import seconds
 from kvmnest.errors import KvmnestError, UsageError
-from kvmnest.files import require_writable, write_text
+from kvmnest.files import require_writable
 from kvmnest.host import require_kvm, why_not_kvm
 from kvmnest.kmsg import LEVELS, WARNING
 from kvmnest.known import REFERENCE
@@ -211,7 +211,10 @@ def run(options: argparse.Namespace, lab: MakeLab = LabTarget) -> int:
     if options.durations:
         for line in slowest(reporter.run, options.durations):
             progress.line(line)
-    _pages(options, reporter.run)
+    if options.html or options.ktap:
+        from kvmnest.results import pages
+
+        pages.write(reporter.run, options.html, options.ktap)
     return status
 
 
@@ -285,21 +288,6 @@ def _part(
 
 def _shown(params: Mapping[str, str]) -> str:
     return " ".join(f"{name}={value}" for name, value in params.items())
-
-
-def _pages(options: argparse.Namespace, done: Run) -> None:
-    """Reports that are made from the results of the whole run."""
-    from kvmnest.results import html, jsonfile, ktap
-
-    if not (options.html or options.ktap):
-        return
-    document = jsonfile.whole(done)
-    for path, lines in (
-        (options.html, [html.page(document)] if options.html else []),
-        (options.ktap, [*ktap.lines(document)] if options.ktap else []),
-    ):
-        if path:
-            write_text(path, "\n".join(lines) + "\n")
 
 
 def _target(options: argparse.Namespace, progress: Progress, plan: Plan, lab: MakeLab) -> Target:
