@@ -7,7 +7,16 @@ import pytest
 from kvmnest.kvm.exits import IO_OUT, IoExit
 from kvmnest.l1 import L1, code
 from kvmnest.suite.support.virtual_apic import DELIVERY, VPPR, VTPR, VirtualApic
-from kvmnest.vmx import ActivityState, ExitReason, Field, Interruptibility, Msr, ProcCtl, Vector
+from kvmnest.vmx import (
+    ActivityState,
+    ExitReason,
+    Field,
+    Interruptibility,
+    Msr,
+    PinCtl,
+    ProcCtl,
+    Vector,
+)
 from kvmnest.vmx.outcome import Fault, HostExit, Outcome, Succeed
 
 pytestmark = [
@@ -162,6 +171,20 @@ def test_hlt_after_a_self_ipi(l1: L1) -> None:
     program = code.WRMSR + code.STI + code.HLT + code.NOP
     assert apic.guest.run(program, _self_ipi(VECTOR), GUEST_RFLAGS=2) == _delivered(VECTOR, 4)
     assert apic.state() == ([], [VECTOR], 0, VECTOR)
+
+
+@pytest.mark.sdm("Evaluation and Delivery of Virtual Interrupts")
+@pytest.mark.needs(PinCtl.ACTIVATE_PREEMPTION_TIMER)
+@pytest.mark.parametrize("tpr", [VECTOR & 0xF0, VECTOR | 0xF, 0xFF], ids=hex)
+def test_hlt_is_not_woken_by_what_waits(l1: L1, tpr: int) -> None:
+    """A virtual interrupt whose class is not above that of VPPR leaves L2 halted."""
+    apic = VirtualApic(l1, PinCtl.ACTIVATE_PREEMPTION_TIMER)
+    apic.guest.vmcs[Field.VMX_PREEMPTION_TIMER_VALUE] = 0x2000
+    apic.set(requested=[VECTOR], tpr=tpr)
+    seen = _run(apic, code.HLT + code.NOP)
+    assert seen == apic.guest.exit(ExitReason.PREEMPTION_TIMER, offset=len(code.HLT))
+    assert apic.guest.vmcs.read(Field.GUEST_ACTIVITY_STATE) == (ActivityState.HLT,)
+    assert apic.state() == ([VECTOR], [], VECTOR, 0)
 
 
 # --- what L2 does to its local APIC ---
