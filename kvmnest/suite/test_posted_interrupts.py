@@ -62,6 +62,16 @@ def test_added_to_what_waits(l1: L1) -> None:
     assert posted.virtual.state() == ([0x30, 0x45, 0x60, 0x72], [0x75], 0x72, 0x75)
 
 
+def test_lower_than_rvi(l1: L1) -> None:
+    """RVI becomes the higher of itself and the highest that was posted, whatever VIRR holds."""
+    posted = PostedInterrupts(l1)
+    posted.virtual.set(requested=[], in_service=[0x75], rvi=0x71)
+    posted.post([0x51])
+    posted.apic.send(NOTIFICATION)
+    assert posted.guest.run(code.NOP, GUEST_RFLAGS=IF) == Succeed()
+    assert posted.virtual.state() == ([0x51], [0x75], 0x71, 0x75)
+
+
 def test_with_interrupts_disabled(l1: L1) -> None:
     """RFLAGS.IF does not hold the notification off; it holds the virtual interrupt off."""
     posted = PostedInterrupts(l1)
