@@ -57,7 +57,7 @@ def test_a_cache_on_a_disk_of_1_mib(disk: Mount) -> None:
 def test_a_cache_that_lacks_room_for_snapshots_only(
     disk: Mount, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """The guest that was to be saved runs on, and the run after it boots from cold too."""
+    """The guest that was to be saved runs on, and nothing half of it is left."""
     lab = Lab()
     real = cache.root()
     used = ("boot", "debian", "kvmnest", "modules", "python", "site")
