@@ -19,7 +19,9 @@ def lines(verdicts: Sequence[Verdict], record: Ladder) -> Iterator[str]:
     for verdict in ordered:
         bug = verdict.reproducer.bug
         upstream = bug.fixed or ("?" if bug.subject else "not fixed")
-        debian = record.first_fixed(verdict.reproducer.id, verdict.kernel) or "no fix seen"
+        debian = record.first_fixed(verdict.reproducer.id, verdict.kernel)
+        if not debian:
+            debian = "no fix seen" if verdict.verdict == VULNERABLE else "-"
         rows.append((verdict.verdict, verdict.reproducer.id, bug.cve or "-", upstream, debian))
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
     for row, each in zip(rows, (None, *ordered), strict=True):
