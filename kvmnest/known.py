@@ -17,6 +17,8 @@ The record is ``kvmnest/data/known.toml``, a list of tables::
                                           # nested_roundtrip for that option of the run
     reason = "what is seen, in one sentence"
     upstream = "KVM: nVMX: subject of the commit"   # optional
+    crash = true                          # optional: the kernel or the emulator dies of the case;
+                                          # without it such an end is an error, as one from outside
     kernel_message = "WARNING: * at *arch/x86/kvm/*"  # optional: the deviation is this report of
                                           # the kernel during the case (fnmatch pattern), no failure
 """
@@ -117,6 +119,7 @@ class Deviation:
     params: Mapping[str, object] = field(default_factory=dict)
     upstream: str = ""
     kernel_message: str = ""
+    crash: bool = False
 
     def applies(
         self,

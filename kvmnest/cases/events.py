@@ -51,6 +51,8 @@ _CONTENT: dict[str, dict[str, type | tuple[type, ...]]] = {
     "coverage": {"new": list, "sections": dict, "lost": str},
     "end": {"status": int, "why": str},
 }
+#: What an event may hold besides.
+_MAY_HOLD = {"summary": str, "cpu_flags": str, "from_lab": bool}
 #: Before these the blocks that have run are told, so that they belong to what went before.
 _TELL_BLOCKS = ("session", "start", "result", "end")
 _OUTCOMES = ("passed", "failed", "skipped", "known", "error")
@@ -102,6 +104,7 @@ def parse(line: bytes) -> Event:
         event = reading.parsed(line)
         wanted = _CONTENT[event["e"]]
         good = all(isinstance(event[name], kind) for name, kind in wanted.items())
+        good = good and all(isinstance(event.get(n, k()), k) for n, k in _MAY_HOLD.items())
         good = good and event.get("outcome", "passed") in _OUTCOMES
         good = good and all(
             isinstance(case, list) and len(case) == 2 and isinstance(case[0], str)

@@ -172,6 +172,8 @@ class Reporter:
 
     def _add(self, case: Case) -> None:
         deviation = self._known.match(case.id) if self._known else None
+        if deviation and self.run.lost.get(case.id) == "crash" and not deviation.crash:
+            deviation = None  # what is known of it is no such end
         if deviation and case.outcome in ("failed", "error"):
             case.outcome = "known"
             case.detail = f"{deviation.text}\n\n{case.detail}"

@@ -21,7 +21,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     class Machine:
         name = "lab"
 
-        def __init__(self, *_: object) -> None:
+        def __init__(self, *_: object, **__: object) -> None:
             pass
 
         def run(self, cases: Any, on_event: Any, journal: Path | None) -> str:

@@ -1,9 +1,14 @@
 """The record of known deviations."""
 
+import io
+
 import pytest
 
 from kvmnest import known
 from kvmnest.errors import HarnessError
+from kvmnest.results.model import Run
+from kvmnest.results.progress import Progress
+from kvmnest.results.reporter import Reporter
 
 KERNEL = "6.1.0-56-cloud-amd64"
 
@@ -173,3 +178,19 @@ def test_no_file_is_an_empty_record(tmp_path):
 def test_the_shipped_record_loads():
     for target in ("kvm", "lab"):
         known.load(target, KERNEL, {})
+
+
+@pytest.mark.parametrize(("extra", "outcome"), [("", "error"), ("crash = true\n", "known")])
+def test_a_crash_is_known_as_such_only(tmp_path, monkeypatch, extra, outcome):
+    """The emulator may be killed from outside while a case runs that is known to fail."""
+    path = tmp_path / "known.toml"
+    path.write_text(ENTRY + extra)
+    monkeypatch.setattr(known, "KNOWN_FILE", path)
+    reporter = Reporter(Run("lab"), Progress(io.StringIO(), quiet=True))
+    case_id = "test_a.py::test_b[0]"
+    reporter.event({"e": "session", "kernel": KERNEL, "kvm_params": {}})
+    reporter.event({"e": "collected", "first": 0, "cases": [[case_id, 1]]})
+    reporter.event({"e": "start", "id": case_id, "series": 1, "sdm": None})
+    reporter.lost("bochs was killed by signal 9")
+    assert [case.outcome for case in reporter.run.cases] == [outcome]
+    assert reporter.finish() == (3 if outcome == "error" else 0)
