@@ -167,7 +167,8 @@ def test_a_boot_from_what_was_made_again(copied: Path, capfd: pytest.CaptureFixt
     assert b"".join(seen) == b"True\n"
     told = capfd.readouterr().err
     assert "Traceback" not in told
-    assert told.count("is damaged or old, and made again") >= 4
+    # What follows from a kernel that is made again is not read before.
+    assert told.count("is damaged or old, and made again") >= 3
 
 
 @pytest.mark.skipif("KVMNEST_DAMAGED_CACHE" not in os.environ, reason="takes a quarter of an hour")

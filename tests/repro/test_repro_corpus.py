@@ -71,7 +71,7 @@ def test_a_script_is_short_and_stands_alone(each):
         for alias in node.names
     }
     assert imported <= {
-        *("contextlib", "pathlib", "pytest", "kvmnest.kvm", "kvmnest.kvm.cpuid"),
+        *("contextlib", "pathlib", "threading", "pytest", "kvmnest.kvm", "kvmnest.kvm.cpuid"),
         *("kvmnest.l1", "kvmnest.repro"),
         *("kvmnest.vmx", "kvmnest.vmx.outcome"),
     }
