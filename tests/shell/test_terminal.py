@@ -49,8 +49,7 @@ def test_interrupt_of_a_looping_l2(lab: Terminal, rflags: int) -> None:
     """L1 continues, in VMX operation, with L2's registers in the VMCS."""
     lab.run("_ = new()")
     lab.run(f"v = l1.launchable(l2=code.NOP + {LOOP}); vmcs[Field.GUEST_RFLAGS] = {rflags}")
-    lab.start("l1.vmlaunch()")
-    assert "KeyboardInterrupt\nL2 is stopped at RIP 0x" in lab.interrupt()
+    assert lab.stop("l1.vmlaunch()", "KeyboardInterrupt\nL2 is stopped at RIP 0x")
     assert lab.run("vmcs[Field.GUEST_RIP] == l1.sym('l2_code') + 1") == "True"
     # The VMCS is launched: VMLAUNCH fails, VMRESUME enters, at the code that was put there.
     assert "VMfailValid(4: " in lab.run("l1.vmlaunch()")
