@@ -51,7 +51,13 @@ def every() -> tuple[Setting, ...]:
 
 
 def choose(names: Sequence[str]) -> tuple[Setting, ...]:
-    """The settings of these names; all of them for "all". Raises UsageError for another name."""
+    """The settings of these names; all of them for "all".
+
+    Raises UsageError for another name, or one that is given twice.
+    """
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError(f"--settings {name} is given more than once")
     if list(names) == [ALL]:
         return every()
     known = {setting.name: setting for setting in every()}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import random
-import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -150,11 +149,7 @@ def _fuzz(options: argparse.Namespace, collector: Collector) -> int:
 
 def _command(options: argparse.Namespace, collector: Collector) -> int:
     from kvmnest.coverage.collect import run_command
-    from kvmnest.lab.machine import Lab
-
-    def show_error(data: bytes) -> None:
-        sys.stderr.buffer.write(data)
-        sys.stderr.buffer.flush()
+    from kvmnest.lab.machine import Lab, write_error
 
     lab = Lab(
         options.kernel,
@@ -162,7 +157,7 @@ def _command(options: argparse.Namespace, collector: Collector) -> int:
         options.kvm_modules,
         emulator=emulator(options),
     )
-    status = run_command(collector, lab, options.command, show_error, options.limit)
+    status = run_command(collector, lab, options.command, write_error, options.limit)
     return status if status >= 0 else 128 - status
 
 

@@ -356,11 +356,7 @@ class _BuildProgress:
 
 def _run(args: argparse.Namespace) -> int:
     """Run the command; returns its exit status (128 + signal if a signal killed it)."""
-    from kvmnest.lab.machine import Lab
-
-    def show_error(data: bytes) -> None:
-        sys.stderr.buffer.write(data)
-        sys.stderr.buffer.flush()
+    from kvmnest.lab.machine import Lab, write_error
 
     settings = parameters(args.kvm_param)
     with Lab(
@@ -373,8 +369,8 @@ def _run(args: argparse.Namespace) -> int:
     ) as lab:
         status = lab.run(
             args.command,
-            on_error=show_error,
-            on_kernel=show_error if args.verbose else lambda _: None,
+            on_error=write_error,
+            on_kernel=write_error if args.verbose else lambda _: None,
             idle_limit=args.idle_limit,
             limit=args.limit,
         )

@@ -100,7 +100,6 @@ def _run(options: argparse.Namespace) -> int:
 
     _check(options)
     models = _models(options)
-    _no_duplicates("--settings", options.settings)
     chosen = [settings.Setting(text, parameters(text.split(","))) for text in options.setting]
     chosen += settings.choose(options.settings)
     _no_duplicates("--setting", [tuple(setting.params.items()) for setting in chosen])

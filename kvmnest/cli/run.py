@@ -30,12 +30,7 @@ from kvmnest.results.model import Run
 from kvmnest.results.progress import Progress, slowest
 from kvmnest.results.reference_target import ReferenceTarget
 from kvmnest.results.reporter import Reporter
-from kvmnest.results.runner import (
-    Plan,
-    pytest_arguments,
-    run_cases,
-    split_selection,
-)
+from kvmnest.results.runner import Plan, pytest_arguments, run_cases, split_selection
 from kvmnest.results.shards import Shards
 from kvmnest.results.targets import LocalTarget, Target
 
@@ -232,9 +227,6 @@ def _settings(options: argparse.Namespace) -> Sequence[settings.Setting]:
     """The settings that are asked for. Raises UsageError."""
     if options.every_case and not options.settings:
         raise UsageError("--every-case needs --settings")
-    for name in options.settings:
-        if options.settings.count(name) > 1:
-            raise UsageError(f"--settings {name} is given more than once")
     return settings.choose(options.settings)
 
 
@@ -297,19 +289,24 @@ def _target(options: argparse.Namespace, progress: Progress, plan: Plan, lab: Ma
         if wants_lab:
             raise UsageError(f"{wants_lab} needs --target lab: the host's kernel stays as it is")
         require_kvm()
-        return LocalTarget(patience=max(120.0, 4 * options.budget))
+        return LocalTarget(patience=_patience(options))
     if options.target == REFERENCE:
         return _reference(options)
     reason = why_not_kvm() if options.target == "auto" and not wants_lab else ""
     if options.target == "auto" and not (wants_lab or reason):
         progress.line("target: this machine's /dev/kvm, which offers VMX to guests")
-        return LocalTarget(patience=max(120.0, 4 * options.budget))
+        return LocalTarget(patience=_patience(options))
     collected = _collected(emulator(options).boot, plan)
     if reason:
         progress.line(f"target: the lab, because /dev/kvm cannot run L1: {reason}")
     if options.kernel is None and options.kvm_modules is None:
         progress.line("kernel: the newest that Debian has released (--kernel names another)")
     return _lab(options, progress, {}, lab, collected)
+
+
+def _patience(options: argparse.Namespace) -> float:
+    """Seconds without a sign of life after which the cases' process is lost."""
+    return max(120.0, 4 * float(options.budget))
 
 
 def _collected(name: str, plan: Plan) -> Collected | None:
@@ -341,7 +338,7 @@ def _lab(
         kvm_params={**parameters(options.kvm_param), **params},
         cpus=options.cpus,
         emulator=emulator(options),
-        patience=max(120.0, 4 * options.budget),
+        patience=_patience(options),
         on_line=progress.line,
     )
     target.collected = collected
@@ -353,7 +350,7 @@ def _reference(options: argparse.Namespace) -> Target:
     given = first_given(options, *useless) or ("--cpus" if options.cpus != 1 else "")
     if given:
         raise UsageError(f"{given} is nothing for --target reference, which has no KVM")
-    return ReferenceTarget(options.bochs, options.cpu_model, max(120.0, 4 * options.budget))
+    return ReferenceTarget(options.bochs, options.cpu_model, _patience(options))
 
 
 def _split(target: Target, arguments: Sequence[str], jobs: int | None) -> Sequence[Target]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from kvmnest.coverage.record import Record, Source, counts
 from kvmnest.coverage.text import percent
 from kvmnest.errors import HarnessError
+from kvmnest.files import write_text
 
 _INDEX = "index.html"
 
@@ -26,10 +27,10 @@ def write(record: Record, texts: Mapping[str, str], folder: Path) -> list[Path]:
         pages[_file(name)] = _page(f"{name}, {record.kernel}", _lines(source, texts[name]))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, page in pages.items():
-            (folder / name).write_text(page, encoding="utf-8")
     except OSError as error:
         raise HarnessError(f"cannot write {error.filename}: {error.strerror}") from error
+    for name, page in pages.items():
+        write_text(folder / name, page)
     return [folder / name for name in pages]
 
 

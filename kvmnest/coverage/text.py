@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from kvmnest.coverage.record import Record, Source, counts
+from kvmnest.coverage.record import Record, counts
 
 
 def percent(part: int, whole: int) -> str:
@@ -31,22 +31,25 @@ def summary(record: Record) -> Iterator[str]:
 def missing(record: Record) -> Iterator[str]:
     """Functions with lines that did not run, those with most first, and the lines' numbers."""
     for name, source in record.sources.items():
-        holes = {
-            function: [line for line, first in lines.items() if not first]
+        every = sorted(source.by_line())
+        holes = [
+            (function, counts(lines), [line for line, first in lines.items() if not first])
             for function, lines in source.by_function().items()
-        }
-        for function, lines in sorted(holes.items(), key=lambda hole: -len(hole[1])):
-            if lines:
-                covered, all_lines = counts(source.by_function()[function])
-                yield f"{name}: {function} {covered}/{all_lines}, not {ranges(source, lines)}"
+        ]
+        for function, (covered, all_lines), wanted in sorted(holes, key=lambda hole: -len(hole[2])):
+            if wanted:
+                yield f"{name}: {function} {covered}/{all_lines}, not {ranges(every, wanted)}"
 
 
-def ranges(source: Source, lines: Iterable[int]) -> str:
-    """Numbers of lines as "120-124, 130": no line of another kind that has a block is between."""
+def ranges(every: Iterable[int], lines: Iterable[int]) -> str:
+    """Numbers of lines as "120-124, 130": no line of another kind that has a block is between.
+
+    ``every`` are the lines with a block, in order.
+    """
     wanted = set(lines)
     found: list[list[int]] = []
     joined = False
-    for line in sorted(source.by_line()):
+    for line in every:
         if line not in wanted:
             joined = False
         elif joined:
@@ -63,8 +66,9 @@ def news(record: Record, old: Record) -> Iterator[str]:
     total = sum(len(lines) for functions in found.values() for lines in functions.values())
     yield f"new: {total} line{'s' * (total != 1)}"
     for name, functions in found.items():
+        every = sorted(record.sources[name].by_line())
         for function, lines in functions.items():
             by = dict.fromkeys(lines.values())
             more = f" and {len(by) - 1} more" if len(by) > 1 else ""
-            shown = ranges(record.sources[name], lines)
+            shown = ranges(every, lines)
             yield f"{name}: {function} {shown}, by {next(iter(by))}{more}"

@@ -6,7 +6,7 @@ Runs when the package is built, or on demand in a source checkout; needs binutil
 import subprocess
 from pathlib import Path
 
-from kvmnest import scratch
+from kvmnest import files, scratch
 from kvmnest.lab import tools
 from kvmnest.lab.errors import LabSetupError
 
@@ -46,9 +46,7 @@ def build(name: str = "lab_boot") -> Path:
     if len(data) != ROM_SIZE:
         raise LabSetupError(f"building {source.name}: {len(data)} bytes instead of {ROM_SIZE}")
     DATA.mkdir(exist_ok=True)
-    temporary = target.with_suffix(".new")
-    temporary.write_bytes(data)
-    temporary.replace(target)
+    files.replace(target, data)
     return target
 
 

@@ -47,6 +47,12 @@ def _write_out(data: bytes) -> None:
     sys.stdout.buffer.flush()
 
 
+def write_error(data: bytes) -> None:
+    """A sink for what a command of the guest writes to its stderr: ours."""
+    sys.stderr.buffer.write(data)
+    sys.stderr.buffer.flush()
+
+
 class Lab:
     """A kernel and its KVM parameters; each ``run`` boots it anew.
 

@@ -115,6 +115,8 @@ class LabTarget:
         if self.collected is None:
             return [self]
         parts = self.collected.split(min(jobs, self.collected.count // _WORTH_A_LAB))
+        if len(parts) == 1:
+            return [self]
         labs = [copy.copy(self) for _ in parts]
         for lab, part in zip(labs, parts, strict=True):
             lab._lab, lab.collected = self._make_lab(), part

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 from kvmnest.known import REFERENCE
@@ -28,13 +29,12 @@ class ReferenceTarget(LocalTarget):
 
     def split(self, jobs: int) -> list[ReferenceTarget]:
         """Deal the cases out to ``jobs`` processes."""
-        parts = []
-        for number in range(jobs):
-            part = ReferenceTarget.__new__(ReferenceTarget)
-            part.__dict__.update(self.__dict__)
+        if jobs == 1:
+            return [self]
+        parts = [copy.copy(self) for _ in range(jobs)]
+        for number, part in enumerate(parts):
             part._arguments = [*self._arguments, f"--kvmnest-part={number}/{jobs}"]
-            parts.append(part)
-        return parts if jobs > 1 else [self]
+        return parts
 
     def run(self, arguments: Sequence[str], on_event: OnEvent, first: int = 0) -> Ended:
         """Run ``python -m pytest ARGUMENTS``; see Target."""

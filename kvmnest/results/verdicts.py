@@ -15,6 +15,7 @@ from typing import Any
 from kvmnest import files, known, reading
 from kvmnest.errors import UsageError
 from kvmnest.known import REFERENCE, Deviation
+from kvmnest.schema import TEXT, TEXTS, by_name
 
 #: What the reference CPU made of the cases of ``known.toml``; ``kvmnest known --record`` writes it.
 FILE = Path(__file__).parent.parent / "data" / "reference.json"
@@ -22,11 +23,8 @@ _SCHEMA = {
     "type": "object",
     "required": ["emulator", "cpu", "passed", "failed", "skipped"],
     "properties": {
-        "emulator": {"type": "string"},
-        "cpu": {"type": "string"},
-        "passed": {"type": "array", "items": {"type": "string"}},
-        "failed": {"type": "array", "items": {"type": "string"}},
-        "skipped": {"type": "object", "additionalProperties": {"type": "string"}},
+        **{"emulator": TEXT, "cpu": TEXT, "passed": TEXTS, "failed": TEXTS},
+        "skipped": by_name(TEXT),
     },
 }
 _FAILED = ("failed", "error", "known")
