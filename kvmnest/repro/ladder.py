@@ -13,7 +13,8 @@ from pathlib import Path
 
 from kvmnest import reading
 from kvmnest.files import write_json
-from kvmnest.repro.check import FIXED, VULNERABLE, Verdict
+from kvmnest.known import kernel_version
+from kvmnest.repro.check import FIXED, NO_VERDICT, NOT_APPLICABLE, VULNERABLE, Verdict
 from kvmnest.schema import TEXT, by_name, exactly
 
 RECORD = Path(__file__).parent.parent / "data" / "repro-ladder.json"
@@ -37,16 +38,23 @@ class Ladder:
     @property
     def kernels(self) -> list[str]:
         """The releases, oldest first."""
-        return sorted({release for row in self.verdicts.values() for release in row}, key=order)
+        return sorted(
+            {release for row in self.verdicts.values() for release in row}, key=kernel_version
+        )
+
+    def _answers(self, bug_id: str) -> list[tuple[str, str]]:
+        """(release, verdict) where a bug is there or not, oldest kernel first."""
+        row = self.verdicts.get(bug_id, {})
+        releases = sorted(row, key=kernel_version)
+        return [(each, row[each]) for each in releases if row[each] in (FIXED, VULNERABLE)]
 
     def first_fixed(self, bug_id: str, release: str) -> str:
         """Since which kernel of the release's series a bug is gone, as far as it was asked.
 
         "" if no kernel of that series has been without it; "before R" if R is the oldest asked.
         """
-        row = self.verdicts.get(bug_id, {})
-        series = [k for k in sorted(row, key=order) if order(k)[:2] == order(release)[:2]]
-        answers = [(k, row[k]) for k in series if row[k] in (FIXED, VULNERABLE)]
+        series = kernel_version(release)[:2]
+        answers = [each for each in self._answers(bug_id) if kernel_version(each[0])[:2] == series]
         bad = [number for number, (_, verdict) in enumerate(answers) if verdict == VULNERABLE]
         good = answers[bad[-1] + 1 if bad else 0 :]
         if not good:
@@ -55,18 +63,10 @@ class Ladder:
 
     def since(self, bug_id: str) -> str:
         """The oldest kernel that has a bug; "before R" if that is the oldest asked, "" for none."""
-        row = self.verdicts.get(bug_id, {})
-        answers = [(k, row[k]) for k in sorted(row, key=order) if row[k] in (FIXED, VULNERABLE)]
-        for number, (release, verdict) in enumerate(answers):
+        for number, (release, verdict) in enumerate(self._answers(bug_id)):
             if verdict == VULNERABLE:
                 return short(release) if number else f"before {short(release)}"
         return ""
-
-
-def order(release: str) -> tuple[int, ...]:
-    """A release as numbers, for sorting: "6.1.0-56-cloud-amd64" is (6, 1, 0, 56)."""
-    found = re.match(r"\d+(?:[.-]\d+)*", release)
-    return tuple(int(part) for part in re.split("[.-]", found[0])) if found else ()
 
 
 def short(release: str) -> str:
@@ -84,7 +84,7 @@ def load(path: Path = RECORD) -> Ladder:
 def save(path: Path, ladder: Ladder) -> None:
     """Write a record as a whole. Raises HarnessError if that is impossible."""
     rows = {
-        bug: {release: row[release] for release in sorted(row, key=order)}
+        bug: {release: row[release] for release in sorted(row, key=kernel_version)}
         for bug, row in sorted(ladder.verdicts.items())
     }
     write_json(path, {"schema": SCHEMA, "verdicts": rows})
@@ -100,5 +100,5 @@ def merge(old: Ladder, new: Ladder) -> Ladder:
 
 def worst_first(verdicts: Sequence[Verdict]) -> list[Verdict]:
     """VULNERABLE, then what has no verdict, what does not apply, FIXED; each by id."""
-    ranks = (VULNERABLE, "NO VERDICT", "NOT APPLICABLE", FIXED)
+    ranks = (VULNERABLE, NO_VERDICT, NOT_APPLICABLE, FIXED)
     return sorted(verdicts, key=lambda each: (ranks.index(each.verdict), each.reproducer.id))

@@ -7,9 +7,10 @@ import re
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
 
+from kvmnest.repro.check import VULNERABLE
 from kvmnest.repro.corpus import Reproducer
 from kvmnest.repro.ladder import Ladder, short
-from kvmnest.repro.table import LETTERS
+from kvmnest.repro.table import LETTERS, fixed_in
 
 _CLASS = {"V": "bad", "-": "good", "n": "low", "?": "mid", " ": "low"}
 
@@ -32,12 +33,11 @@ def _text(value: str) -> str:
 
 def _rows(reproducers: Sequence[Reproducer], ladder: Ladder) -> Iterator[str]:
     def seen(each: Reproducer) -> int:
-        return -list(ladder.verdicts.get(each.id, {}).values()).count("VULNERABLE")
+        return -[*ladder.verdicts.get(each.id, {}).values()].count(VULNERABLE)
 
     for each in sorted(reproducers, key=lambda one: (seen(one), one.id)):
         bug, row = each.bug, ladder.verdicts.get(each.id, {})
         since = bug.since or ladder.since(each.id) or "?"
-        fixed = bug.fixed or ("?" if bug.subject else "not fixed")
         cells = []
         for release in ladder.kernels:
             verdict = row.get(release, "")
@@ -47,5 +47,5 @@ def _rows(reproducers: Sequence[Reproducer], ladder: Ladder) -> Iterator[str]:
         yield (
             f"<tr id={_text(each.id)}><th scope=row>{_text(each.id)}<br>"
             f"<small>{_text(each.title)}</small></th><td>{_text(bug.cve)}</td>"
-            f"<td>{_text(since)}</td><td>{_text(fixed)}</td>{''.join(cells)}</tr>\n"
+            f"<td>{_text(since)}</td><td>{_text(fixed_in(bug))}</td>{''.join(cells)}</tr>\n"
         )

@@ -15,12 +15,13 @@ left = "no case moves a thread"  # what is not covered
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from kvmnest import reading
 from kvmnest.errors import HarnessError
+from kvmnest.known import kernel_version
 from kvmnest.repro import evidence, ladder
 from kvmnest.repro.check import FIXED, VULNERABLE
 
@@ -66,16 +67,21 @@ def load(path: Path = FILE) -> list[PublicBug]:
     return found
 
 
-def seen(bug: PublicBug) -> tuple[str, str]:
-    """Where the bug was seen, and where it was seen to be gone: kernels, or a KVM with an edit."""
+def seen(
+    bug: PublicBug, kernels: ladder.Ladder, edits: Mapping[str, Sequence[evidence.Shown]]
+) -> tuple[str, str]:
+    """Where the bug was seen, and where it was seen to be gone: kernels, or a KVM with an edit.
+
+    ``kernels`` and ``edits`` are the records of both.
+    """
     fails, passes = [], []
-    row = ladder.load().verdicts.get(bug.repro, {})
-    for release in sorted(row, key=ladder.order):
+    row = kernels.verdicts.get(bug.repro, {})
+    for release in sorted(row, key=kernel_version):
         if row[release] == VULNERABLE:
             fails.append(ladder.short(release))
         elif row[release] == FIXED:
             passes.append(ladder.short(release))
-    for shown in evidence.load().get(bug.repro, ()):
+    for shown in edits.get(bug.repro, ()):
         if shown.both_ways:
             fails.append(f"{ladder.short(shown.kernel)} with the bug put back")
             passes.append(ladder.short(shown.kernel))
@@ -85,8 +91,9 @@ def seen(bug: PublicBug) -> tuple[str, str]:
 
 def rows() -> Iterator[tuple[str, ...]]:
     """The list as a table: number, bug, cases, where it fails, where it passes, what is left."""
+    kernels, edits = ladder.load(), evidence.load()
     for bug in load():
-        fails, passes = seen(bug)
+        fails, passes = seen(bug, kernels, edits)
         title = f"{bug.id}{f' ({bug.cve})' if bug.cve else ''}: {bug.title}"
         cases = ", ".join(f"`{case}`" for case in bug.cases)
         said = f"Predicted: {bug.predicted}. " if bug.predicted else ""

@@ -5,11 +5,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
+from kvmnest.repro.bug import Bug
 from kvmnest.repro.check import FIXED, NO_VERDICT, NOT_APPLICABLE, VULNERABLE, Verdict
 from kvmnest.repro.corpus import Reproducer
 from kvmnest.repro.ladder import Ladder, short, worst_first
 
 LETTERS = {VULNERABLE: "V", FIXED: "-", NOT_APPLICABLE: "n", NO_VERDICT: "?", "": " "}
+
+
+def fixed_in(bug: Bug) -> str:
+    """The upstream version that has the fix, as a cell of a table."""
+    return bug.fixed or ("?" if bug.subject else "not fixed")
 
 
 def lines(verdicts: Sequence[Verdict], record: Ladder) -> Iterator[str]:
@@ -18,7 +24,7 @@ def lines(verdicts: Sequence[Verdict], record: Ladder) -> Iterator[str]:
     ordered = worst_first(verdicts)
     for verdict in ordered:
         bug = verdict.reproducer.bug
-        upstream = bug.fixed or ("?" if bug.subject else "not fixed")
+        upstream = fixed_in(bug)
         debian = record.first_fixed(verdict.reproducer.id, verdict.kernel)
         if not debian:
             debian = "no fix seen" if verdict.verdict == VULNERABLE else "-"

@@ -11,7 +11,7 @@ import kvmnest
 import kvmnest.suite
 from kvmnest.errors import HarnessError
 from kvmnest.mutants import catalogue
-from kvmnest.repro import corpus, public
+from kvmnest.repro import corpus, evidence, ladder, public
 
 SUITE = Path(kvmnest.suite.__path__[0])
 BUGS = public.load()
@@ -44,7 +44,7 @@ def test_what_it_names_exists(bug):
 
 @EACH
 def test_a_case_was_seen_to_fail_or_the_list_says_what_is_left(bug):
-    fails, passes = public.seen(bug)
+    fails, passes = public.seen(bug, ladder.load(), evidence.load())
     if not (bug.cases and fails):
         assert bug.left, f"{bug.id}: nothing fails, and the list does not say why"
     if bug.repro:
