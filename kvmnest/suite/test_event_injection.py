@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kvmnest.l1 import L1, L2Mode, code
-from kvmnest.suite.support.guest import Guest
+from kvmnest.suite.support.guest import Guest, copied_idt
 from kvmnest.vmx import (
     ERROR_CODE_VECTORS,
     ExitReason,
@@ -311,8 +311,7 @@ def test_no_injection_without_the_valid_bit(l1: L1) -> None:
 def test_intercepts_of_the_handler(l1: L1) -> None:
     """An exit in the handler of an injected event is an ordinary one: no IDT vectoring."""
     guest = Guest(l1)
-    idt = l1.alloc()
-    l1.write(idt, l1.read(l1.sym("l2_idt"), 4096))
+    idt = copied_idt(l1)
     handler = l1.sym("l2_code") + 0x800
     l1.write_int(idt + 16 * 0x30, handler & 0xFFFF, 2)
     l1.write_int(idt + 16 * 0x30 + 6, handler >> 16, 2)

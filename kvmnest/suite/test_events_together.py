@@ -8,7 +8,7 @@ import pytest
 
 from kvmnest.kvm import Cap, exits
 from kvmnest.l1 import L1, VmLost, code
-from kvmnest.suite.support.apic import Apic, send_in_l2
+from kvmnest.suite.support.apic import INIT, NMI, TO_APIC_0, Apic, send_in_l2
 from kvmnest.suite.support.bitmaps import set_msr_bitmap
 from kvmnest.suite.support.guest import NOT_VALID, Guest
 from kvmnest.vmx import ExitCtl, ExitReason, Field, IntrType, PinCtl, ProcCtl, Vector, intr_info
@@ -22,9 +22,6 @@ pytestmark = [
 
 VECTOR = 0x51
 OUT_80 = code.out8(0x80)
-#: A message-signaled interrupt to APIC 0, and its delivery modes.
-TO_APIC_0 = 0xFEE00000
-NMI, INIT = 4 << 8, 5 << 8
 #: 20 ms: KVM's APIC timer counts at 1 GHz.
 TIMER = 20_000_000
 #: Spin until the doubleword at RDI is not 0: CMP DWORD [RDI], 0; JE.

@@ -13,9 +13,9 @@ import pytest
 
 from kvmnest.kvm import Cap, exits
 from kvmnest.l1 import L1, code
-from kvmnest.suite.support.apic import Apic
+from kvmnest.suite.support.apic import NMI, TO_APIC_0, Apic
 from kvmnest.suite.support.bitmaps import set_msr_bitmap
-from kvmnest.suite.support.guest import Guest
+from kvmnest.suite.support.guest import Guest, copied_idt
 from kvmnest.vmx import (
     ActivityState,
     ExitCtl,
@@ -38,8 +38,6 @@ pytestmark = [
 
 VECTOR = 0x51
 OUT_80 = code.out8(0x80)
-#: A message-signaled interrupt to APIC 0; the delivery mode NMI.
-TO_APIC_0, NMI = 0xFEE00000, 4 << 8
 #: Seconds until the event comes: L2 sleeps by then.
 LATER = 0.05
 #: How L2 falls asleep: its code, the field that differs, and where it goes on.
@@ -184,13 +182,9 @@ def test_host_takes_the_vcpu_meanwhile(l1: L1) -> None:
 
 def _debug_exception(guest: Guest, gate: int, **fields: int) -> Exit | Fault:
     """Enter L2 in the HLT state with #DB injected, through a gate of this type."""
-    l1 = guest.l1
-    idt = l1.alloc()
-    l1.write(idt, l1.read(l1.sym("l2_idt"), 4096))
-    l1.write_int(idt + 16 * Vector.DB + 5, gate, 1)
     seen = guest.run(
         code.NOP,
-        GUEST_IDTR_BASE=idt,
+        GUEST_IDTR_BASE=copied_idt(guest.l1, {Vector.DB: gate}),
         GUEST_ACTIVITY_STATE=ActivityState.HLT,
         GUEST_RFLAGS=0x202,
         VM_ENTRY_INTR_INFO_FIELD=intr_info(Vector.DB, IntrType.HARDWARE_EXCEPTION),
@@ -209,9 +203,8 @@ def test_nmi_window_behind_an_injected_exception(l1: L1, gate: int) -> None:
     """The NMI window is open at the handler's first instruction; L2 is active there."""
     guest = _guest(l1, PinCtl.NMI_EXITING, PinCtl.VIRTUAL_NMIS)
     guest.on(ProcCtl.NMI_WINDOW_EXITING)
-    handler = l1.sym("l2_64_handlers") + 16 * Vector.DB
     seen = _debug_exception(guest, gate)
-    assert seen == guest.exit(ExitReason.NMI_WINDOW, offset=handler - guest.start)
+    assert seen == guest.exit(ExitReason.NMI_WINDOW, offset=guest.handler(Vector.DB))
     assert _activity(guest) == ActivityState.ACTIVE
     guest.off(ProcCtl.NMI_WINDOW_EXITING)
     assert guest.go_on() == Fault(Vector.DB, error_code=0, rip=0)
@@ -224,10 +217,9 @@ def test_interrupt_window_behind_an_injected_exception(l1: L1, gate: int) -> Non
     """The gate decides whether the window is open at the handler's first instruction."""
     guest = _guest(l1)
     guest.on(ProcCtl.INTERRUPT_WINDOW_EXITING)
-    handler = l1.sym("l2_64_handlers") + 16 * Vector.DB
     seen = _debug_exception(guest, gate)
     if gate == TRAP_GATE:
-        assert seen == guest.exit(ExitReason.INTERRUPT_WINDOW, offset=handler - guest.start)
+        assert seen == guest.exit(ExitReason.INTERRUPT_WINDOW, offset=guest.handler(Vector.DB))
         assert _activity(guest) == ActivityState.ACTIVE
         guest.off(ProcCtl.INTERRUPT_WINDOW_EXITING)
         seen = guest.go_on()  # type: ignore[assignment]

@@ -12,7 +12,7 @@ from kvmnest.l1 import L1, L2Mode, code
 from kvmnest.suite.support.apic import Apic, send_in_l2, send_nmi_in_l2
 from kvmnest.suite.support.bitmaps import set_msr_bitmap
 from kvmnest.suite.support.ept import W, qualification, with_linear_rights
-from kvmnest.suite.support.guest import NOT_VALID, Guest, Masked
+from kvmnest.suite.support.guest import NOT_VALID, Guest, Masked, copied_idt
 from kvmnest.vmx import (
     ExitReason,
     Field,
@@ -175,8 +175,7 @@ def test_page_fault_on_the_stack(l1: L1, name: str) -> None:
 def test_ept_violation_on_the_idt(l1: L1, name: str) -> None:
     """The read of the gate causes an EPT violation."""
     event, guest = EVENTS[name], _guest(l1)
-    idt = l1.alloc()
-    l1.write(idt, l1.read(l1.sym("l2_idt"), 4096))
+    idt = copied_idt(l1)
     _set_ept(l1, idt, 0)
     seen = _run(guest, event, GUEST_IDTR_BASE=idt)
     assert (seen.reason, seen.rip) == (ExitReason.EPT_VIOLATION, guest.at(event.at))
@@ -239,11 +238,7 @@ def test_injected_event_in_flight(
 
 def _broken_idt(l1: L1, *vectors: int) -> int:
     """An IDT in which these gates are not present."""
-    idt = l1.alloc()
-    l1.write(idt, l1.read(l1.sym("l2_idt"), 4096))
-    for vector in vectors:
-        l1.write_int(idt + 16 * vector + 5, 0x0E, 1)
-    return idt
+    return copied_idt(l1, dict.fromkeys(vectors, 0x0E))
 
 
 @pytest.mark.sdm("Interrupt 8—Double Fault Exception (#DF)")

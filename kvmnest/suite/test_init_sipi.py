@@ -11,7 +11,7 @@ import pytest
 from kvmnest.errors import HarnessError
 from kvmnest.kvm import Cap, KvmError, exits
 from kvmnest.l1 import L1, code
-from kvmnest.suite.support.apic import Apic
+from kvmnest.suite.support.apic import INIT, SIPI, TO_APIC_0, Apic
 from kvmnest.suite.support.guest import Guest
 from kvmnest.vmx import ActivityState, ExitReason, Field, Misc, Rflags, Vector
 from kvmnest.vmx.outcome import Exit, HostExit, Succeed
@@ -23,9 +23,6 @@ pytestmark = [
 ]
 
 OUT_80 = code.out8(0x80)
-#: A message-signaled interrupt to APIC 0, and its delivery modes.
-TO_APIC_0 = 0xFEE00000
-INIT, SIPI = 5 << 8, 6 << 8
 
 
 def _guest(l1: L1) -> Guest:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kvmnest.l1 import L1, code
-from kvmnest.suite.support.guest import Guest
+from kvmnest.suite.support.guest import Guest, copied_idt
 from kvmnest.vmx import ExitReason, Field, IntrType, ProcCtl, Vector, intr_info
 from kvmnest.vmx.outcome import Exit, Fault, Succeed
 
@@ -80,16 +80,12 @@ def test_window_and_injection(l1: L1) -> None:
     """An injected event is delivered first; its gate decides whether the window is open."""
     guest = Guest(l1, ProcCtl.INTERRUPT_WINDOW_EXITING)
     # An IDT whose gate 31H is a trap gate, which leaves IF alone.
-    idt = l1.alloc()
-    l1.write(idt, l1.read(l1.sym("l2_idt"), 4096))
-    l1.write_int(idt + 16 * 0x31 + 5, 0x8F, 1)
-    guest.vmcs[Field.GUEST_IDTR_BASE] = idt
+    guest.vmcs[Field.GUEST_IDTR_BASE] = copied_idt(l1, {0x31: 0x8F})
     for vector in (0x30, 0x31):
         info = intr_info(vector, IntrType.EXTERNAL_INTERRUPT)
         seen = guest.run(code.NOP, GUEST_RFLAGS=0x202, VM_ENTRY_INTR_INFO_FIELD=info)
-        handler = l1.sym("l2_64_handlers") + 16 * vector
         if vector == 0x31:
-            assert seen == _window(guest, handler - guest.start)
+            assert seen == _window(guest, guest.handler(vector))
             # RIP of what was interrupted is on the stack.
             stack = guest.vmcs[Field.GUEST_RSP]
             assert l1.read_int(stack) == guest.start

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kvmnest.l1 import L1, code
-from kvmnest.suite.support.apic import Apic, send_in_l2
+from kvmnest.suite.support.apic import TO_APIC_0, Apic, send_in_l2
 from kvmnest.suite.support.bitmaps import set_msr_bitmap
 from kvmnest.suite.support.guest import NOT_VALID, Guest
 from kvmnest.vmx import ExitCtl, ExitReason, Field, IntrType, Msr, PinCtl, ProcCtl, intr_info
@@ -121,7 +121,7 @@ def test_from_the_host(l1: L1) -> None:
     """A message-signalled interrupt that comes while L2 runs exits to L1."""
     apic, guest = Apic(l1), _guest(l1, exiting=True, acknowledge=True)
     assert isinstance(guest.run(code.NOP + OUT_80 + code.NOP), HostExit)
-    l1.vm.signal_msi(0xFEE00000, VECTOR)
+    l1.vm.signal_msi(TO_APIC_0, VECTOR)
     assert guest.resume() == _interrupted(guest, 3, VECTOR)
     assert apic.in_service() == [VECTOR]
     apic.end()
@@ -241,8 +241,7 @@ def test_injection_comes_before_a_pending_interrupt(l1: L1) -> None:
         VM_ENTRY_INTR_INFO_FIELD=intr_info(6, IntrType.HARDWARE_EXCEPTION),
         EXCEPTION_BITMAP=0,
     )
-    handler = l1.sym("l2_64_handlers") + 16 * 6
-    assert seen == _interrupted(guest, handler - guest.start, VECTOR)
+    assert seen == _interrupted(guest, guest.handler(6), VECTOR)
     apic.end()
     assert guest.go_on() == Fault(6, error_code=0, rip=0)
 

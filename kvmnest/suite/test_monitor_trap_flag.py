@@ -100,15 +100,14 @@ def test_behind_an_injected_event(l1: L1) -> None:
     for vector, kind in ((0x30, IntrType.EXTERNAL_INTERRUPT), (6, IntrType.HARDWARE_EXCEPTION)):
         info = intr_info(vector, kind)
         seen = guest.run(code.NOP, GUEST_RFLAGS=0x202, VM_ENTRY_INTR_INFO_FIELD=info)
-        handler = l1.sym("l2_64_handlers") + 16 * vector
-        assert seen == _trap(guest, handler - guest.start)
+        assert seen == _trap(guest, guest.handler(vector))
 
 
 def test_exception_of_the_instruction(l1: L1) -> None:
     """A fault is delivered first, and the exit is at its handler; or L1 intercepts it."""
     guest = _guest(l1)
-    handler = l1.sym("l2_64_handlers") + 16 * Vector.UD
-    assert guest.run(code.UD2, EXCEPTION_BITMAP=0) == _trap(guest, handler - guest.start)
+    seen = guest.run(code.UD2, EXCEPTION_BITMAP=0)
+    assert seen == _trap(guest, guest.handler(Vector.UD))
     seen = guest.run(code.UD2, EXCEPTION_BITMAP=1 << Vector.UD)
     assert seen == guest.exception(Vector.UD)
 
@@ -146,8 +145,7 @@ def test_exception_that_is_delivered(l1: L1, name: str) -> None:
         "UD2": (code.UD2, Vector.UD, 0),
     }[name]
     seen = guest.run(program + code.NOP, {"rcx": Msr.APIC_BASE, "rax": 0, "rdx": 1 << 31})
-    handler = l1.sym("l2_64_handlers") + 16 * vector
-    assert seen == _trap(guest, handler - guest.start)
+    assert seen == _trap(guest, guest.handler(vector))
     guest.off(ProcCtl.MONITOR_TRAP_FLAG)
     assert guest.go_on() == Fault(vector, error_code=0, rip=behind)
 

@@ -10,7 +10,7 @@ import pytest
 from kvmnest.kvm import Cap, exits
 from kvmnest.l1 import L1, code
 from kvmnest.suite.support.entries import EPT_OR_NOT
-from kvmnest.suite.support.guest import Guest
+from kvmnest.suite.support.guest import Guest, copied_idt
 from kvmnest.vmx import Field, Vector
 from kvmnest.vmx.outcome import HostExit, Succeed
 
@@ -34,9 +34,8 @@ _HANDLER = (
 
 def _own_handler(l1: L1, guest: Guest) -> None:
     """Give L2 an IDT whose page-fault gate leads to ``_HANDLER``."""
-    page, table = l1.alloc(), l1.alloc()
+    page, table = l1.alloc(), copied_idt(l1)
     l1.write(page, _HANDLER)
-    l1.write(table, l1.read(l1.sym("l2_idt"), 4096))
     gate = struct.pack("<HHHHII", page & 0xFFFF, l1.sym("SEL_CODE64"), 0x8E00, page >> 16, 0, 0)
     l1.write(table + 16 * Vector.PF, gate)
     guest.vmcs[Field.GUEST_IDTR_BASE] = table

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kvmnest.l1 import L1, code
-from kvmnest.suite.support.apic import Apic, send_nmi_in_l2
+from kvmnest.suite.support.apic import TO_APIC_0, Apic, send_nmi_in_l2
 from kvmnest.suite.support.bitmaps import set_msr_bitmap
 from kvmnest.suite.support.guest import NOT_VALID, Guest
 from kvmnest.vmx import (
@@ -106,7 +106,7 @@ def test_nmi_exit_comes_before_an_interrupt_exit(l1: L1) -> None:
     apic, guest = Apic(l1), _guest(l1, PinCtl.NMI_EXITING, PinCtl.EXTERNAL_INTERRUPT_EXITING)
     assert isinstance(guest.run(OUT_80 + code.NOP), HostExit)
     l1.vcpu.nmi()
-    l1.vm.signal_msi(0xFEE00000, 0x61)
+    l1.vm.signal_msi(TO_APIC_0, 0x61)
     assert guest.resume() == _nmi_exit(guest, 2)
     seen = guest.go_on()
     assert (seen.reason, seen.rip) == (ExitReason.EXTERNAL_INTERRUPT, guest.at(2))
@@ -259,7 +259,7 @@ def test_nmi_window_and_injected_nmi(l1: L1) -> None:
     # An exception instead does not block: the exit is at its handler's first instruction.
     info = intr_info(Vector.UD, IntrType.HARDWARE_EXCEPTION)
     seen = guest.run(code.NOP, VM_ENTRY_INTR_INFO_FIELD=info)
-    assert seen == _window(guest, l1.sym("l2_64_handlers") + 16 * Vector.UD - guest.start)
+    assert seen == _window(guest, guest.handler(Vector.UD))
 
 
 @WINDOW

@@ -124,11 +124,15 @@ class Page:
             "PAGE_FAULT_ERROR_CODE_MATCH": 0,
             **fields,
         }
-        self.offset = len(before)
         return self.guest.run(before + kind.value[1], {"rdi": LINEAR, "rax": VALUE}, **fields)
 
-    def wrong(self, kind: Access, above: int, leaf: int, seen: Outcome) -> Iterator[str]:
-        """What is wrong with an access: its outcome, or the flags of the entries behind it."""
+    def wrong(
+        self, kind: Access, above: int, leaf: int, seen: Outcome, offset: int = 0
+    ) -> Iterator[str]:
+        """What is wrong with an access: its outcome, or the flags of the entries behind it.
+
+        ``offset`` is that of the access in L2's code.
+        """
         entries = [self.l1.read_int(self.directory), self.l1.read_int(self.table)]
         code = self.rules.error_code(kind, [above, leaf], self.reserved)
         what = f"{kind.name} above={above:#x} leaf={leaf:#x}"
@@ -139,7 +143,7 @@ class Page:
             if entries[0] & A != A or entries[1] & (A | D) != A | dirty:
                 yield f"{what}: flags behind it {entries[0] & 0xFFF:#x} {entries[1] & 0xFFF:#x}"
             return
-        at = LINEAR - self.guest.start if kind is Access.FETCH else self.offset
+        at = LINEAR - self.guest.start if kind is Access.FETCH else offset
         expected = self.guest.exception(Vector.PF, code, offset=at, qualification=LINEAR)
         if seen != expected:
             yield f"{what}: {seen}, expected {expected}"
@@ -167,7 +171,7 @@ def expect_model(
         for kind in kinds:
             page.set(above, leaf)
             seen = page.access(kind, fields, before)
-            wrong += page.wrong(kind, above, leaf, seen)
+            wrong += page.wrong(kind, above, leaf, seen, len(before))
     assert wrong == []
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from kvmnest.kvm.exits import IO_OUT, IoExit
 from kvmnest.l1 import L1, code
+from kvmnest.suite.support.apic import TO_APIC_0
 from kvmnest.suite.support.virtual_apic import NOTIFICATION, POSTED, PostedInterrupts
 from kvmnest.vmx import ExitReason, IntrType, Msr, intr_info
 from kvmnest.vmx.outcome import Exit, Fault, HostExit, Succeed
@@ -129,7 +130,7 @@ def test_from_the_host(l1: L1, restored: bool) -> None:
     assert seen == HostExit(IoExit(IO_OUT, 1, 0x80, 1, b"\0"))
     if restored:
         l1.round_trip()
-    l1.vm.signal_msi(0xFEE00000, NOTIFICATION)
+    l1.vm.signal_msi(TO_APIC_0, NOTIFICATION)
     assert posted.guest.resume() == Fault(VECTOR, error_code=0, rip=len(OUT_80))
     assert posted.left() == ([], False)
     assert posted.dismissed()
@@ -142,7 +143,7 @@ def test_save_and_restore_with_a_notification_pending(l1: L1) -> None:
     posted.post([VECTOR])
     seen = posted.guest.run(OUT_80 + code.NOP, {"rax": 0}, GUEST_RFLAGS=IF)
     assert seen == HostExit(IoExit(IO_OUT, 1, 0x80, 1, b"\0"))
-    l1.vm.signal_msi(0xFEE00000, NOTIFICATION)
+    l1.vm.signal_msi(TO_APIC_0, NOTIFICATION)
     l1.round_trip()
     assert posted.guest.resume() == Fault(VECTOR, error_code=0, rip=len(OUT_80))
     assert posted.left() == ([], False)

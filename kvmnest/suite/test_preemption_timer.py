@@ -209,8 +209,7 @@ def test_pending_debug_exception_goes_first(l1: L1, pending: int) -> None:
         GUEST_PENDING_DBG_EXCEPTIONS=pending,
         EXCEPTION_BITMAP=0,
     )
-    handler = l1.sym("l2_64_handlers") + 16 * Vector.DB
-    assert seen == _expired(guest, handler - guest.start)
+    assert seen == _expired(guest, guest.handler(Vector.DB))
     guest.off(TIMER)
     assert guest.go_on() == Fault(Vector.DB, error_code=0, rip=0)
 
@@ -225,8 +224,7 @@ def test_injected_exception_is_not_intercepted(l1: L1) -> None:
         EXCEPTION_BITMAP=1 << Vector.DB,
         VM_ENTRY_INTR_INFO_FIELD=intr_info(Vector.DB, IntrType.HARDWARE_EXCEPTION),
     )
-    handler = l1.sym("l2_64_handlers") + 16 * Vector.DB
-    assert seen == _expired(guest, handler - guest.start)
+    assert seen == _expired(guest, guest.handler(Vector.DB))
     guest.off(TIMER)
     assert guest.go_on() == Fault(Vector.DB, error_code=0, rip=0)
 

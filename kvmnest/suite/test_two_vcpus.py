@@ -9,7 +9,7 @@ import pytest
 from kvmnest.kvm import Cap
 from kvmnest.l1 import L1, code
 from kvmnest.l1.cpu import Cpu
-from kvmnest.suite.support.apic import Apic
+from kvmnest.suite.support.apic import FIXED, INIT, NMI, Apic
 from kvmnest.suite.support.bitmaps import set_msr_bitmap
 from kvmnest.suite.support.ept import RWX, identity_entry, poke
 from kvmnest.suite.support.guest import NOT_VALID, Guest
@@ -39,7 +39,6 @@ OUT_80 = code.out8(0x80)
 VECTOR = 0x51
 IF = 0x202
 X2APIC_BASE = 0xFEE00C00
-FIXED, NMI, INIT = 0, 4 << 8, 5 << 8
 STATE = (Field.GUEST_RIP, Field.GUEST_CR3, Field.GUEST_RFLAGS, Field.EXCEPTION_BITMAP)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from kvmnest.kvm import Cap, Vcpu, exits
 from kvmnest.l1 import L1, L2Mode, code
-from kvmnest.suite.support.apic import Apic
+from kvmnest.suite.support.apic import NMI, TO_APIC_0, Apic
 from kvmnest.suite.support.guest import PATTERN, Guest
 from kvmnest.vmx import ExitCtl, ExitReason, IntrType, Msr, PinCtl, Proc2Ctl, Vector, intr_info
 from kvmnest.vmx.outcome import Exit, HostExit, Succeed
@@ -22,7 +22,6 @@ pytestmark = [
 
 OUT_80 = code.out8(0x80)
 VECTOR = 0x51
-TO_APIC_0, NMI = 0xFEE00000, 4 << 8
 _MSRS = (
     *(Msr.SYSENTER_CS, Msr.SYSENTER_ESP, Msr.SYSENTER_EIP, Msr.STAR, Msr.LSTAR, Msr.CSTAR),
     *(Msr.KERNEL_GS_BASE, Msr.PAT, Msr.APIC_BASE, Msr.IA32_FEATURE_CONTROL),

@@ -10,8 +10,10 @@ from kvmnest.vmx.outcome import Succeed
 _X2APIC = 0xC00
 #: Spurious-interrupt vector register: APIC enabled by software, vector 255.
 _ENABLED = 0x1FF
-#: Interrupt command: delivery mode NMI, physical destination 0 in bits 63:32.
-NMI_TO_SELF = 0x400
+#: Delivery modes, of the interrupt command and of a message-signaled interrupt.
+FIXED, NMI, INIT, SIPI = 0, 4 << 8, 5 << 8, 6 << 8
+#: Address of a message-signaled interrupt to APIC 0.
+TO_APIC_0 = 0xFEE00000
 #: Divide configuration of the timer.
 _DIVIDE_BY_1 = 0b1011
 _IF = 0x202
@@ -93,4 +95,4 @@ def send_in_l2(vector: int) -> dict[str, int]:
 
 def send_nmi_in_l2() -> dict[str, int]:
     """Registers with which WRMSR in L2 sends the vCPU an NMI (MSR bitmaps open)."""
-    return {"rcx": Msr.X2APIC_ICR, "rax": NMI_TO_SELF, "rdx": 0}
+    return {"rcx": Msr.X2APIC_ICR, "rax": NMI, "rdx": 0}  # to APIC 0

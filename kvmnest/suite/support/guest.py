@@ -129,6 +129,10 @@ class Guest:
         """RIP of an offset into the code."""
         return self.start + offset
 
+    def handler(self, vector: int) -> int:
+        """Offset from the code, once it has run, of L2's handler of a vector (in 64-bit mode)."""
+        return self.l1.sym("l2_64_handlers") + 16 * vector - self.start
+
     def run(self, code: bytes, regs: Mapping[str, int] | None = None, /, **fields: int) -> Outcome:
         """Run code in L2 with these registers and, by name, VMCS fields."""
         self.start = self.l1.set_l2(code, self.vmcs)
@@ -212,6 +216,15 @@ class Guest:
             intr_info=info,
             **more,
         )
+
+
+def copied_idt(l1: L1, types: Mapping[int, int] | None = None) -> int:
+    """Address of a copy of L2's 64-bit IDT; ``types``: vector -> P, DPL and type of its gate."""
+    idt = l1.alloc()
+    l1.write(idt, l1.read(l1.sym("l2_idt"), 4096))
+    for vector, kind in (types or {}).items():
+        l1.write_int(idt + 16 * vector + 5, kind, 1)
+    return idt
 
 
 def rights(**parts: int) -> int:
