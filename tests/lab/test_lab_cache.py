@@ -14,27 +14,12 @@ from itertools import cycle
 from pathlib import Path
 
 import pytest
+from damages import cut, empty, junk, zero
 
 from kvmnest.kernel import build as kernel_build
 from kvmnest.kernel import source
 from kvmnest.lab import cache, debian, saved, snapshot
 from kvmnest.lab.machine import Lab
-
-
-def zero(path: Path) -> None:
-    path.write_bytes(bytes(path.stat().st_size))
-
-
-def cut(path: Path) -> None:
-    os.truncate(path, path.stat().st_size // 2)
-
-
-def empty(path: Path) -> None:
-    os.truncate(path, 0)
-
-
-def junk(path: Path) -> None:
-    path.write_bytes(b"\xff\xfejunk\x00" * 9)
 
 
 def missing(path: Path) -> None:

@@ -1,32 +1,16 @@
 """What the host's pytest compiled for the lab, damaged: it is compiled anew, with one line."""
 
 import itertools
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from damages import cut, empty, junk, zero
 
 from kvmnest.results.collect import collect
 from kvmnest.results.runner import Plan, pytest_arguments
 
 _HEADER = 16  # bytes that say from what it was compiled
-
-
-def zero(path: Path) -> None:
-    path.write_bytes(bytes(path.stat().st_size))
-
-
-def cut(path: Path) -> None:
-    os.truncate(path, path.stat().st_size // 2)
-
-
-def empty(path: Path) -> None:
-    os.truncate(path, 0)
-
-
-def junk(path: Path) -> None:
-    path.write_bytes(b"\xff\xfejunk\x00" * 9)
 
 
 def junk_behind_the_header(path: Path) -> None:
