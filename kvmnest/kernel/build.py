@@ -211,14 +211,13 @@ def _make(kernel: source.KernelSource, tree: Path) -> None:
         f"CC={kernel.compiler}", *_SETTINGS, "modules",
     ]  # fmt: skip
     environment = {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C"}
-    process = subprocess.Popen(
+    process = tools.start(
         argv,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         env=environment,
         start_new_session=True,
-        preexec_fn=tools.die_with_parent(),
     )
     _running.add(process)
     try:

@@ -154,15 +154,7 @@ class Apt:
         refuses, KernelSpecError when the file is not the one of the signed index.
         """
         wanted = self.package(package).get("SHA256", "")
-        command = [tools.find("apt-get"), *self.options, "-q", "download", package]
-        done = subprocess.run(
-            command,
-            cwd=folder,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            check=False,
-            preexec_fn=tools.die_with_parent(),
-        )
+        done = tools.complete(["apt-get", *self.options, "-q", "download", package], folder)
         files = list(folder.glob("*.deb"))
         if done.returncode or not files:
             errors = [line for line in done.stderr.decode(errors="replace").splitlines()

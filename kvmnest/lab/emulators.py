@@ -94,18 +94,6 @@ def version_text(program: str, *options: str) -> str:
     return (done.stdout + done.stderr).decode(errors="replace")
 
 
-def _child_setup(personality: int) -> Callable[[], None]:
-    """For the child before exec: it ends with this process, and has the personality(2)."""
-    libc, die_with_parent = ctypes.CDLL(None), tools.die_with_parent()
-
-    def setup() -> None:
-        die_with_parent()
-        if personality:
-            libc.personality(personality)
-
-    return setup
-
-
 class Running(ABC):
     """One emulator in a private folder: write ``boot.rom`` there, boot it.
 
@@ -160,12 +148,14 @@ class Running(ABC):
     ) -> None:
         """Start the program in the folder, its stderr in ``stderr.log``.
 
-        It inherits the file descriptors ``files``.
+        It inherits the file descriptors ``files``, and has the personality(2) if it is not 0.
         """
+        libc = ctypes.CDLL(None)
         try:
             with open(self.folder / "stderr.log", "wb") as errors:
-                self._process = subprocess.Popen(
+                self._process = tools.start(
                     [self._program, *argv],
+                    lambda: libc.personality(personality) if personality else None,
                     cwd=self.folder,
                     stdin=stdin,
                     stdout=stdout,
@@ -173,7 +163,6 @@ class Running(ABC):
                     env={"PATH": os.defpath, "HOME": "/", "LANG": "C", **env},
                     start_new_session=True,
                     pass_fds=files,
-                    preexec_fn=_child_setup(personality),
                 )
         except OSError as e:
             raise LabSetupError(f"cannot start {self._program}: {e.strerror}") from e

@@ -15,11 +15,11 @@ import marshal
 import mmap
 import os
 import re
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kvmnest.lab import tools
 from kvmnest.lab.ptrace import Stopped
 
 PAGE = 4096
@@ -103,7 +103,7 @@ def supported() -> bool:
             os._exit(1)
 
     try:
-        child = subprocess.Popen(["sleep", "60"], preexec_fn=setup)
+        child = tools.start(["sleep", "60"], setup)
     except OSError:
         return False
     try:

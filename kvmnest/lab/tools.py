@@ -1,11 +1,16 @@
 """Host programs that the lab uses, with the Debian package that brings each."""
 
+import contextlib
 import ctypes
 import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
 
 from kvmnest.lab.errors import LabSetupError
 
@@ -43,17 +48,61 @@ def package(name: str) -> str:
     return _PACKAGES.get(name, name)
 
 
-def die_with_parent() -> Callable[[], None]:
-    """For the child before exec: the kernel kills it when the thread that started it ends."""
+def start(
+    argv: Sequence[str], setup: Callable[[], None] | None = None, **options: Any
+) -> subprocess.Popen[bytes]:
+    """Start a program that the kernel kills when the thread that started it ends.
+
+    ``setup`` is called in the child before exec; ``options``: those of subprocess.Popen. A SIGINT
+    or SIGTERM that arrives meanwhile is handled afterwards, and ends the program if its handler
+    raises. Raises OSError if the program cannot be started.
+    """
     libc = ctypes.CDLL(None)
     parent = os.getpid()
 
-    def setup() -> None:
+    def before_exec() -> None:
         libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
             os._exit(1)
+        if setup is not None:
+            setup()
 
-    return setup
+    process: subprocess.Popen[bytes] | None = None
+    try:
+        with _signals_held():
+            process = subprocess.Popen(argv, preexec_fn=before_exec, **options)
+    except BaseException:
+        if process is not None:
+            process.kill()
+            process.communicate()
+        raise
+    return process
+
+
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """Call the handlers of SIGINT and SIGTERM after the block, for what arrives inside it.
+
+    Popen with a preexec_fn runs the hooks of os.register_at_fork, logging's among them, and Python
+    prints and drops what a handler raises there: one Ctrl-C in four was lost while a lab started.
+    A signal mask would not do: another thread may take the signal, and the handler runs in the
+    main thread all the same.
+    """
+    arrived: list[int] = []
+    handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
+    if threading.current_thread() is threading.main_thread():  # no other thread runs handlers
+        for number in map(int, (signal.SIGINT, signal.SIGTERM)):
+            handler = signal.getsignal(number)
+            if callable(handler):
+                handlers[number] = handler
+                signal.signal(number, lambda got, _: arrived.append(got))
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    for number in dict.fromkeys(arrived):
+        handlers[number](number, None)
 
 
 def run(
@@ -63,19 +112,30 @@ def run(
 
     Raises LabSetupError with its last line if it fails.
     """
-    command = [find(argv[0]), *argv[1:]]
     try:
-        done = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            check=False,
-            timeout=limit,
-            preexec_fn=die_with_parent(),
-        )
+        done = complete(argv, limit=limit)
     except subprocess.TimeoutExpired as e:
         raise LabSetupError(f"{doing} did not end within {limit:.0f} s") from e
     if done.returncode:
         lines = done.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
         raise LabSetupError(f"{doing} failed: {lines[-1]}")
     return done
+
+
+def complete(
+    argv: Sequence[str], cwd: Path | None = None, limit: float | None = None
+) -> subprocess.CompletedProcess[bytes]:
+    """Run a program in ``cwd`` to its end, whatever its status; it ends with this process.
+
+    Raises LabSetupError if it is not installed, TimeoutExpired after ``limit`` seconds.
+    """
+    command = [find(argv[0]), *argv[1:]]
+    pipe = subprocess.PIPE
+    process = start(command, cwd=cwd, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe)
+    try:
+        out, errors = process.communicate(timeout=limit)
+    except BaseException:
+        process.kill()
+        process.communicate()
+        raise
+    return subprocess.CompletedProcess(command, process.returncode, out, errors)
