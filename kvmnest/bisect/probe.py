@@ -12,10 +12,10 @@ from kvmnest.host import why_not_kvm
 from kvmnest.known import same_parameter
 from kvmnest.lab.emulators import BOCHS, Choice
 from kvmnest.lab.errors import KernelSpecError, LabSetupError, PackageGone
-from kvmnest.results.lab_target import LabTarget
-from kvmnest.results.model import Run
-from kvmnest.results.runner import Plan, outcome, split_selection
-from kvmnest.results.targets import LocalTarget, Target
+from kvmnest.reports.model import Run
+from kvmnest.run.lab_target import LabTarget
+from kvmnest.run.loop import Plan, outcome, split_selection
+from kvmnest.run.targets import LocalTarget, Target
 
 GOOD, BAD, SKIP = "good", "bad", "skip"
 #: What ``git bisect run`` makes of an exit code.

@@ -27,7 +27,7 @@ def add_parser(subparsers: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run the verb."""
     from kvmnest.known import REFERENCE
-    from kvmnest.results import diff, jsonfile
+    from kvmnest.reports import diff, jsonfile
 
     old, new = jsonfile.load(options.old), jsonfile.load(options.new)
     if (old["target"] == REFERENCE) is not (new["target"] == REFERENCE):
@@ -51,7 +51,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _verdicts(kvm: dict[str, Any], reference: dict[str, Any], as_json: bool) -> int:
     """The verdict on each failure; 1 if one that is not known is KVM's."""
-    from kvmnest.results import verdicts
+    from kvmnest.reports import verdicts
 
     outcomes = verdicts.of_results(reference)
     found = verdicts.of_failures(kvm, outcomes)

@@ -45,7 +45,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the verb."""
-    from kvmnest.results import jsonfile, verdicts
+    from kvmnest.reports import jsonfile, verdicts
 
     if options.record:
         count = verdicts.record(jsonfile.load(options.record))

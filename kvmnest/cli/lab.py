@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from kvmnest.lab.bochs_build import Progress
     from kvmnest.lab.emulators import Choice
     from kvmnest.lab.fleet import Found
-    from kvmnest.results.targets import Target
+    from kvmnest.run.targets import Target
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -204,8 +204,8 @@ def target(options: argparse.Namespace, params: Mapping[str, str] | None = None)
 
     Raises as ``use_host`` does, and what the lab raises.
     """
-    from kvmnest.results.lab_target import LabTarget
-    from kvmnest.results.targets import LocalTarget
+    from kvmnest.run.lab_target import LabTarget
+    from kvmnest.run.targets import LocalTarget
 
     if use_host(options):
         return LocalTarget()
@@ -299,7 +299,7 @@ def _emulators(args: argparse.Namespace) -> int:
 
 def _outcomes(record: Sequence[Path] | None) -> int:
     """Print the suite's outcomes on each CPU model, or those that come into the record."""
-    from kvmnest.results import by_cpu_model
+    from kvmnest.reports import by_cpu_model
 
     rows = by_cpu_model.record(record) if record else by_cpu_model.recorded()
     print("\n".join(by_cpu_model.lines(rows)))

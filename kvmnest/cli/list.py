@@ -36,7 +36,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the verb."""
-    from kvmnest.results import listing, names
+    from kvmnest.run import listing, names
 
     if options.against is not None:
         return _against(options)

@@ -34,7 +34,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the verb."""
-    from kvmnest.results import github, html, jsonfile, ktap
+    from kvmnest.reports import github, html, jsonfile, ktap
 
     if not (options.html or options.ktap or options.github):
         raise UsageError("say what to make: --html, --ktap or --github")

@@ -23,16 +23,16 @@ from kvmnest.host import require_kvm, why_not_kvm
 from kvmnest.kmsg import LEVELS, WARNING
 from kvmnest.known import REFERENCE
 from kvmnest.lab.debian import NEWEST
-from kvmnest.results import last_failed, names, under_settings
-from kvmnest.results.collect import Collected, collect
-from kvmnest.results.lab_target import LabTarget
-from kvmnest.results.model import Run
-from kvmnest.results.progress import Progress, slowest
-from kvmnest.results.reference_target import ReferenceTarget
-from kvmnest.results.reporter import Reporter
-from kvmnest.results.runner import Plan, pytest_arguments, run_cases, split_selection
-from kvmnest.results.shards import Shards
-from kvmnest.results.targets import LocalTarget, Target
+from kvmnest.reports.model import Run
+from kvmnest.reports.progress import Progress, slowest
+from kvmnest.run import last_failed, names, under_settings
+from kvmnest.run.collect import Collected, collect
+from kvmnest.run.lab_target import LabTarget
+from kvmnest.run.loop import Plan, pytest_arguments, run_cases, split_selection
+from kvmnest.run.reference_target import ReferenceTarget
+from kvmnest.run.reporter import Reporter
+from kvmnest.run.shards import Shards
+from kvmnest.run.targets import LocalTarget, Target
 
 _MOST_LABS = 4
 MakeLab = Callable[..., LabTarget]
@@ -207,7 +207,7 @@ def run(options: argparse.Namespace, lab: MakeLab = LabTarget) -> int:
         for line in slowest(reporter.run, options.durations):
             progress.line(line)
     if options.html or options.ktap:
-        from kvmnest.results import pages
+        from kvmnest.reports import pages
 
         pages.write(reporter.run, options.html, options.ktap)
     return status

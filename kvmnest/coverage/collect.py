@@ -14,9 +14,9 @@ from kvmnest.fuzz.machines import LabMachine, Numbered, OnEvent
 from kvmnest.lab.guest import EVENTS_PATH
 from kvmnest.lab.machine import Lab
 from kvmnest.lab.session import Sink
-from kvmnest.results.lab_target import LabTarget
-from kvmnest.results.targets import Ended
-from kvmnest.results.targets import OnEvent as OnCaseEvent
+from kvmnest.run.lab_target import LabTarget
+from kvmnest.run.targets import Ended
+from kvmnest.run.targets import OnEvent as OnCaseEvent
 
 #: What reached a block when the modules were loaded, or before the first case began.
 BEFORE = "(before the first case)"

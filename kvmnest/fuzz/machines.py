@@ -23,7 +23,7 @@ from kvmnest.lab.emulators import BOCHS, Choice
 from kvmnest.lab.errors import LabHang, LabLost, LabPanic, LabRunError
 from kvmnest.lab.guest import EVENTS_PATH
 from kvmnest.lab.machine import Lab
-from kvmnest.results.targets import LineEvents
+from kvmnest.run.targets import LineEvents
 
 OnEvent = Callable[[dict[str, Any]], None]
 Numbered = Sequence[tuple[int, FuzzCase]]

@@ -12,12 +12,12 @@ from kvmnest.cases.events import Event
 from kvmnest.errors import HarnessError, KvmnestError
 from kvmnest.lab import cache
 from kvmnest.lab.emulators import BOCHS, Choice
-from kvmnest.results import jsonfile
-from kvmnest.results.lab_target import LabTarget
-from kvmnest.results.model import OUTCOMES, Loss, Run
-from kvmnest.results.progress import Progress
-from kvmnest.results.reporter import Reporter
-from kvmnest.results.runner import Plan, pytest_arguments, run_cases, split_selection
+from kvmnest.reports import jsonfile
+from kvmnest.reports.model import OUTCOMES, Loss, Run
+from kvmnest.reports.progress import Progress
+from kvmnest.run.lab_target import LabTarget
+from kvmnest.run.loop import Plan, pytest_arguments, run_cases, split_selection
+from kvmnest.run.reporter import Reporter
 
 #: A results document (schema 1), as ``kvmnest run --json`` writes it.
 Document = dict[str, Any]

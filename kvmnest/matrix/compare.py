@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from kvmnest.results.model import OUTCOMES, PATCHES
+from kvmnest.reports.model import OUTCOMES, PATCHES
 
 Documents = Mapping[str, Mapping[str, Any]]
 

@@ -20,7 +20,7 @@ from kvmnest.matrix.compare import (
     reason,
 )
 from kvmnest.matrix.table import LETTERS
-from kvmnest.results.model import OUTCOMES
+from kvmnest.reports.model import OUTCOMES
 
 _LONGEST_REASON = 300
 

@@ -13,8 +13,8 @@ from kvmnest.files import require_folder, write_json
 from kvmnest.lab.emulators import BOCHS, Choice
 from kvmnest.matrix.cell import Cell, Document, Job, merge, run_job, trouble
 from kvmnest.mutants.record import suite_state
-from kvmnest.results import jsonfile
-from kvmnest.results.collect import collect
+from kvmnest.reports import jsonfile
+from kvmnest.run.collect import collect
 
 __all__ = ["Cell", "Local", "Matrix"]
 

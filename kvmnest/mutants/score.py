@@ -19,12 +19,12 @@ from kvmnest.lab.emulators import BOCHS, Choice
 from kvmnest.mutants import record
 from kvmnest.mutants.catalogue import Mutant
 from kvmnest.mutants.record import Record, Score
-from kvmnest.results.lab_target import LabTarget
-from kvmnest.results.model import Case, Loss, Run
-from kvmnest.results.progress import Progress
-from kvmnest.results.reporter import Reporter
-from kvmnest.results.runner import Plan, pytest_arguments, run_cases, split_selection
-from kvmnest.results.targets import LocalTarget
+from kvmnest.reports.model import Case, Loss, Run
+from kvmnest.reports.progress import Progress
+from kvmnest.run.lab_target import LabTarget
+from kvmnest.run.loop import Plan, pytest_arguments, run_cases, split_selection
+from kvmnest.run.reporter import Reporter
+from kvmnest.run.targets import LocalTarget
 
 _BUDGET = 5.0
 _SKIPPED = "skipped"

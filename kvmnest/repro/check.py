@@ -9,11 +9,11 @@ from typing import Any
 
 from kvmnest.cases.events import Event
 from kvmnest.known import same_parameter
+from kvmnest.reports.model import Case, Run
 from kvmnest.repro.corpus import Reproducer
 from kvmnest.repro.evidence import Record, Shown
-from kvmnest.results.model import Case, Run
-from kvmnest.results.runner import Plan, outcome
-from kvmnest.results.targets import Target
+from kvmnest.run.loop import Plan, outcome
+from kvmnest.run.targets import Target
 
 VULNERABLE, FIXED, NOT_APPLICABLE = "VULNERABLE", "FIXED", "NOT APPLICABLE"
 #: The harness, the script or the machine is in trouble, so nothing is known of the bug.

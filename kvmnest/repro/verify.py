@@ -15,7 +15,7 @@ from kvmnest.lab.emulators import Choice
 from kvmnest.repro.check import NO_VERDICT, Verdict, check
 from kvmnest.repro.corpus import Reproducer
 from kvmnest.repro.evidence import Seen, Shown
-from kvmnest.results.lab_target import LabTarget
+from kvmnest.run.lab_target import LabTarget
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ from typing import Any
 
 from kvmnest.cases.events import Event
 from kvmnest.errors import HarnessError, UsageError
-from kvmnest.results.model import Case, Run
-from kvmnest.results.names import functions
-from kvmnest.results.runner import Plan, outcome, split_selection
-from kvmnest.results.targets import Target
+from kvmnest.reports.model import Case, Run
+from kvmnest.run.loop import Plan, outcome, split_selection
+from kvmnest.run.names import functions
+from kvmnest.run.targets import Target
 
 Command = dict[str, Any]
 

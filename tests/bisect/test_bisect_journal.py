@@ -12,7 +12,7 @@ from kvmnest.bisect.probe import BAD, GOOD, SKIP, Answer, Question, judge
 from kvmnest.cli.main import main
 from kvmnest.errors import HarnessError, UsageError
 from kvmnest.lab.errors import KernelSpecError, LabSetupError
-from kvmnest.results.model import Case, Run
+from kvmnest.reports.model import Case, Run
 
 COMMITS, FIRST_BAD = 16, 11
 CASE = "test_vmxon.py"

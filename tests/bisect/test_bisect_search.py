@@ -6,7 +6,7 @@ from kvmnest.bisect.journal import Header, load, start
 from kvmnest.bisect.probe import BAD, GOOD, SKIP, Answer, judge
 from kvmnest.bisect.search import NotBisectable, search
 from kvmnest.cli.main import main
-from kvmnest.results.model import Case, Run
+from kvmnest.reports.model import Case, Run
 
 NAMES = [f"k{number}" for number in range(16)]
 

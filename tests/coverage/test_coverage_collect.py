@@ -5,8 +5,8 @@ import pytest
 from kvmnest.coverage.collect import BEFORE, Collector, CoveredMachine, CoveredTarget
 from kvmnest.errors import HarnessError
 from kvmnest.fuzz.machines import LabMachine
-from kvmnest.results.lab_target import LabTarget
-from kvmnest.results.targets import Ended
+from kvmnest.run.lab_target import LabTarget
+from kvmnest.run.targets import Ended
 
 NESTED, X86 = "arch/x86/kvm/vmx/nested.c", "arch/x86/kvm/x86.c"
 AT = {"kvm_intel": {".text": 0x1000, ".init.text": 0x9000}, "kvm": {".text": 0x5000}}

@@ -27,11 +27,11 @@ from kvmnest.lab.errors import (
 )
 from kvmnest.lab.guest import EVENTS_PATH
 from kvmnest.lab.machine import Lab
-from kvmnest.results.lab_target import LabTarget
-from kvmnest.results.model import Run
-from kvmnest.results.progress import Progress
-from kvmnest.results.reporter import Reporter
-from kvmnest.results.runner import Plan, pytest_arguments
+from kvmnest.reports.model import Run
+from kvmnest.reports.progress import Progress
+from kvmnest.run.lab_target import LabTarget
+from kvmnest.run.loop import Plan, pytest_arguments
+from kvmnest.run.reporter import Reporter
 
 pytestmark = pytest.mark.skipif(shutil.which("bochs") is None, reason="bochs is not installed")
 

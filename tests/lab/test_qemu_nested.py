@@ -15,9 +15,9 @@ from kvmnest.lab import build, qemu, rootfs, session
 from kvmnest.lab.cpio import Cpio, names
 from kvmnest.lab.emulators import Choice, Picture
 from kvmnest.lab.machine import Lab
-from kvmnest.results.lab_target import LabTarget
-from kvmnest.results.runner import Plan, pytest_arguments, split_selection
-from kvmnest.results.targets import Ended
+from kvmnest.run.lab_target import LabTarget
+from kvmnest.run.loop import Plan, pytest_arguments, split_selection
+from kvmnest.run.targets import Ended
 
 pytestmark = [
     pytest.mark.slow,

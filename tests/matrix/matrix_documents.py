@@ -1,6 +1,6 @@
 """Results documents for tests of what is made of them."""
 
-from kvmnest.results.model import OUTCOMES
+from kvmnest.reports.model import OUTCOMES
 
 
 def case(name, outcome, series=3, **more):

@@ -10,7 +10,7 @@ from matrix_documents import case, column, document, empty
 from kvmnest.matrix.cell import merge
 from kvmnest.matrix.compare import as_json, changes, differences, ran_nowhere
 from kvmnest.matrix.table import lines
-from kvmnest.results.model import OUTCOMES
+from kvmnest.reports.model import OUTCOMES
 
 LADDER = {
     "k1": document(case("a", "passed"), case("b", "passed"), case("z", "passed", 9)),

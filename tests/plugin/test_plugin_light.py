@@ -12,8 +12,8 @@ from kvmnest.lab import cache
 from kvmnest.light.compiled import rewritten
 from kvmnest.light.plan import options
 from kvmnest.plugin import policy
-from kvmnest.results import collect
-from kvmnest.results.runner import Plan, pytest_arguments
+from kvmnest.run import collect
+from kvmnest.run.loop import Plan, pytest_arguments
 
 SAMPLE = """
 import enum

@@ -26,11 +26,12 @@ from kvmnest.lab.image import flatten
 from kvmnest.matrix import cell
 from kvmnest.matrix import run as matrix_run
 from kvmnest.mutants import catalogue, record
+from kvmnest.reports import jsonfile
+from kvmnest.reports.model import Case, Run
+from kvmnest.reports.progress import Progress
 from kvmnest.repro import evidence
-from kvmnest.results import jsonfile, last_failed
-from kvmnest.results.model import Case, Run
-from kvmnest.results.progress import Progress
-from kvmnest.results.reporter import Reporter
+from kvmnest.run import last_failed
+from kvmnest.run.reporter import Reporter
 
 FACTS = json.loads((Path(__file__).parents[1] / "fuzz/facts.json").read_text())
 KERNELS = ["6.1.0-40-amd64", "6.1.0-41-amd64", "6.1.0-42-amd64"]

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from kvmnest import known
-from kvmnest.results import verdicts
-from kvmnest.results.verdicts import Verdict
+from kvmnest.reports import verdicts
+from kvmnest.reports.verdicts import Verdict
 
 ROOT = str(Path(__file__).resolve().parents[2])
 

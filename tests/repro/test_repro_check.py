@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 
 from kvmnest.cli.main import main
+from kvmnest.reports.model import Case, Run
 from kvmnest.repro import check, corpus, new
 from kvmnest.repro.check import FIXED, NO_VERDICT, NOT_APPLICABLE, VULNERABLE, Ended, judge, symptom
 from kvmnest.repro.evidence import Seen, Shown
-from kvmnest.results.model import Case, Run
 
 ASSERTED = "assert got Succeed(), expected Fault(vector=GP)"
 

@@ -4,11 +4,11 @@ import signal
 import sys
 from pathlib import Path
 
-from kvmnest.results.model import Run
-from kvmnest.results.progress import Progress
-from kvmnest.results.reporter import Reporter
-from kvmnest.results.runner import Plan, pytest_arguments, run_cases
-from kvmnest.results.targets import LocalTarget
+from kvmnest.reports.model import Run
+from kvmnest.reports.progress import Progress
+from kvmnest.run.loop import Plan, pytest_arguments, run_cases
+from kvmnest.run.reporter import Reporter
+from kvmnest.run.targets import LocalTarget
 
 
 def run(out: Path, *files: str, patience: float = 30.0, screen=None, **options) -> tuple[int, Run]:

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from kvmnest.errors import UsageError
-from kvmnest.results import by_cpu_model
+from kvmnest.reports import by_cpu_model
 
 DOCUMENT = {
     "schema": 1, "target": "lab", "emulator": "bochs 3.0-37", "kernel": "7.3.4", "kvm_params": {},

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from damages import cut, empty, junk, zero
 
-from kvmnest.results.collect import collect
-from kvmnest.results.runner import Plan, pytest_arguments
+from kvmnest.run.collect import collect
+from kvmnest.run.loop import Plan, pytest_arguments
 
 _HEADER = 16  # bytes that say from what it was compiled
 

@@ -8,8 +8,8 @@ import pytest
 from results_run import run
 
 from kvmnest.errors import HarnessError, KvmnestError
-from kvmnest.results import jsonfile
-from kvmnest.results.model import Case, Run
+from kvmnest.reports import jsonfile
+from kvmnest.reports.model import Case, Run
 
 
 @pytest.mark.parametrize("where", ["no/such/folder/out", "."])

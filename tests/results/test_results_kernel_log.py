@@ -10,9 +10,9 @@ import results_run
 from kvmnest import kmsg, known
 from kvmnest.kernel_reports import reports, told
 from kvmnest.known import Deviation, Known
-from kvmnest.results.model import Run
-from kvmnest.results.progress import Progress
-from kvmnest.results.reporter import CRASHED, Reporter
+from kvmnest.reports.model import Run
+from kvmnest.reports.progress import Progress
+from kvmnest.run.reporter import CRASHED, Reporter
 
 _WARN = "WARNING: CPU: 0 PID: 7 at arch/x86/kvm/vmx/nested.c:35 nested_vmx_run+0x1/0x2 [kvm_intel]"
 

@@ -11,10 +11,10 @@ import time
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
-from kvmnest.results import jsonfile
-from kvmnest.results.model import Case, Run
-from kvmnest.results.progress import Progress
-from kvmnest.results.reporter import Reporter
+from kvmnest.reports import jsonfile
+from kvmnest.reports.model import Case, Run
+from kvmnest.reports.progress import Progress
+from kvmnest.run.reporter import Reporter
 
 SCRIPT = str(Path(__file__).with_name("results_run.py"))
 

@@ -6,9 +6,9 @@ import pytest
 
 from kvmnest import known
 from kvmnest.errors import HarnessError
-from kvmnest.results.model import Run
-from kvmnest.results.progress import Progress
-from kvmnest.results.reporter import Reporter
+from kvmnest.reports.model import Run
+from kvmnest.reports.progress import Progress
+from kvmnest.run.reporter import Reporter
 
 KERNEL = "6.1.0-56-cloud-amd64"
 

@@ -7,8 +7,8 @@ import pytest
 
 from kvmnest.cli.main import main
 from kvmnest.errors import UsageError
-from kvmnest.results import names
-from kvmnest.results.runner import split_selection
+from kvmnest.run import names
+from kvmnest.run.loop import split_selection
 
 
 def test_a_function_alone():

@@ -5,8 +5,8 @@ import io
 import os
 import pty
 
-from kvmnest.results.model import Case, Run
-from kvmnest.results.progress import Progress, last_line, summary_lines
+from kvmnest.reports.model import Case, Run
+from kvmnest.reports.progress import Progress, last_line, summary_lines
 
 
 def _case(number, outcome="passed", series=3, **others):
@@ -25,7 +25,7 @@ def _play(progress, count, outcome="passed"):
 
 
 def test_a_terminal_gets_one_line_that_is_rewritten(monkeypatch):
-    monkeypatch.setattr("kvmnest.results.progress._REWRITE_SECONDS", 0.0)
+    monkeypatch.setattr("kvmnest.reports.progress._REWRITE_SECONDS", 0.0)
     monkeypatch.setenv("COLUMNS", "40")
     main, terminal = pty.openpty()
     with open(terminal, "w") as out:
@@ -55,7 +55,7 @@ def test_a_log_gets_a_line_now_and_then():
 
 def test_a_log_has_the_time_left(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("kvmnest.results.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("kvmnest.reports.progress.time.monotonic", lambda: now[0])
     out = io.StringIO()
     progress, run = Progress(out), Run("lab")
     progress.planned(1000)

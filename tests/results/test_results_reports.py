@@ -13,7 +13,7 @@ from urllib.parse import unquote
 import pytest
 
 from kvmnest.cli.main import main
-from kvmnest.results import diff
+from kvmnest.reports import diff
 
 
 def case(name, outcome, **more):

@@ -11,12 +11,12 @@ from results_run import run
 from kvmnest import known
 from kvmnest.bisect import probe
 from kvmnest.errors import HarnessError, UsageError
-from kvmnest.results import jsonfile, ktap
-from kvmnest.results.model import Run
-from kvmnest.results.progress import Progress
-from kvmnest.results.reporter import Reporter
-from kvmnest.results.runner import Plan, pytest_arguments, run_cases
-from kvmnest.results.targets import LocalTarget
+from kvmnest.reports import jsonfile, ktap
+from kvmnest.reports.model import Run
+from kvmnest.reports.progress import Progress
+from kvmnest.run.loop import Plan, pytest_arguments, run_cases
+from kvmnest.run.reporter import Reporter
+from kvmnest.run.targets import LocalTarget
 
 
 def outcomes(found: Run) -> dict[str, str]:

@@ -8,7 +8,7 @@ import pytest
 
 from kvmnest.cli import run as verb
 from kvmnest.cli.main import main
-from kvmnest.results import last_failed
+from kvmnest.run import last_failed
 
 ROOT = str(Path(__file__).resolve().parents[2])
 SAMPLE = """

@@ -11,10 +11,10 @@ import pytest
 import kvmnest.suite
 from kvmnest import settings
 from kvmnest.cli.main import main
-from kvmnest.results.model import Case, Run
-from kvmnest.results.progress import Progress
-from kvmnest.results.reporter import Enough, Reporter
-from kvmnest.results.under_settings import (
+from kvmnest.reports.model import Case, Run
+from kvmnest.reports.progress import Progress
+from kvmnest.run.reporter import Enough, Reporter
+from kvmnest.run.under_settings import (
     UnderSetting,
     case_of,
     chosen,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from results_run import run
 
-from kvmnest.results import html, ktap
+from kvmnest.reports import html, ktap
 
 ROOT = str(Path(__file__).resolve().parents[2])
 

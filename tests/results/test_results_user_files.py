@@ -9,7 +9,7 @@ import pytest
 
 from kvmnest.cli.main import main
 from kvmnest.errors import UsageError
-from kvmnest.results.lab_target import _python_files, _since
+from kvmnest.run.lab_target import _python_files, _since
 
 CASES = """\
 def test_right(l1):

@@ -8,7 +8,7 @@ import pytest
 
 from kvmnest import anchors
 from kvmnest.cli.main import main
-from kvmnest.results.names import functions
+from kvmnest.run.names import functions
 
 CASES = {f"{file}::{name}" for name, files in functions().items() for file in files}
 

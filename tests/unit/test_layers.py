@@ -15,7 +15,7 @@ ORDER = (
     *("schema", "errors", "reading", "files", "scratch", "anchors", "known", "settings"),
     *("kvm", "host", "vmx", "l1", "disassembly", "kmsg", "kernel_reports"),
     *("cases", "bench", "lab", "reference", "plugin", "light", "suite"),
-    *("results", "trace", "kernel", "fuzz", "coverage", "repro", "found", "mutants"),
+    *("reports", "run", "trace", "kernel", "fuzz", "coverage", "repro", "found", "mutants"),
     *("doctor", "shell", "bisect", "matrix", "cli", "__main__"),
 )
 

@@ -13,8 +13,8 @@ from kvmnest import schema
 from kvmnest.bisect import journal as bisect_journal
 from kvmnest.doctor import capabilities
 from kvmnest.fuzz import journal
-from kvmnest.results import jsonfile
-from kvmnest.results.model import Case, Run
+from kvmnest.reports import jsonfile
+from kvmnest.reports.model import Case, Run
 
 
 def _without_formats(rules):

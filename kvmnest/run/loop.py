@@ -11,12 +11,12 @@ from pathlib import Path
 
 from kvmnest.cases.events import DamagedEvent, Event
 from kvmnest.errors import HarnessError, KvmnestError, UsageError
-from kvmnest.results import names
-from kvmnest.results.collect import why_broken
-from kvmnest.results.model import Run
-from kvmnest.results.progress import Progress
-from kvmnest.results.reporter import Enough, Reporter
-from kvmnest.results.targets import Ended, Stuck, Target
+from kvmnest.reports.model import Run
+from kvmnest.reports.progress import Progress
+from kvmnest.run import names
+from kvmnest.run.collect import why_broken
+from kvmnest.run.reporter import Enough, Reporter
+from kvmnest.run.targets import Ended, Stuck, Target
 
 _INTERRUPTED = 2  # pytest.ExitCode.INTERRUPTED
 

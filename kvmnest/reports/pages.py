@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from kvmnest.files import write_text
-from kvmnest.results import html, jsonfile, ktap
-from kvmnest.results.model import Run
+from kvmnest.reports import html, jsonfile, ktap
+from kvmnest.reports.model import Run
 
 
 def write(run: Run, html_path: Path | None, ktap_path: Path | None) -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from kvmnest import reading
-from kvmnest.results.model import SCHEMA, Case, Run
-from kvmnest.results.wholefile import WholeFile
+from kvmnest.reports.model import SCHEMA, Case, Run
+from kvmnest.reports.wholefile import WholeFile
 
 WHAT = "results file of kvmnest run --json"
 

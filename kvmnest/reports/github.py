@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from kvmnest.results.model import OUTCOMES, PATCHES
+from kvmnest.reports.model import OUTCOMES, PATCHES
 
 
 def error_lines(document: dict[str, Any]) -> Iterator[str]:

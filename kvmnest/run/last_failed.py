@@ -11,9 +11,9 @@ from kvmnest import reading
 from kvmnest.errors import KvmnestError
 from kvmnest.files import write_json
 from kvmnest.lab import cache
-from kvmnest.results import listing, names
-from kvmnest.results.model import Run
-from kvmnest.results.under_settings import case_of
+from kvmnest.reports.model import Run
+from kvmnest.run import listing, names
+from kvmnest.run.under_settings import case_of
 from kvmnest.schema import TEXTS
 
 _SUITE = Path(__file__).parent.parent / "suite"

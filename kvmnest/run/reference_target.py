@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from kvmnest.known import REFERENCE
 from kvmnest.reference.emulator import find
-from kvmnest.results.targets import Ended, LocalTarget, OnEvent
+from kvmnest.run.targets import Ended, LocalTarget, OnEvent
 
 
 class ReferenceTarget(LocalTarget):

@@ -13,8 +13,8 @@ from kvmnest.errors import HarnessError, UsageError
 from kvmnest.lab import cache
 from kvmnest.light.plan import options as plan_options
 from kvmnest.light.plan import why_not
-from kvmnest.results.names import nothing
-from kvmnest.results.targets import Ended, LocalTarget
+from kvmnest.run.names import nothing
+from kvmnest.run.targets import Ended, LocalTarget
 
 _USAGE, _NOTHING = 4, 5  # of pytest.ExitCode
 

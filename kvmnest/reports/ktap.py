@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from kvmnest.results.model import PATCHES
+from kvmnest.reports.model import PATCHES
 
 _BROKEN = ("failed", "error")
 

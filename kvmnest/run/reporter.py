@@ -10,10 +10,10 @@ from pathlib import Path
 from kvmnest import disassembly, kernel_reports, known
 from kvmnest.cases.events import DamagedEvent, Event
 from kvmnest.errors import HarnessError
-from kvmnest.results.jsonfile import JsonFile
-from kvmnest.results.junit import JUnitFile
-from kvmnest.results.model import Case, Loss, Run
-from kvmnest.results.progress import Progress
+from kvmnest.reports.jsonfile import JsonFile
+from kvmnest.reports.junit import JUnitFile
+from kvmnest.reports.model import Case, Loss, Run
+from kvmnest.reports.progress import Progress
 
 #: How the summary of a case begins in which the kernel or the process died.
 CRASHED = "crashed: "

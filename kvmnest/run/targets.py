@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from kvmnest.cases.events import parse
 from kvmnest.errors import HarnessError
-from kvmnest.results.model import Loss
+from kvmnest.reports.model import Loss
 
 _TAIL = 16_384
 

@@ -6,7 +6,7 @@ import shutil
 import time
 from typing import TextIO
 
-from kvmnest.results.model import OUTCOMES, PATCHES, Case, Run
+from kvmnest.reports.model import OUTCOMES, PATCHES, Case, Run
 
 _LOG_SECONDS = 10.0
 _LOG_CASES = 50

@@ -7,11 +7,11 @@ import threading
 from collections.abc import Sequence
 
 from kvmnest.cases.events import Event
-from kvmnest.results.model import Case, Run
-from kvmnest.results.progress import Progress
-from kvmnest.results.reporter import Enough, Reporter
-from kvmnest.results.runner import run_cases
-from kvmnest.results.targets import Target
+from kvmnest.reports.model import Case, Run
+from kvmnest.reports.progress import Progress
+from kvmnest.run.loop import run_cases
+from kvmnest.run.reporter import Enough, Reporter
+from kvmnest.run.targets import Target
 
 
 class _Stopped(Exception):

@@ -14,8 +14,8 @@ from typing import Any
 from kvmnest import files, reading
 from kvmnest.errors import UsageError
 from kvmnest.lab import cpu_models
-from kvmnest.results import jsonfile
-from kvmnest.results.model import OUTCOMES
+from kvmnest.reports import jsonfile
+from kvmnest.reports.model import OUTCOMES
 from kvmnest.schema import COUNT, TEXT, by_name, exactly, problem
 
 FILE = Path(__file__).parent.parent / "data" / "by-cpu-model.json"

@@ -6,8 +6,8 @@ import re
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
-from kvmnest.results.model import PATCHES, Case, Run
-from kvmnest.results.wholefile import WholeFile
+from kvmnest.reports.model import PATCHES, Case, Run
+from kvmnest.reports.wholefile import WholeFile
 
 # XML 1.0 has no place for most control characters, not even escaped.
 _ILLEGAL = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")

@@ -19,9 +19,9 @@ from kvmnest.lab.errors import LabHang, LabLost, LabModuleError, LabPanic, LabRu
 from kvmnest.lab.guest import EVENTS_PATH
 from kvmnest.lab.machine import Lab
 from kvmnest.light.compiled import rewritten
-from kvmnest.results.collect import Collected, collect
-from kvmnest.results.model import Loss
-from kvmnest.results.targets import Ended, OnEvent
+from kvmnest.reports.model import Loss
+from kvmnest.run.collect import Collected, collect
+from kvmnest.run.targets import Ended, OnEvent
 
 _TAIL = 16_384
 _USER_FILES = "/root/tests"
@@ -81,7 +81,7 @@ class LabTarget:
         return placed
 
     def run(self, arguments: Sequence[str], on_event: OnEvent, first: int = 0) -> Ended:
-        """Boot and run; see ``kvmnest.results.targets.Target``.
+        """Boot and run; see ``kvmnest.run.targets.Target``.
 
         Cases of the suite run under the light runner, files of the user under pytest.
         """

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvmnest.errors import HarnessError, UsageError
-from kvmnest.results.runner import Plan, pytest_arguments, split_selection
-from kvmnest.results.targets import LocalTarget
+from kvmnest.run.loop import Plan, pytest_arguments, split_selection
+from kvmnest.run.targets import LocalTarget
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ import io
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from kvmnest.results.model import OUTCOMES, Case, Run
-from kvmnest.results.progress import Progress
-from kvmnest.results.reporter import Reporter
+from kvmnest.reports.model import OUTCOMES, Case, Run
+from kvmnest.reports.progress import Progress
+from kvmnest.run.reporter import Reporter
 from kvmnest.settings import Setting
 
 

@@ -8,8 +8,8 @@ from importlib.resources import files
 from typing import Any
 from urllib.parse import quote
 
-from kvmnest.results import diff
-from kvmnest.results.model import OUTCOMES, PATCHES
+from kvmnest.reports import diff
+from kvmnest.reports.model import OUTCOMES, PATCHES
 
 _ORDER = ("failed", "error", "known", "skipped", "passed")
 

@@ -1,1 +1,0 @@
-"""Results of a run: events in, JSON, JUnit and a summary out."""
