@@ -38,3 +38,8 @@ class PayloadError(HarnessError):
 
 class LabError(HarnessError):
     """The lab could not be prepared, did not boot, hung or was lost."""
+
+
+def first_line(error: object) -> str:
+    """The first line of a text or of an error's message, which says what happened."""
+    return str(error).partition("\n")[0]

@@ -14,7 +14,8 @@ from kvmnest.lab.emulators import BOCHS, Choice
 from kvmnest.lab.errors import KernelSpecError, LabSetupError, PackageGone
 from kvmnest.reports.model import Run
 from kvmnest.run.lab_target import LabTarget
-from kvmnest.run.loop import Plan, outcome, split_selection
+from kvmnest.run.loop import outcome
+from kvmnest.run.selection import Selection, split_selection
 from kvmnest.run.targets import LocalTarget, Target
 
 GOOD, BAD, SKIP = "good", "bad", "skip"
@@ -106,7 +107,7 @@ class Question:
             raise UsageError(f"{self.case} is no case of the suite")
 
     def _run(self, target: Target) -> Answer:
-        return judge(outcome(target, Plan([self.case])))
+        return judge(outcome(target, Selection([self.case])))
 
 
 def _other_parameters(wanted: Mapping[str, str]) -> str:

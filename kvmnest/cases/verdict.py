@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+#: Outcomes of a case that fail a run.
+FAILED = ("failed", "error")
+
 
 def kind(error: BaseException, when: str) -> str:
     """Classify what a phase of a case raised: "failed" or "error".

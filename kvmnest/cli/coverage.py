@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 def add_parser(subparsers: Any) -> None:
     """Add the verb."""
+    from kvmnest.cli import run_options
     from kvmnest.cli.fuzz import add_fuzz_options
-    from kvmnest.cli.run import add_run_options
 
     parser = subparsers.add_parser(
         "coverage",
@@ -34,7 +34,7 @@ def add_parser(subparsers: Any) -> None:
     )
     verbs = parser.add_subparsers(dest="coverage_verb", required=True, metavar="VERB")
     run_parser = verbs.add_parser("run", help="of cases: arguments are those of kvmnest run")
-    add_run_options(run_parser)
+    run_options.add_options(run_parser)
     fuzz_parser = verbs.add_parser("fuzz", help="of kvmnest fuzz, whose arguments it takes")
     add_fuzz_options(fuzz_parser)
     add_options(fuzz_parser)

@@ -230,13 +230,13 @@ class Runner:
             scopes.append("session")
         for late_error in self._fixtures.end(*scopes):
             late = self._failure(late_error, "teardown", case, values)
-            if result.get("outcome") in ("failed", "error"):
+            if result.get("outcome") in verdict.FAILED:
                 result["detail"] += f"\n--- then, in teardown ---\n{late['detail']}"
                 if late["outcome"] == "failed":
                     result["outcome"] = "failed"
             else:
                 result = late
-        self._failed |= result.get("outcome") in ("failed", "error")
+        self._failed |= result.get("outcome") in verdict.FAILED
         return result
 
     def _failure(

@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from kvmnest.cases.events import Event
-from kvmnest.errors import HarnessError, KvmnestError
+from kvmnest.errors import HarnessError, KvmnestError, first_line
 from kvmnest.lab import cache
 from kvmnest.lab.emulators import BOCHS, Choice
 from kvmnest.reports import jsonfile
 from kvmnest.reports.model import OUTCOMES, Loss, Run
 from kvmnest.reports.progress import Progress
+from kvmnest.run.judge import Judge
 from kvmnest.run.lab_target import LabTarget
-from kvmnest.run.loop import Plan, pytest_arguments, run_cases, split_selection
-from kvmnest.run.reporter import Reporter
+from kvmnest.run.loop import run_cases
+from kvmnest.run.report import Report
+from kvmnest.run.selection import Selection, pytest_arguments, split_selection
 
 #: A results document (schema 1), as ``kvmnest run --json`` writes it.
 Document = dict[str, Any]
@@ -69,30 +71,30 @@ class Job:
         modules, paths = split_selection(self.selected)
         if paths:
             raise HarnessError("a matrix runs cases of the suite only")
-        return pytest_arguments(Plan(keyword=self.keyword), self.emulator.boot, modules, [])
+        return pytest_arguments(Selection(keyword=self.keyword), self.emulator.boot, modules, [])
 
 
 class Stopped(Exception):
     """The matrix as a whole is over: Ctrl-C, or nobody wants the result any more."""
 
 
-class _Reporter(Reporter):
-    """Ends its run when ``stopped`` says so."""
+class _Report(Report):
+    """The report of one job, which ends when ``stopped`` says so."""
 
     def __init__(self, run: Run, path: Path, stopped: Callable[[], bool]) -> None:
+        super().__init__(run, Progress(io.StringIO(), quiet=True), json_path=path)
         self._stopped = stopped
-        progress = Progress(io.StringIO(), quiet=True)
-        super().__init__(run, progress, json_path=path, own_clock=True)
 
-    def event(self, event: Event) -> None:
+    def watch(self, event: Event) -> None:
+        """Look whether to stop at an event."""
         if self._stopped():
             raise Stopped
-        super().event(event)
 
-    def lost(self, why: str, loss: Loss = "crash") -> None:
+    def lost(self, case_id: str, loss: Loss) -> None:
+        """Look whether to stop before another kernel boots."""
+        super().lost(case_id, loss)
         if self._stopped():
             raise Stopped
-        super().lost(why, loss)
 
 
 def run_job(job: Job, path: Path, stopped: Callable[[], bool] = lambda: False) -> Document:
@@ -102,7 +104,8 @@ def run_job(job: Job, path: Path, stopped: Callable[[], bool] = lambda: False) -
     after the next event once ``stopped()`` is true, HarnessError if ``path`` cannot be written.
     """
     options = {"kernel": job.cell.kernel, "part": job.part, "parts": job.parts}
-    reporter = _Reporter(Run(job.emulator.boot, options=options), path, stopped)
+    run = Run(job.emulator.boot, options=options)
+    report = _Report(run, path, stopped)
     try:
         arguments = job.arguments()
         emulator = job.emulator
@@ -111,16 +114,18 @@ def run_job(job: Job, path: Path, stopped: Callable[[], bool] = lambda: False) -
         target = LabTarget(
             kernel=job.cell.kernel, kvm_params=dict(job.cell.params), emulator=emulator
         )
-        reporter.run.emulator = target.emulator
+        run.emulator = target.emulator
         # A selection that is too small for so many labs has fewer parts than were asked for.
         targets = target.split(arguments, job.parts) if job.parts > 1 else [target]
         if job.part < len(targets):
-            run_cases(targets[job.part], arguments, reporter)
+            part = Run(run.target, run.emulator, options=options)
+            judge = Judge(part, report, own_clock=True, watch=report.watch)
+            run_cases(targets[job.part], arguments, judge)
         else:
-            reporter.run.complete = True
+            run.complete = True
     except KvmnestError as error:
-        reporter.run.problems.append(str(error).partition("\n")[0])
-    reporter.finish(summary=False)
+        run.problems.append(first_line(error))
+    report.finish(summary=False)
     return jsonfile.load(path)
 
 

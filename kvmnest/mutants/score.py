@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kvmnest.cases.events import Event
 from kvmnest.errors import HarnessError
 from kvmnest.kernel.build import BuildError, build_modules, end_builds
 from kvmnest.kernel.edits import EditError
@@ -19,11 +19,11 @@ from kvmnest.lab.emulators import BOCHS, Choice
 from kvmnest.mutants import record
 from kvmnest.mutants.catalogue import Mutant
 from kvmnest.mutants.record import Record, Score
-from kvmnest.reports.model import Case, Loss, Run
-from kvmnest.reports.progress import Progress
+from kvmnest.reports.model import FAILED, Case, Run
+from kvmnest.run.judge import Enough, Judge, Listener
 from kvmnest.run.lab_target import LabTarget
-from kvmnest.run.loop import Plan, pytest_arguments, run_cases, split_selection
-from kvmnest.run.reporter import Reporter
+from kvmnest.run.loop import run_cases
+from kvmnest.run.selection import Selection, pytest_arguments, split_selection
 from kvmnest.run.targets import LocalTarget
 
 _BUDGET = 5.0
@@ -31,35 +31,26 @@ _SKIPPED = "skipped"
 _PATIENCE = 60.0
 
 
-class _Stop(Exception):
-    """Ends a run in the middle: a case failed, or the user wants no more."""
-
-
-class _UntilFailure(Reporter):
-    """Takes the events of a run and ends it at the first failure, or when ``stop`` is set."""
+class _Hunt(Listener):
+    """Has enough of a run when ``stop`` is set and, unless it goes on, at the first failure."""
 
     def __init__(self, stop: threading.Event, *, go_on: bool) -> None:
-        super().__init__(Run("lab"), Progress(io.StringIO(), quiet=True), own_clock=True)
         self._stop = stop
         self._go_on = go_on
 
-    def event(self, event: dict[str, Any]) -> None:
-        """Take one event."""
-        super().event(event)
-        self._check()
+    def watch(self, event: Event) -> None:
+        """Look whether to stop at an event."""
+        if self._stop.is_set():
+            raise Enough
 
-    def lost(self, why: str, loss: Loss = "crash") -> None:
-        """The kernel died: the case that ran is in error."""
-        super().lost(why, loss)
-        self._check()
+    def ended(self, case: Case) -> None:
+        """Look whether this is the failure that is hunted; a lost process ends a case too."""
+        if self._stop.is_set() or (case.outcome in FAILED and not self._go_on):
+            raise Enough
 
-    def failures(self) -> list[Case]:
-        """Cases that failed or were in error."""
-        return [case for case in self.run.cases if case.outcome in ("failed", "error")]
 
-    def _check(self) -> None:
-        if self._stop.is_set() or (not self._go_on and self.failures()):
-            raise _Stop
+def _failures(run: Run) -> list[Case]:
+    return [case for case in run.cases if case.outcome in FAILED]
 
 
 @dataclass
@@ -148,17 +139,17 @@ class Scorer:
         self.on_line(
             f"unmodified modules{f' with {shown}' if shown else ''}: {len(ids)} cases first"
         )
-        reporter = self._run(build_modules([], self.release), params, ids, go_on=True)
-        if reporter.run.problems:
-            raise HarnessError(f"on the unmodified modules: {reporter.run.problems[0]}")
-        bad = {case.id: case.summary for case in reporter.failures()}
-        skipped = {case.id: case.summary for case in reporter.run.cases if case.outcome == _SKIPPED}
+        run = self._run(build_modules([], self.release), params, ids, go_on=True)
+        if run.problems:
+            raise HarnessError(f"on the unmodified modules: {run.problems[0]}")
+        bad = {case.id: case.summary for case in _failures(run)}
+        skipped = {case.id: case.summary for case in run.cases if case.outcome == _SKIPPED}
         useless |= {**skipped, **dict.fromkeys(bad, "")}
-        good = [case.id for case in reporter.run.cases if case.id not in useless]
+        good = [case.id for case in run.cases if case.id not in useless]
         self.results.add_clean(params, self._suite, good)
         for name in bad:
             self.on_line(f"not used, since it fails on the unmodified modules: {name}")
-        if bad and len(bad) == len(reporter.run.cases):
+        if bad and len(bad) == len(run.cases):
             name, summary = next(iter(bad.items()))
             raise HarnessError(
                 f"all {len(bad)} cases fail on the unmodified modules, so a failure means nothing:"
@@ -224,17 +215,17 @@ class Scorer:
         first = self._clean(mutant, mutant.first_cases(self._ids))
         ran = 0
         if first:
-            reporter = self._run(folder, mutant.params, first)
-            ran = len(reporter.run.cases)
-            for case in reporter.failures():
+            run = self._run(folder, mutant.params, first)
+            ran = len(run.cases)
+            for case in _failures(run):
                 return case, ran
         if self.first_only or self.stop.is_set():
             return None, ran
         with _UNMODIFIED:
             # Once for all the mutants that come this far.
             self._find_clean(mutant.params, self._ids)
-        reporter = self._run(folder, mutant.params, self._clean(mutant, self._ids))
-        return next(iter(reporter.failures()), None), len(reporter.run.cases)
+        run = self._run(folder, mutant.params, self._clean(mutant, self._ids))
+        return next(iter(_failures(run)), None), len(run.cases)
 
     def _clean(self, mutant: Mutant, cases: Sequence[str]) -> list[str]:
         clean = self.results.clean_cases(mutant.params, self._suite)
@@ -242,11 +233,13 @@ class Scorer:
 
     def _run(
         self, folder: Path, params: Mapping[str, str], cases: Sequence[str], *, go_on: bool = False
-    ) -> _UntilFailure:
-        reporter = _UntilFailure(self.stop, go_on=go_on)
+    ) -> Run:
+        run = Run("lab")
+        hunt = _Hunt(self.stop, go_on=go_on)
+        judge = Judge(run, hunt, own_clock=True, watch=hunt.watch)
         whole = list(cases) == self._ids
         modules, _ = split_selection([] if whole else cases)
-        arguments = pytest_arguments(Plan(budget=_BUDGET), "lab", modules, [])
+        arguments = pytest_arguments(Selection(budget=_BUDGET), "lab", modules, [])
         target = LabTarget(
             kernel=self.kernel,
             kvm_modules=folder,
@@ -254,12 +247,8 @@ class Scorer:
             emulator=self.emulator,
             patience=_PATIENCE,
         )
-        try:
-            run_cases(target, arguments, reporter)
-        except _Stop:
-            if self.stop.is_set() and not reporter.failures():
-                return reporter
-        return reporter
+        run_cases(target, arguments, judge)
+        return run
 
 
 _UNMODIFIED = threading.Lock()
@@ -277,7 +266,7 @@ def collect_ids() -> list[str]:
             broken.append(event["where"])
 
     modules, _ = split_selection([])
-    arguments = [*pytest_arguments(Plan(), "lab", modules, []), "--collect-only"]
+    arguments = [*pytest_arguments(Selection(), "lab", modules, []), "--collect-only"]
     ended = LocalTarget().run(arguments, take)
     if broken or not ids:
         where = broken[0] if broken else ended.output.strip()[-200:]

@@ -11,6 +11,7 @@ import pytest
 import kvmnest
 from kvmnest.cases import explain
 from kvmnest.cases.events import EventWriter
+from kvmnest.cases.verdict import FAILED
 from kvmnest.kmsg import LEVELS, KernelLog
 from kvmnest.plugin import policy
 from kvmnest.plugin.fixtures import offer
@@ -97,7 +98,7 @@ class EventStream:
     def _failed(self, report: Any) -> None:
         case = self._case
         outcome = getattr(report, KIND, "error" if report.when != "call" else "failed")
-        first = case["outcome"] not in ("failed", "error")
+        first = case["outcome"] not in FAILED
         if first or (outcome == "failed" and case["outcome"] == "error"):
             case["outcome"] = outcome
         text = report.longreprtext

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-BROKEN = ("failed", "error")
+from kvmnest.reports.model import FAILED
+
 #: Kinds of change, in the order in which they are shown.
 KINDS = ("new failure", "fixed", "new skip", "no longer skipped", "known", "added", "gone")
 
@@ -41,13 +42,13 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
 
 
 def _kind(was: str, now: str) -> str:
-    if was == now or (was in BROKEN and now in BROKEN):
+    if was == now or (was in FAILED and now in FAILED):
         return ""
-    if now in BROKEN:
+    if now in FAILED:
         return "new failure"
     if not now:
         return "gone"
-    if was in BROKEN:
+    if was in FAILED:
         return "fixed" if now in ("passed", "known") else "new skip"
     if not was:
         return "added"

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from kvmnest.reports.model import OUTCOMES, PATCHES
+from kvmnest.reports.model import FAILED, OUTCOMES, PATCHES
 
 
 def error_lines(document: dict[str, Any]) -> Iterator[str]:
     """An ``::error`` line for each case of a results document that failed or was in error."""
     for case in document["cases"]:
-        if case["outcome"] in ("failed", "error"):
+        if case["outcome"] in FAILED:
             title = _property(f"kvmnest: {case['id']}")
             text = case.get("detail", "")
             if case.get("rerun"):

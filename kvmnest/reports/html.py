@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import quote
 
 from kvmnest.reports import diff
-from kvmnest.reports.model import OUTCOMES, PATCHES
+from kvmnest.reports.model import FAILED, OUTCOMES, PATCHES
 
 _ORDER = ("failed", "error", "known", "skipped", "passed")
 
@@ -99,7 +99,7 @@ def _cases(document: dict[str, Any]) -> Iterator[str]:
             body += f"\n\nkernel log:\n{case['kernel_log']}"
         if case.get("rerun"):
             body += f"\n\nrerun: {case['rerun']}"
-        opened = " open" if outcome in ("failed", "error") else ""
+        opened = " open" if outcome in FAILED else ""
         yield (
             f'<details class="case {outcome}" id="{_text(case["id"])}" data-outcome="{outcome}"'
             f' data-series="{_text(case.get("series"))}"{opened}>'

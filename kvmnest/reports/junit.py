@@ -6,7 +6,7 @@ import re
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
-from kvmnest.reports.model import PATCHES, Case, Run
+from kvmnest.reports.model import FAILED, PATCHES, Case, Run
 from kvmnest.reports.wholefile import WholeFile
 
 # XML 1.0 has no place for most control characters, not even escaped.
@@ -106,6 +106,6 @@ def _element(case: Case) -> ET.Element:
         if case.outcome == "known":
             message = f"known deviation: {message}"
         child = ET.SubElement(element, tag[case.outcome], message=_clean(message))
-        if case.outcome in ("failed", "error"):
+        if case.outcome in FAILED:
             child.text = _clean(case.detail + (f"\nrerun: {case.rerun}" if case.rerun else ""))
     return element

@@ -6,9 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from kvmnest.reports.model import PATCHES
-
-_BROKEN = ("failed", "error")
+from kvmnest.reports.model import FAILED, PATCHES
 
 
 def lines(document: dict[str, Any]) -> Iterator[str]:
@@ -25,7 +23,7 @@ def lines(document: dict[str, Any]) -> Iterator[str]:
         yield f"  1..{len(cases)}"
         for position, case in enumerate(cases, 1):
             yield from (f"  {line}" for line in _case(position, case))
-        bad = any(case["outcome"] in _BROKEN for case in cases)
+        bad = any(case["outcome"] in FAILED for case in cases)
         name = f"patch {series}: {PATCHES[series]}" if series in PATCHES else "other"
         yield f"{'not ok' if bad else 'ok'} {number} {_plain(name)}"
     for number, problem in enumerate(problems, len(groups) + 1):
@@ -35,11 +33,11 @@ def lines(document: dict[str, Any]) -> Iterator[str]:
 def _case(position: int, case: dict[str, Any]) -> Iterator[str]:
     outcome = case["outcome"]
     text = _plain(case.get("summary") or case.get("detail", "").partition("\n")[0])
-    if outcome in _BROKEN:
+    if outcome in FAILED:
         for line in case.get("detail", "").splitlines():
             yield f"# {_plain(line)}".rstrip()
     directive = {"skipped": f" # SKIP {text}", "known": f" # XFAIL {text}"}.get(outcome, "")
-    yield f"{'not ok' if outcome in _BROKEN else 'ok'} {position} {_plain(case['id'])}{directive}"
+    yield f"{'not ok' if outcome in FAILED else 'ok'} {position} {_plain(case['id'])}{directive}"
 
 
 def _plain(text: object) -> str:

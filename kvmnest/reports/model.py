@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from kvmnest.cases.verdict import FAILED as FAILED
+
 SCHEMA = 1
 
 #: How a process that runs cases, or its kernel, ends when it does not get to its end.

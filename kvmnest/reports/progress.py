@@ -6,7 +6,7 @@ import shutil
 import time
 from typing import TextIO
 
-from kvmnest.reports.model import OUTCOMES, PATCHES, Case, Run
+from kvmnest.reports.model import FAILED, OUTCOMES, PATCHES, Case, Run
 
 _LOG_SECONDS = 10.0
 _LOG_CASES = 50
@@ -42,7 +42,7 @@ class Progress:
 
     def ended(self, run: Run, case: Case) -> None:
         """A case ended."""
-        if case.outcome in ("failed", "error"):
+        if case.outcome in FAILED:
             self.line(f"{case.outcome.upper()} {case.id}: {case.summary}")
         elif self._verbose:
             reason = f": {case.detail.partition(chr(10))[0]}" if case.outcome != "passed" else ""
@@ -68,7 +68,7 @@ class Progress:
         """Write the failures in full and the summary by series patch."""
         self.line("")
         for case in run.cases:
-            if case.outcome in ("failed", "error"):
+            if case.outcome in FAILED:
                 self._failure(case)
         for text in summary_lines(run):
             self.line(text)

@@ -12,7 +12,8 @@ from kvmnest.known import same_parameter
 from kvmnest.reports.model import Case, Run
 from kvmnest.repro.corpus import Reproducer
 from kvmnest.repro.evidence import Record, Shown
-from kvmnest.run.loop import Plan, outcome
+from kvmnest.run.loop import outcome
+from kvmnest.run.selection import Selection
 from kvmnest.run.targets import Target
 
 VULNERABLE, FIXED, NOT_APPLICABLE = "VULNERABLE", "FIXED", "NOT APPLICABLE"
@@ -147,7 +148,7 @@ def _run(target: Target, cases: list[str]) -> tuple[Run, list[Ended]]:
         if event["e"] == "result":
             raised[event["id"]] = event.get("raised", "")
 
-    run = outcome(target, Plan(cases), on_event=take)
+    run = outcome(target, Selection(cases), on_event=take)
     return run, [Ended(case, raised.get(case.id, "")) for case in run.cases]
 
 

@@ -11,7 +11,7 @@ from kvmnest import reading
 from kvmnest.errors import KvmnestError
 from kvmnest.files import write_json
 from kvmnest.lab import cache
-from kvmnest.reports.model import Run
+from kvmnest.reports.model import FAILED, Run
 from kvmnest.run import listing, names
 from kvmnest.run.under_settings import case_of
 from kvmnest.schema import TEXTS
@@ -44,7 +44,7 @@ def remember(run: Run) -> None:
     """
     ran = {_whole(case_of(case.id)) for case in run.cases}
     failed = [name for name in _load() if name not in ran and _exists(name)]
-    bad = (case_of(case.id) for case in run.cases if case.outcome in ("failed", "error"))
+    bad = (case_of(case.id) for case in run.cases if case.outcome in FAILED)
     failed += dict.fromkeys(_whole(case) for case in bad)
     with contextlib.suppress(KvmnestError):
         write_json(_path(), failed)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvmnest.errors import HarnessError, UsageError
-from kvmnest.run.loop import Plan, pytest_arguments, split_selection
+from kvmnest.run.selection import Selection, pytest_arguments, split_selection
 from kvmnest.run.targets import LocalTarget
 
 
@@ -31,7 +31,7 @@ def cases(selected: Sequence[str], keyword: str = "") -> list[Listed]:
     if paths:
         raise HarnessError("only cases of the suite can be listed")
     events: list[dict[str, Any]] = []
-    arguments = pytest_arguments(Plan(keyword=keyword), "kvm", modules, [])
+    arguments = pytest_arguments(Selection(keyword=keyword), "kvm", modules, [])
     ended = LocalTarget().run([*arguments, "--collect-only", "--kvmnest-list"], events.append)
     broken = next((event for event in events if event["e"] == "broken"), None)
     if broken:

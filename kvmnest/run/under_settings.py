@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import fnmatch
-import io
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 
 from kvmnest.reports.model import OUTCOMES, Case, Run
-from kvmnest.reports.progress import Progress
-from kvmnest.run.reporter import Reporter
 from kvmnest.settings import Setting
 
 
@@ -44,71 +40,6 @@ def case_of(case_id: str) -> str:
     """Id of the case of a result: without the setting, if it has one."""
     before, at, after = case_id.rpartition("@")
     return before if at and not {"]", ":"} & {*after} else case_id
-
-
-class UnderSetting(Reporter):
-    """Judges the cases that run under one setting, and passes each result on to the whole run.
-
-    The whole run is incomplete (``more_to_come``) until the last setting, each part for itself is
-    not: that is what tells ``run_cases`` when it is done.
-    The record of known deviations is looked up for the parameters of this setting.
-    """
-
-    def __init__(self, whole: Reporter, setting: Setting, rerun: Callable[[str], str]) -> None:
-        run = Run(whole.run.target, whole.run.emulator, options=whole.run.options)
-        progress = _Passed(self)
-        super().__init__(run, progress, rerun=rerun, own_clock=whole.own_clock)
-        self.setting = setting
-        self.whole = whole
-        self._planned_before = list(whole.run.planned)
-
-    def planned(self) -> None:
-        """Add the cases of this setting to the plan of the whole run."""
-        self.whole.run.facts = self.whole.run.facts or self.run.facts
-        ids = [name(case_id, self.setting) for case_id in self.run.planned]
-        self.whole.run.planned = [*self._planned_before, *ids]
-        self.whole.progress.planned(len(self.whole.run.planned), again=bool(self._planned_before))
-
-    def running(self, case_id: str) -> None:
-        """Show that a case starts."""
-        self.whole.run.running = name(case_id, self.setting)
-        self.whole.progress.running(self.whole.run, self.whole.run.running)
-
-    def store(self, case: Case) -> None:
-        """Add a case here and to the whole run. Raises Enough as the whole run does."""
-        super().store(case)
-        self.whole.store(replace(case, id=name(case.id, self.setting)))
-
-    def problem(self, text: str) -> None:
-        """Record a problem of the whole run."""
-        self.whole.problem(f"{self.setting.name}: {text}" if self.setting.name else text)
-
-    def note(self, text: str) -> None:
-        """Show a line to the user."""
-        self.whole.note(text)
-
-    def end(self) -> None:
-        """Hand over what is told at the end of the whole run."""
-        whole = self.whole.run
-        whole.no_longer += [(name(case, self.setting), why) for case, why in self.run.no_longer]
-        whole.lost |= {name(case, self.setting): loss for case, loss in self.run.lost.items()}
-        whole.interrupted += [name(case, self.setting) for case in self.run.interrupted]
-
-
-class _Passed(Progress):
-    """The progress of a part is that of the whole run."""
-
-    def __init__(self, part: UnderSetting) -> None:
-        super().__init__(io.StringIO(), quiet=True)
-        self._part = part
-
-    def planned(self, total: int, *, again: bool = False) -> None:
-        """The number of cases of this setting is known."""
-        self._part.planned()
-
-    def running(self, run: Run, case_id: str) -> None:
-        """A case starts."""
-        self._part.running(case_id)
 
 
 def lines(run: Run, settings: Sequence[Setting]) -> list[str]:

@@ -7,8 +7,9 @@ from typing import Any
 from kvmnest.cases.events import Event
 from kvmnest.errors import HarnessError, UsageError
 from kvmnest.reports.model import Case, Run
-from kvmnest.run.loop import Plan, outcome, split_selection
+from kvmnest.run.loop import outcome
 from kvmnest.run.names import functions
+from kvmnest.run.selection import Selection, split_selection
 from kvmnest.run.targets import Target
 
 Command = dict[str, Any]
@@ -34,7 +35,7 @@ def trace(target: Target, case: str) -> tuple[Run, Case, list[Command]]:
         if event["e"] == "trace":
             commands.append(event)
 
-    run = outcome(target, Plan([case]), ["--kvmnest-trace"], take)
+    run = outcome(target, Selection([case]), ["--kvmnest-trace"], take)
     cases = run.cases
     if not cases:
         raise HarnessError(f"{case} did not run: {'; '.join(run.problems) or 'nothing'}")

@@ -1,6 +1,5 @@
 """Real boots of Debian's kernel in Bochs. Each takes some ten seconds, so each shows much."""
 
-import io
 import marshal
 import os
 import shutil
@@ -28,10 +27,9 @@ from kvmnest.lab.errors import (
 from kvmnest.lab.guest import EVENTS_PATH
 from kvmnest.lab.machine import Lab
 from kvmnest.reports.model import Run
-from kvmnest.reports.progress import Progress
+from kvmnest.run.judge import Judge
 from kvmnest.run.lab_target import LabTarget
-from kvmnest.run.loop import Plan, pytest_arguments
-from kvmnest.run.reporter import Reporter
+from kvmnest.run.selection import Selection, pytest_arguments
 
 pytestmark = pytest.mark.skipif(shutil.which("bochs") is None, reason="bochs is not installed")
 
@@ -270,19 +268,19 @@ def test_an_emulator_that_is_stopped_is_told(monkeypatch):
 @pytest.mark.parametrize("when", ["result", "end"])
 def test_an_emulator_that_is_killed_at_the_end(when):
     """The results are there, and nobody waits for the rest."""
-    reporter = Reporter(Run("lab"), Progress(io.StringIO()))
+    judge = Judge(Run("lab"))
     target = LabTarget(patience=300)
     killed = []
 
     def take(event):
-        reporter.event(event)
+        judge.event(event)
         if event["e"] == when:
             killed.append(time.monotonic())
             os.kill(bochs_of(os.getpid()), signal.SIGKILL)
 
     case = "kvmnest.suite.test_vmxon::test_vmxon_enters_vmx_operation"
-    ended = target.run(pytest_arguments(Plan(), "lab", [case], []), take)
+    ended = target.run(pytest_arguments(Selection(), "lab", [case], []), take)
     assert time.monotonic() - killed[0] < 10
     assert ended.status in (0, None)  # it may have said all before it was gone
-    assert len(reporter.run.cases) == 1
-    assert reporter.run.complete
+    assert len(judge.run.cases) == 1
+    assert judge.run.complete

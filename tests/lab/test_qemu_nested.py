@@ -16,7 +16,7 @@ from kvmnest.lab.cpio import Cpio, names
 from kvmnest.lab.emulators import Choice, Picture
 from kvmnest.lab.machine import Lab
 from kvmnest.run.lab_target import LabTarget
-from kvmnest.run.loop import Plan, pytest_arguments, split_selection
+from kvmnest.run.selection import Selection, pytest_arguments, split_selection
 from kvmnest.run.targets import Ended
 
 pytestmark = [
@@ -60,7 +60,7 @@ class Prepared(LabTarget):
 def picture(folder: Path) -> Lab:
     """Write the picture of memory for QEMU, as ``Lab.run`` does, and the ROM."""
     target = Prepared(emulator=Choice("qemu", accelerator="tcg"))
-    arguments = pytest_arguments(Plan(budget=60), target.name, split_selection([CASE])[0], [])
+    arguments = pytest_arguments(Selection(budget=60), target.name, split_selection([CASE])[0], [])
     target.run(arguments, lambda event: None)
     argv, files = target.command
     lab = target._lab

@@ -13,7 +13,7 @@ from kvmnest.light.compiled import rewritten
 from kvmnest.light.plan import options
 from kvmnest.plugin import policy
 from kvmnest.run import collect
-from kvmnest.run.loop import Plan, pytest_arguments
+from kvmnest.run.selection import Selection, pytest_arguments
 
 SAMPLE = """
 import enum
@@ -340,7 +340,7 @@ def test_listed(sample):
 
 def test_only_what_this_pytest_compiled_goes_into_the_lab(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    found = collect.collect(pytest_arguments(Plan(), "lab", ["kvmnest.suite.test_vmxon"], []))
+    found = collect.collect(pytest_arguments(Selection(), "lab", ["kvmnest.suite.test_vmxon"], []))
     folder = cache.root() / "pycache" / policy.SUITE_DIR.lstrip("/")
     ours = folder / f"test_vmxon{found.tail}"
     content = ours.read_bytes()

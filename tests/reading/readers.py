@@ -31,7 +31,8 @@ from kvmnest.reports.model import Case, Run
 from kvmnest.reports.progress import Progress
 from kvmnest.repro import evidence
 from kvmnest.run import last_failed
-from kvmnest.run.reporter import Reporter
+from kvmnest.run.judge import Judge
+from kvmnest.run.report import Report
 
 FACTS = json.loads((Path(__file__).parents[1] / "fuzz/facts.json").read_text())
 KERNELS = ["6.1.0-40-amd64", "6.1.0-41-amd64", "6.1.0-42-amd64"]
@@ -144,10 +145,11 @@ def report_events() -> bytes:
 def take_events(path: Path) -> None:
     """As a target does: what is wrong ends the run with an error of ours."""
     out = path.with_name("out.json")
-    reporter = Reporter(Run("lab"), Progress(io.StringIO()), json_path=out, junit_path=out)
+    report = Report(Run("lab"), Progress(io.StringIO()), json_path=out, junit_path=out)
+    judge = Judge(Run("lab"), report)
     for line in path.read_bytes().splitlines():
-        reporter.event(events.parse(line))
-    reporter.finish()
+        judge.event(events.parse(line))
+    report.finish()
 
 
 def elf() -> bytes:

@@ -1,4 +1,4 @@
-"""Run test files through the real child process and reporter: results_run.py OUT FILE..."""
+"""Run test files through the real child process and report: results_run.py OUT FILE..."""
 
 import signal
 import sys
@@ -6,28 +6,30 @@ from pathlib import Path
 
 from kvmnest.reports.model import Run
 from kvmnest.reports.progress import Progress
-from kvmnest.run.loop import Plan, pytest_arguments, run_cases
-from kvmnest.run.reporter import Reporter
+from kvmnest.run.judge import Judge
+from kvmnest.run.loop import run_cases
+from kvmnest.run.report import Report
+from kvmnest.run.selection import Selection, pytest_arguments
 from kvmnest.run.targets import LocalTarget
 
 
 def run(out: Path, *files: str, patience: float = 30.0, screen=None, **options) -> tuple[int, Run]:
     """Run ``files``, writing OUT.json and OUT.xml; returns exit code and results."""
-    reporter = Reporter(
+    report = Report(
         Run("kvm"),
         Progress(screen or sys.stdout),
         json_path=out.with_suffix(".json"),
         junit_path=out.with_suffix(".xml"),
-        rerun=lambda case_id: f"again {case_id}",
         **options,
     )
-    arguments = pytest_arguments(Plan(), "kvm", [], list(files))
+    judge = Judge(Run("kvm"), report, rerun=lambda case_id: f"again {case_id}")
+    arguments = pytest_arguments(Selection(), "kvm", [], list(files))
     try:
-        run_cases(LocalTarget(patience), arguments, reporter)
+        run_cases(LocalTarget(patience), arguments, judge)
     except KeyboardInterrupt:
-        reporter.finish()
+        report.finish()
         raise
-    return reporter.finish(), reporter.run
+    return report.finish(), report.run
 
 
 if __name__ == "__main__":

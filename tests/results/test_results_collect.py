@@ -8,7 +8,7 @@ import pytest
 from damages import cut, empty, junk, zero
 
 from kvmnest.run.collect import collect
-from kvmnest.run.loop import Plan, pytest_arguments
+from kvmnest.run.selection import Selection, pytest_arguments
 
 _HEADER = 16  # bytes that say from what it was compiled
 
@@ -30,7 +30,7 @@ DAMAGES = {
 
 @pytest.mark.parametrize("name", DAMAGES)
 def test_damaged_code(own_cache: Path, capfd: pytest.CaptureFixture[str], name: str) -> None:
-    arguments = pytest_arguments(Plan(), "lab", ["kvmnest.suite.test_smm"], [])
+    arguments = pytest_arguments(Selection(), "lab", ["kvmnest.suite.test_smm"], [])
     count = collect(arguments).count
     assert count > 0
     damages: itertools.cycle[Callable[[Path], None]] = itertools.cycle(DAMAGES[name])
@@ -50,7 +50,7 @@ def test_damaged_code(own_cache: Path, capfd: pytest.CaptureFixture[str], name: 
 def test_a_broken_suite_is_not_taken_for_damage(
     own_cache: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = pytest_arguments(Plan(), "lab", ["kvmnest.suite.test_nosuch"], [])
+    arguments = pytest_arguments(Selection(), "lab", ["kvmnest.suite.test_nosuch"], [])
     for _ in range(2):
         assert not collect(arguments).count
     assert capfd.readouterr().err == ""

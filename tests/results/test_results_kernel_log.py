@@ -1,7 +1,6 @@
 """What the kernel says during a case: reports of defects fail it, other messages do not."""
 
 import contextlib
-import io
 import os
 
 import pytest
@@ -11,8 +10,7 @@ from kvmnest import kmsg, known
 from kvmnest.kernel_reports import reports, told
 from kvmnest.known import Deviation, Known
 from kvmnest.reports.model import Run
-from kvmnest.reports.progress import Progress
-from kvmnest.run.reporter import CRASHED, Reporter
+from kvmnest.run.judge import CRASHED, Judge
 
 _WARN = "WARNING: CPU: 0 PID: 7 at arch/x86/kvm/vmx/nested.c:35 nested_vmx_run+0x1/0x2 [kvm_intel]"
 
@@ -97,58 +95,58 @@ def test_the_text_of_a_warning_without_a_line_to_cut_at(before, stamp, belongs):
     assert told(f"[    1.000000] boot\n{before}\n{stamp}{report}").splitlines() == expected
 
 
-def _reporter(deviations=(), *, readable=True):
-    reporter = Reporter(Run("lab"), Progress(io.StringIO()))
+def _judge(deviations=(), *, readable=True):
+    judge = Judge(Run("lab"))
     facts = {"kernel": "6.1.0-56", "kvm_params": {}, "kernel_log": readable}
-    reporter.event({"e": "session", **facts})
-    reporter._known = Known(deviations)
+    judge.event({"e": "session", **facts})
+    judge._known = Known(deviations)
     cases = [["a", 3], ["b", 3]]
-    reporter.event({"e": "collected", "count": 2, "first": 0, "cases": cases})
-    return reporter
+    judge.event({"e": "collected", "count": 2, "first": 0, "cases": cases})
+    return judge
 
 
-def _case(reporter, name, outcome="passed", kernel="", lab="", detail="", summary=""):
-    reporter.event({"e": "start", "id": name, "series": 3, "sdm": None})
+def _case(judge, name, outcome="passed", kernel="", lab="", detail="", summary=""):
+    judge.event({"e": "start", "id": name, "series": 3, "sdm": None})
     if lab:
-        reporter.event({"e": "kernel", "text": lab, "from_lab": True})
+        judge.event({"e": "kernel", "text": lab, "from_lab": True})
     if kernel:
-        reporter.event({"e": "kernel", "text": kernel})
+        judge.event({"e": "kernel", "text": kernel})
     more = {"seconds": 0.1, "detail": detail, "summary": summary}
     result = {"e": "result", "id": name, "series": 3, "sdm": None, "outcome": outcome, **more}
-    reporter.event(result)
-    return reporter.run.cases[-1]
+    judge.event(result)
+    return judge.run.cases[-1]
 
 
 @pytest.mark.parametrize("outcome", ["passed", "skipped"])
 def test_a_report_fails_a_case_that_did_not(outcome):
-    reporter = _reporter()
-    case = _case(reporter, "a", outcome, f"[    1.000000] {_WARN}\n[    1.000000] RIP: here\n")
+    judge = _judge()
+    case = _case(judge, "a", outcome, f"[    1.000000] {_WARN}\n[    1.000000] RIP: here\n")
     assert case.outcome == "failed"
     assert case.summary == f"the kernel reported: {_WARN}"
     assert "RIP: here" in case.detail
     assert case.kernel_log.count("WARNING") == 1
-    assert _case(reporter, "b").outcome == "passed"
+    assert _case(judge, "b").outcome == "passed"
 
 
 def test_a_failure_keeps_its_own_summary():
-    case = _case(_reporter(), "a", "failed", _WARN, detail="why", summary="got 1, expected 2")
+    case = _case(_judge(), "a", "failed", _WARN, detail="why", summary="got 1, expected 2")
     assert (case.outcome, case.summary) == ("failed", "got 1, expected 2")
     assert "WARNING" in case.detail
     assert case.detail.endswith("why")
 
 
 def test_other_messages_are_kept_and_fail_nothing():
-    case = _case(_reporter(), "a", kernel="[    1.0] usb 1-1: new device\n")
+    case = _case(_judge(), "a", kernel="[    1.0] usb 1-1: new device\n")
     assert (case.outcome, case.kernel_log) == ("passed", "[    1.0] usb 1-1: new device\n")
 
 
 def test_known_reports():
     entry = Deviation("a*", "KVM warns", kernel_message="WARNING: * at arch/x86/kvm/vmx/nested.c*")
-    reporter = _reporter([entry])
-    case = _case(reporter, "a", kernel=_WARN)
+    judge = _judge([entry])
+    case = _case(judge, "a", kernel=_WARN)
     assert (case.outcome, case.summary) == ("known", "KVM warns")
-    assert _case(reporter, "b", kernel=_WARN).outcome == "failed"
-    both = _case(_reporter([entry]), "a", kernel=f"{_WARN}\nBUG: soft lockup - CPU#0\n")
+    assert _case(judge, "b", kernel=_WARN).outcome == "failed"
+    both = _case(_judge([entry]), "a", kernel=f"{_WARN}\nBUG: soft lockup - CPU#0\n")
     assert (both.outcome, both.summary) == (
         "failed",
         "the kernel reported: BUG: soft lockup - CPU#0",
@@ -157,36 +155,36 @@ def test_known_reports():
 
 def test_a_known_report_excuses_no_assertion_and_the_other_way_round():
     message = Deviation("a", "KVM warns", kernel_message="WARNING*")
-    assert _case(_reporter([message]), "a", "failed", _WARN).outcome == "failed"
+    assert _case(_judge([message]), "a", "failed", _WARN).outcome == "failed"
     other = Deviation("a", "KVM is wrong")
-    assert _case(_reporter([other]), "a", "failed").outcome == "known"
-    assert _case(_reporter([other]), "a", "failed", _WARN).outcome == "failed"
+    assert _case(_judge([other]), "a", "failed").outcome == "known"
+    assert _case(_judge([other]), "a", "failed", _WARN).outcome == "failed"
 
 
 def test_a_warning_once_may_stay_away():
-    reporter = _reporter([Deviation("a", "KVM warns", kernel_message="WARNING*")])
-    assert _case(reporter, "a").outcome == "passed"
-    assert reporter.run.no_longer == []
+    judge = _judge([Deviation("a", "KVM warns", kernel_message="WARNING*")])
+    assert _case(judge, "a").outcome == "passed"
+    assert judge.run.no_longer == []
 
 
 def test_what_the_lab_says_too_is_taken_once():
-    reporter = _reporter()
-    case = _case(reporter, "a", kernel=_WARN + "\n", lab=_WARN + "\n")
+    judge = _judge()
+    case = _case(judge, "a", kernel=_WARN + "\n", lab=_WARN + "\n")
     assert case.kernel_log == _WARN + "\n"
     # It may come after the result, or before the cases' process has told: no matter.
-    assert _case(reporter, "b", lab="BUG: late\n").outcome == "passed"
+    assert _case(judge, "b", lab="BUG: late\n").outcome == "passed"
 
 
 def test_where_the_process_cannot_read_the_log_the_lab_is_believed():
-    assert _case(_reporter(readable=False), "a", lab=_WARN).outcome == "failed"
+    assert _case(_judge(readable=False), "a", lab=_WARN).outcome == "failed"
 
 
 def test_last_words_of_a_kernel_belong_to_the_case_that_ran():
-    reporter = _reporter()
-    reporter.event({"e": "start", "id": "a", "series": 3, "sdm": None})
-    reporter.event({"e": "kernel", "text": "kernel BUG at x.c:1!\n", "from_lab": True})
-    reporter.lost("the kernel panicked")
-    case = reporter.run.cases[0]
+    judge = _judge()
+    judge.event({"e": "start", "id": "a", "series": 3, "sdm": None})
+    judge.event({"e": "kernel", "text": "kernel BUG at x.c:1!\n", "from_lab": True})
+    judge.lost("the kernel panicked")
+    case = judge.run.cases[0]
     assert (case.outcome, case.kernel_log) == ("error", "kernel BUG at x.c:1!\n")
     assert case.summary == f"{CRASHED}the kernel panicked"
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from kvmnest.reports import jsonfile
 from kvmnest.reports.model import Case, Run
 from kvmnest.reports.progress import Progress
-from kvmnest.run.reporter import Reporter
+from kvmnest.run.report import Report
 
 SCRIPT = str(Path(__file__).with_name("results_run.py"))
 
@@ -103,10 +103,10 @@ def test_a_case_is_stored_before_it_is_told(tmp_path):
             told.append(case.id)
 
     told = []
-    reporter = Reporter(Run("kvm"), Telling(io.StringIO()), json_path=path)
-    reporter.run.planned = ["a", "b"]
-    for name in reporter.run.planned:
-        reporter.store(Case(name, None, None, "passed", 0.0))
+    report = Report(Run("kvm"), Telling(io.StringIO()), json_path=path)
+    report.planned(["a", "b"])
+    for name in report.run.planned:
+        report.ended(Case(name, None, None, "passed", 0.0))
     assert told == ["a", "b"]
 
 

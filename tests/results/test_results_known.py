@@ -1,14 +1,12 @@
 """The record of known deviations."""
 
-import io
-
 import pytest
 
 from kvmnest import known
 from kvmnest.errors import HarnessError
 from kvmnest.reports.model import Run
-from kvmnest.reports.progress import Progress
-from kvmnest.run.reporter import Reporter
+from kvmnest.run.judge import Judge
+from kvmnest.run.report import exit_code
 
 KERNEL = "6.1.0-56-cloud-amd64"
 
@@ -186,11 +184,11 @@ def test_a_crash_is_known_as_such_only(tmp_path, monkeypatch, extra, outcome):
     path = tmp_path / "known.toml"
     path.write_text(ENTRY + extra)
     monkeypatch.setattr(known, "KNOWN_FILE", path)
-    reporter = Reporter(Run("lab"), Progress(io.StringIO(), quiet=True))
+    judge = Judge(Run("lab"))
     case_id = "test_a.py::test_b[0]"
-    reporter.event({"e": "session", "kernel": KERNEL, "kvm_params": {}})
-    reporter.event({"e": "collected", "first": 0, "cases": [[case_id, 1]]})
-    reporter.event({"e": "start", "id": case_id, "series": 1, "sdm": None})
-    reporter.lost("bochs was killed by signal 9")
-    assert [case.outcome for case in reporter.run.cases] == [outcome]
-    assert reporter.finish() == (3 if outcome == "error" else 0)
+    judge.event({"e": "session", "kernel": KERNEL, "kvm_params": {}})
+    judge.event({"e": "collected", "first": 0, "cases": [[case_id, 1]]})
+    judge.event({"e": "start", "id": case_id, "series": 1, "sdm": None})
+    judge.lost("bochs was killed by signal 9")
+    assert [case.outcome for case in judge.run.cases] == [outcome]
+    assert exit_code(judge.run) == (3 if outcome == "error" else 0)

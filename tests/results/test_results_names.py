@@ -8,7 +8,7 @@ import pytest
 from kvmnest.cli.main import main
 from kvmnest.errors import UsageError
 from kvmnest.run import names
-from kvmnest.run.loop import split_selection
+from kvmnest.run.selection import split_selection
 
 
 def test_a_function_alone():

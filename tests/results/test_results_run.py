@@ -1,6 +1,5 @@
 """Whole runs: real child processes that pass, fail, crash, or hang."""
 
-import io
 import json
 import os
 import xml.etree.ElementTree as ET
@@ -13,9 +12,9 @@ from kvmnest.bisect import probe
 from kvmnest.errors import HarnessError, UsageError
 from kvmnest.reports import jsonfile, ktap
 from kvmnest.reports.model import Run
-from kvmnest.reports.progress import Progress
-from kvmnest.run.loop import Plan, pytest_arguments, run_cases
-from kvmnest.run.reporter import Reporter
+from kvmnest.run.judge import Judge
+from kvmnest.run.loop import run_cases
+from kvmnest.run.selection import Selection, pytest_arguments
 from kvmnest.run.targets import LocalTarget
 
 
@@ -266,8 +265,8 @@ def test_a_case_that_does_not_exist(write, tmp_path):
 def test_cases_of_the_suite_beside_a_file_of_the_user(write, tmp_path):
     """pytest calls the suite's file "" where its root is the user's folder."""
     name = write("def test_mine(): assert 1")
-    reporter = Reporter(Run("kvm"), Progress(io.StringIO()))
-    arguments = pytest_arguments(Plan(), "kvm", ["kvmnest.suite.test_smm"], [name])
-    run_cases(LocalTarget(30.0), arguments, reporter)
-    files = {case.id.partition("::")[0] for case in reporter.run.cases}
+    judge = Judge(Run("kvm"))
+    arguments = pytest_arguments(Selection(), "kvm", ["kvmnest.suite.test_smm"], [name])
+    run_cases(LocalTarget(30.0), arguments, judge)
+    files = {case.id.partition("::")[0] for case in judge.run.cases}
     assert files == {"test_smm.py", "test_sample.py"}

@@ -13,9 +13,9 @@ from kvmnest import settings
 from kvmnest.cli.main import main
 from kvmnest.reports.model import Case, Run
 from kvmnest.reports.progress import Progress
-from kvmnest.run.reporter import Enough, Reporter
+from kvmnest.run.judge import Enough, Judge
+from kvmnest.run.report import Report
 from kvmnest.run.under_settings import (
-    UnderSetting,
     case_of,
     chosen,
     lines,
@@ -92,19 +92,20 @@ def feed(part, outcomes, params):
 
 @pytest.fixture
 def whole(tmp_path):
-    reporter = Reporter(
+    report = Report(
         Run("lab"),
         Progress(io.StringIO()),
         json_path=tmp_path / "o.json",
         junit_path=tmp_path / "o.xml",
         maxfail=2,
     )
-    reporter.more_to_come = True
-    return reporter
+    report.more_to_come = True
+    return report
 
 
 def under(whole, setting):
-    return UnderSetting(whole, setting, lambda case_id: f"again {setting.name} {case_id}")
+    rerun = lambda case_id: f"again {setting.name} {case_id}"  # noqa: E731
+    return Judge(Run("lab"), whole, setting=setting, rerun=rerun)
 
 
 def test_one_report(whole, tmp_path):
@@ -115,10 +116,8 @@ def test_one_report(whole, tmp_path):
     part = under(whole, NO_EPT)
     feed(part, {"f::a": "failed", "f::b": "passed"}, {"ept": "N"})
     part.event({"e": "end", "status": 1, "why": ""})
-    part.end()
     assert part.run.complete, "the part is done, or run_cases would wait for more"
-    whole.more_to_come = False
-    whole.run.complete = True
+    whole.no_more()
     assert whole.finish() == 1
     document = json.loads((tmp_path / "o.json").read_text())
     assert {each["id"]: each["outcome"] for each in document["cases"]} == {
@@ -138,11 +137,9 @@ def test_known_is_looked_up_for_the_parameters_of_the_setting(whole, tmp_path, m
     feed(under(whole, settings.DEFAULT), {"f::a": "failed"}, {"ept": "Y"})
     part = under(whole, NO_EPT)
     feed(part, {"f::a": "failed"}, {"ept": "N"})
-    part.end()
     assert [each.outcome for each in whole.run.cases] == ["failed", "known"]
     part = under(whole, NO_VPID)
     feed(part, {"f::a": "passed"}, {"ept": "N"})
-    part.end()
     assert whole.run.no_longer == [("f::a@no-vpid", "why")]
 
 

@@ -1,88 +1,113 @@
-"""Consumes the events of the processes that run cases and keeps every report up to date."""
+"""Judges what runs on one target: events in, the outcome of each case out."""
 
 from __future__ import annotations
 
-import datetime
 import time
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import replace
+from typing import Any
 
 from kvmnest import disassembly, kernel_reports, known
 from kvmnest.cases.events import DamagedEvent, Event
 from kvmnest.errors import HarnessError
-from kvmnest.reports.jsonfile import JsonFile
-from kvmnest.reports.junit import JUnitFile
-from kvmnest.reports.model import Case, Loss, Run
-from kvmnest.reports.progress import Progress
+from kvmnest.reports.model import FAILED, Case, Loss, Run
+from kvmnest.run import under_settings
+from kvmnest.settings import DEFAULT, Setting
 
 #: How the summary of a case begins in which the kernel or the process died.
 CRASHED = "crashed: "
 
 
 class Enough(Exception):
-    """So many cases have failed that the run is to stop, as the user asked."""
+    """Raised by a listener that wants no more of a run: ``run_cases`` then ends it."""
 
 
-class Reporter:
-    """Results of one run, over as many processes as it takes.
+class Listener:
+    """Is told what a judge finds, as it finds it; each method does nothing unless it is replaced.
+
+    Ids are those of the whole run: CASE@SETTING for a case that runs under a setting. What a method
+    raises ends the run.
+    """
+
+    def facts(self, facts: dict[str, Any]) -> None:
+        """What the machine under test says of itself."""
+
+    def planned(self, ids: list[str]) -> None:
+        """These cases will run."""
+
+    def started(self, case_id: str) -> None:
+        """A case starts."""
+
+    def lost(self, case_id: str, loss: Loss) -> None:
+        """The process or the kernel is lost in this case, which ends then, if it can."""
+
+    def interrupted(self, case_id: str) -> None:
+        """This case ended the session of pytest it ran in."""
+
+    def no_longer(self, case_id: str, why: str) -> None:
+        """A case of a known deviation passed; ``why`` it is known."""
+
+    def ended(self, case: Case) -> None:
+        """A case has its outcome."""
+
+    def problem(self, text: str) -> None:
+        """Something outside of the cases went wrong."""
+
+    def note(self, text: str) -> None:
+        """A line for the user."""
+
+
+class Judge:
+    """Folds the events of one target's processes, as many as it takes, into a ``Run``.
 
     Args:
-        run: what is known before the first event; the reporter fills it.
-        progress: where the progress goes.
-        json_path, junit_path: files to write, if any. HarnessError if one cannot be written.
+        run: what is known before the first event; the judge fills it.
+        listener: is told of everything that is added to it.
+        setting: of KVM, under which the cases run here.
         rerun: gives the command that runs one case again, from its id.
-        strict_known: a listed deviation that no longer happens fails the run.
-        maxfail: stop after so many failures and errors, 0 for never.
         own_clock: measure cases by this process' clock, for guests whose clock means nothing.
+        watch: gets each event first; what it raises ends the run.
     """
 
     def __init__(
         self,
         run: Run,
-        progress: Progress,
+        listener: Listener | None = None,
         *,
-        json_path: Path | None = None,
-        junit_path: Path | None = None,
+        setting: Setting = DEFAULT,
         rerun: Callable[[str], str] = lambda case_id: "",
-        strict_known: bool = False,
-        maxfail: int = 0,
         own_clock: bool = False,
+        watch: Callable[[Event], None] = lambda event: None,
     ) -> None:
         self.run = run
-        self.progress = progress
-        self.strict_known = strict_known
         #: Cases that ended by themselves since the last lost process.
         self.finished_since_loss = 0
         #: Whether the present process reported its end, and pytest's exit status.
         self.ended: int | None = None
         #: What ended its session before the last case, "" if nothing did.
         self.why_ended = ""
-        #: Whether cases will be planned that are not known yet.
-        self.more_to_come = False
         #: Files that could not be collected: (where, text).
         self.broken: list[tuple[str, str]] = []
-        self._maxfail = maxfail
-        self.rerun = rerun
-        self.own_clock = own_clock
+        self._listener = listener or Listener()
+        self._setting = setting
+        self._rerun = rerun
+        self._own_clock = own_clock
+        self._watch = watch
         self._known: known.Known | None = None
         self._current: Event = {}
-        self._began = self._started = time.monotonic()
+        self._began = time.monotonic()
         self._kernel_log = self._last_words = ""
         self._cases_read_log = False
         self._series: dict[str, int | None] = {}
-        run.started = _now()
-        self._files: list[JsonFile | JUnitFile] = []
-        if json_path:
-            self._files.append(JsonFile(json_path))
-        if junit_path:
-            self._files.append(JUnitFile(junit_path))
-        for file in self._files:
-            file.start(run)
+
+    def _called(self, case_id: str) -> str:
+        return under_settings.name(case_id, self._setting)
 
     # --- events ---
 
     def event(self, event: Event) -> None:
         """Take one event. Raises HarnessError if it contradicts the ones before."""
+        self._watch(event)
         kind = event.get("e")
         if kind == "session":
             self._session(event)
@@ -119,6 +144,7 @@ class Reporter:
         self._cases_read_log = bool(event.get("kernel_log"))
         if not self.run.facts:
             self.run.facts = {name: value for name, value in event.items() if name != "e"}
+            self._listener.facts(self.run.facts)
             # An option of the run counts as a parameter: some deviations need it.
             moved = "Y" if self.run.options.get("nested_roundtrip") else "N"
             params = {**event["kvm_params"], "nested_roundtrip": moved}
@@ -133,11 +159,10 @@ class Reporter:
             raise HarnessError(f"the kernel changed from {self.run.kernel} to {event['kernel']}")
 
     def _collected(self, event: Event) -> None:
-        if event["first"] == 0:
+        if not self.run.planned and event["first"] == 0:
             self.run.planned = [case[0] for case in event["cases"]]
             self._series = {case[0]: case[1] for case in event["cases"]}
-            self._started = time.monotonic()
-            self.progress.planned(len(self.run.planned))
+            self._listener.planned([self._called(name) for name in self.run.planned])
         elif event["count"] != len(self.run.planned):
             raise HarnessError(
                 f"a restart found {event['count']} cases instead of {len(self.run.planned)}"
@@ -150,12 +175,15 @@ class Reporter:
         self._current = event
         self._began = time.monotonic()
         self.run.running = event["id"]
-        self.progress.running(self.run, event["id"])
+        self._listener.started(self._called(event["id"]))
 
     def _result(self, event: Event) -> None:
         if event["id"] != self.run.running:
             raise DamagedEvent(f"a result of {event['id']:.200}, which does not run")
-        seconds = time.monotonic() - self._began if self.own_clock else event["seconds"]
+        seconds = time.monotonic() - self._began if self._own_clock else event["seconds"]
+        # Before the listener hears of it: what it raises is no end of the process.
+        if event["outcome"] != "skipped":
+            self.finished_since_loss += 1
         self._add(
             Case(
                 id=event["id"],
@@ -167,28 +195,36 @@ class Reporter:
                 summary=event.get("summary", ""),
             )
         )
-        if event["outcome"] != "skipped":
-            self.finished_since_loss += 1
+
+    # --- judging ---
 
     def _add(self, case: Case) -> None:
-        deviation = self._known.match(case.id) if self._known else None
-        if deviation and self.run.lost.get(case.id) == "crash" and not deviation.crash:
-            deviation = None  # what is known of it is no such end
-        if deviation and case.outcome in ("failed", "error"):
-            case.outcome = "known"
-            case.detail = f"{deviation.text}\n\n{case.detail}"
-            case.summary = deviation.text
-        elif deviation and case.outcome == "passed":
-            self.run.no_longer.append((case.id, deviation.text))
+        self._judge_by_record(case)
         case.kernel_log = self._kernel_log
         if not self._cases_read_log or case.id in self.run.lost:
             case.kernel_log += self._last_words
         self._kernel_log = self._last_words = ""
         self._judge_messages(case)
-        if case.outcome in ("failed", "error"):
-            case.rerun = self.rerun(case.id)
+        if case.outcome in FAILED:
+            case.rerun = self._rerun(case.id)
         self._current = {}
-        self.store(case)
+        self.run.running = None
+        self.run.cases.append(case)
+        self.run.complete = len(self.run.cases) == len(self.run.planned)
+        self._listener.ended(replace(case, id=self._called(case.id)))
+
+    def _judge_by_record(self, case: Case) -> None:
+        """Make a failure "known" that is recorded, and note a recorded one that is none."""
+        deviation = self._known.match(case.id) if self._known else None
+        if deviation and self.run.lost.get(case.id) == "crash" and not deviation.crash:
+            deviation = None  # what is known of it is no such end
+        if deviation and case.outcome in FAILED:
+            case.outcome = "known"
+            case.detail = f"{deviation.text}\n\n{case.detail}"
+            case.summary = deviation.text
+        elif deviation and case.outcome == "passed":
+            self.run.no_longer.append((case.id, deviation.text))
+            self._listener.no_longer(self._called(case.id), deviation.text)
 
     def _judge_messages(self, case: Case) -> None:
         """Fail a case during which the kernel reported a defect that is not known."""
@@ -207,37 +243,33 @@ class Reporter:
         said = kernel_reports.told(case.kernel_log)
         case.detail = f"{what}\n{said}\n\n{case.detail}".rstrip()
 
-    def store(self, case: Case) -> None:
-        """Add a case that is judged already to the reports. Raises Enough, see ``maxfail``."""
-        self.run.running = None
-        self.run.cases.append(case)
-        done = len(self.run.cases) == len(self.run.planned)
-        self.run.complete = done and not self.more_to_come
-        self._write()
-        # Told after it is stored: what the user has seen must not be lost.
-        self.progress.ended(self.run, case)
-        counts = self.run.summary()
-        bad = counts["failed"] + counts["error"]
-        if self._maxfail and bad >= self._maxfail and not self.run.complete:
-            self.run.stopped = f"stopped after {bad} failure{'s' * (bad != 1)}, as asked"
-            raise Enough
-
     # --- a process that did not get to its end ---
 
     def lost(self, why: str, loss: Loss = "crash") -> None:
         """Record the loss of the process: the case that ran, or was next, is in error."""
         self.finished_since_loss = 0
         if self.run.planned and not self.run.complete:
-            self.run.lost[self._present()] = loss
+            self._note_loss(self._present(), loss)
             self._lose(f"{CRASHED}{why.partition(chr(10))[0]}", why)
+
+    def stuck(self, why: str) -> None:
+        """Record that the process cannot be ended: the case that runs never gets a result."""
+        if self.run.running:
+            self._note_loss(self.run.running, "hang")
+        self.problem(why)
 
     def interrupted(self, why: str) -> None:
         """Record that the session ended in the middle: the case that ran, or was next, did it."""
         self.finished_since_loss = 0
         name = self._present()
         self.run.interrupted.append(name)
+        self._listener.interrupted(self._called(name))
         self._lose(f"ended the session: {why}", why)
         self.problem(f"{name} ended the session: {why}")
+
+    def _note_loss(self, name: str, loss: Loss) -> None:
+        self.run.lost[name] = loss
+        self._listener.lost(self._called(name), loss)
 
     def _present(self) -> str:
         return self.run.running or self.run.planned[len(self.run.cases)]
@@ -258,43 +290,10 @@ class Reporter:
         )
 
     def problem(self, text: str) -> None:
-        """Record something outside of the cases that went wrong, and write it down."""
+        """Record something outside of the cases that went wrong."""
         self.run.problems.append(text)
-        self._write()
+        self._listener.problem(f"{self._setting.name}: {text}" if self._setting.name else text)
 
     def note(self, text: str) -> None:
         """Show a line to the user."""
-        self.progress.line(text)
-
-    # --- the end ---
-
-    def finish(self, *, summary: bool = True) -> int:
-        """Write every report for the last time; return the exit code of the run."""
-        self.run.finished = _now()
-        self.run.running = None
-        self._write()
-        self.run.problems += [file.problem for file in self._files if file.problem]
-        if summary:
-            self.progress.finish(self.run)
-        return exit_code(self.run, strict_known=self.strict_known)
-
-    def _write(self) -> None:
-        self.run.seconds = round(time.monotonic() - self._started, 3)
-        for file in self._files:
-            file.write(self.run)
-
-
-def exit_code(run: Run, *, strict_known: bool = False) -> int:
-    """0 all passed or known, 1 a case failed, 3 harness or environment error, 4 nothing ran."""
-    counts = run.summary()
-    if counts["failed"] or (strict_known and run.no_longer):
-        return 1
-    if counts["error"] or run.problems:
-        return 3
-    if counts["passed"] + counts["known"] == 0:
-        return 4
-    return 0
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        self._listener.note(text)
