@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvmnest import host
-from kvmnest.errors import KvmnestError, UsageError
+from kvmnest.errors import KvmnestError, UsageError, first_line
 from kvmnest.host import why_not_kvm
 from kvmnest.known import same_parameter
 from kvmnest.lab.emulators import BOCHS, Choice
@@ -72,7 +72,7 @@ class Question:
             except KvmnestError as error:
                 if _is_environment(error):
                     raise
-                answer = Answer(SKIP, str(error).partition("\n")[0], kind="no start")
+                answer = Answer(SKIP, first_line(error), kind="no start")
             answers.append(answer)
             if answer.verdict == SKIP:
                 return answer
@@ -138,14 +138,13 @@ def judge(run: Run) -> Answer:
         if case.id in run.interrupted:
             continue
         if case.outcome in ("failed", "error", "known"):
-            text = case.summary or case.detail.partition("\n")[0]
             kind = ""
             if case.outcome == "error":
                 kind = run.lost.get(case.id, "crash")
-            return Answer(BAD, f"{case.id}: {text}", run.kernel, kind)
+            return Answer(BAD, f"{case.id}: {case.headline}", run.kernel, kind)
     if not run.interrupted and any(case.outcome == "passed" for case in run.cases):
         passed = sum(case.outcome == "passed" for case in run.cases)
         return Answer(GOOD, f"{passed} passed", run.kernel)
-    text = run.cases[0].detail.partition("\n")[0] if run.cases else "nothing ran"
+    text = first_line(run.cases[0].detail) if run.cases else "nothing ran"
     problem = run.problems[0] if run.problems else text
     return Answer(SKIP, problem, run.kernel)

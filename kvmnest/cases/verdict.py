@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from kvmnest.errors import first_line
+
 #: Outcomes of a case that fail a run.
 FAILED = ("failed", "error")
 
@@ -32,7 +34,7 @@ def raised(error: BaseException) -> str:
 
 def summary(error: BaseException) -> str:
     """One line that says what happened."""
-    first = str(error).strip().partition("\n")[0]
+    first = first_line(str(error).strip())
     name = raised(error)
     if not name:
         return first or type(error).__name__

@@ -32,13 +32,14 @@ def run(options: argparse.Namespace) -> int:
     old, new = jsonfile.load(options.old), jsonfile.load(options.new)
     if (old["target"] == REFERENCE) is not (new["target"] == REFERENCE):
         return _verdicts(*((new, old) if old["target"] == REFERENCE else (old, new)), options.json)
-    changes = diff.compare(old, new)
+    before, after = jsonfile.run_of(old), jsonfile.run_of(new)
+    changes = diff.compare(before, after)
     if options.json:
         print(json.dumps([asdict(change) for change in changes], indent=1))
     else:
-        for document, path in ((old, options.old), (new, options.new)):
-            unfinished = "" if document.get("complete") else ", not complete"
-            print(f"{path}: {document['kernel']} ({document['target']}{unfinished})")
+        for found, path in ((before, options.old), (after, options.new)):
+            unfinished = "" if found.complete else ", not complete"
+            print(f"{path}: {found.kernel or 'no kernel'} ({found.target}{unfinished})")
         for change in changes:
             outcomes = f"{change.before or '-'} -> {change.after or '-'}"
             text = f": {change.text}" if change.text and change.after != "passed" else ""

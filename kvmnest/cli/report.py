@@ -39,16 +39,16 @@ def run(options: argparse.Namespace) -> int:
     if not (options.html or options.ktap or options.github):
         raise UsageError("say what to make: --html, --ktap or --github")
     require_writable(*(Path(n) for n in (options.html, options.ktap) if n not in (None, "-")))
-    document = jsonfile.load(options.results)
-    old = jsonfile.load(options.compare) if options.compare else None
+    run = jsonfile.read(options.results)
+    old = jsonfile.read(options.compare) if options.compare else None
     if options.html:
-        _write(options.html, [html.page(document, old)])
+        _write(options.html, [html.page(run, old)])
     if options.ktap:
-        _write(options.ktap, ktap.lines(document))
+        _write(options.ktap, ktap.lines(run))
     if options.github:
-        _write("-", github.error_lines(document))
+        _write("-", github.error_lines(run))
         if os.environ.get("GITHUB_STEP_SUMMARY"):
-            _append(os.environ["GITHUB_STEP_SUMMARY"], github.summary(document))
+            _append(os.environ["GITHUB_STEP_SUMMARY"], github.summary(run))
     return 0
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from kvmnest import reading, scratch
-from kvmnest.errors import HarnessError
+from kvmnest.errors import HarnessError, first_line
 from kvmnest.fuzz.execute import Seen
 from kvmnest.fuzz.journal import EVENT_SCHEMA
 from kvmnest.fuzz.model import FuzzCase
@@ -93,7 +93,7 @@ class LabMachine:
         except (LabHang, LabLost, LabPanic, LabRunError) as error:
             if not lab.info:
                 raise
-            return str(error).partition("\n")[0]
+            return first_line(error)
         if status > 0:
             raise HarnessError(f"the lab: {_last_line(output)}")
         return f"killed by signal {-status} in the lab" if status else ""

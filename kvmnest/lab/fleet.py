@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvmnest.errors import KvmnestError
+from kvmnest.errors import KvmnestError, first_line
 from kvmnest.lab import bochs, bochs_build, cache, cpu_models, kernels
 from kvmnest.lab.emulators import Choice
 from kvmnest.lab.errors import LabRunError, LabSetupError
@@ -103,7 +103,7 @@ def offers(emulator: bochs.Emulator, kernel: str | None = None) -> Iterator[Offe
         try:
             told = _offered(bochs.locate(emulator.path, model.name), kernel)
         except (LabRunError, LabSetupError) as error:
-            yield Offered(model.name, problem=str(error).partition("\n")[0])
+            yield Offered(model.name, problem=first_line(error))
             continue
         yield Offered(
             model.name,

@@ -13,7 +13,7 @@ from typing import Any
 
 import kvmnest
 from kvmnest import scratch
-from kvmnest.errors import HarnessError, KvmnestError, UsageError
+from kvmnest.errors import HarnessError, KvmnestError, UsageError, first_line
 from kvmnest.lab.emulators import BOCHS, Choice
 from kvmnest.matrix.cell import Document, Job, Stopped, run_job, trouble
 from kvmnest.mutants.record import suite_state
@@ -53,7 +53,7 @@ class Cluster:
             )
         except (OSError, ValueError, TypeError, ImportError, AssertionError) as error:
             # An AssertionError: Dask's own event loop did not start in time.
-            why = str(error).partition("\n")[0] or type(error).__name__
+            why = first_line(error) or type(error).__name__
             raise HarnessError(f"no Dask scheduler answers at {address}: {why}") from error
         try:
             self._workers = self._fit_workers()
@@ -120,7 +120,7 @@ class Cluster:
         except self._dask.scheduler.KilledWorker:
             return trouble(job, "every worker that tried this died in it")
         except Exception as error:
-            text = str(error).partition("\n")[0]
+            text = first_line(error)
             return trouble(job, f"a worker failed: {type(error).__name__}: {text}")
         return document
 
@@ -144,7 +144,7 @@ def look(emulator: Choice) -> dict[str, str]:
     try:
         emulator.locate()
     except KvmnestError as error:
-        reason = str(error).partition("\n")[0]
+        reason = first_line(error)
     return {"version": kvmnest.__version__, "suite": suite_state(), "trouble": reason}
 
 

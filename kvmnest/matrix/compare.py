@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from kvmnest.reports.model import OUTCOMES, PATCHES
+from kvmnest.reports.model import OUTCOMES, headline
 
 Documents = Mapping[str, Mapping[str, Any]]
 
@@ -42,7 +42,7 @@ def reason(case: Mapping[str, Any] | None) -> str:
     """Why a case did not simply pass, in one line; "" if there is nothing to say."""
     if case is None or case["outcome"] == "passed":
         return ""
-    text = str(case.get("summary") or case.get("detail", "").strip().partition("\n")[0])
+    text = headline(case.get("summary", ""), case.get("detail", ""))
     died = _DEATH.search(case.get("kernel_log", "")) if case["outcome"] == "error" else None
     return f"{text} ({died[0].strip()})" if died else text
 
@@ -100,11 +100,6 @@ def changes(documents: Documents) -> list[Step]:
 def patch_of(case: Mapping[str, Any]) -> int:
     """The patch that a case belongs to; 0 for none."""
     return case.get("series") or 0
-
-
-def patch_title(patch: int) -> str:
-    """ "16 VMLAUNCH and VMRESUME"; "other" for 0."""
-    return f"{patch} {PATCHES[patch]}" if patch in PATCHES else "other"
 
 
 def by_patch(documents: Documents) -> dict[int, list[dict[str, int]]]:

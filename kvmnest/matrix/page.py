@@ -16,11 +16,10 @@ from kvmnest.matrix.compare import (
     changes,
     differences,
     patch_of,
-    patch_title,
     reason,
 )
 from kvmnest.matrix.table import LETTERS
-from kvmnest.reports.model import OUTCOMES
+from kvmnest.reports.model import OUTCOMES, patch_title
 
 _LONGEST_REASON = 300
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from kvmnest.errors import KvmnestError
+from kvmnest.errors import KvmnestError, first_line
 from kvmnest.files import require_folder, write_json
 from kvmnest.lab.emulators import BOCHS, Choice
 from kvmnest.matrix.cell import Cell, Document, Job, merge, run_job, trouble
@@ -49,7 +49,7 @@ class Local:
                     try:
                         document = future.result()
                     except KvmnestError as error:
-                        document = trouble(job, str(error).partition("\n")[0])
+                        document = trouble(job, first_line(error))
                     done(job, document)
             except BaseException:
                 stopped = True

@@ -10,10 +10,10 @@ from kvmnest.matrix.compare import (
     by_patch,
     changes,
     differences,
-    patch_title,
     ran,
     ran_nowhere,
 )
+from kvmnest.reports.model import patch_title
 
 #: A letter for each outcome; "" is for a case that did not run.
 LETTERS = {"passed": "P", "failed": "F", "skipped": "S", "known": "K", "error": "E", "": "-"}

@@ -17,7 +17,7 @@ SUITE = "kvmnest.suite"
 #: The reproducers of ``kvmnest repro``: rules of the suite hold for them too.
 REPRODUCERS = "kvmnest.repro.bugs"
 SUITE_DIR = str(Path(kvmnest.__file__).parent / "suite")
-PATCHES = 24
+LAST_PATCH = 24
 
 MARKERS = (
     "sdm(title): section title of the Intel SDM that the case is about",
@@ -73,8 +73,8 @@ def problems(items: list[pytest.Item]) -> list[str]:
         if number is None:
             if in_suite(item):  # a reproducer names its commit instead
                 found[f"{name}: no series(n) marker"] = None
-        elif type(number) is not int or not 1 <= number <= PATCHES:
-            found[f"{name}: series({number!r}) is not a number from 1 to {PATCHES}"] = None
+        elif type(number) is not int or not 1 <= number <= LAST_PATCH:
+            found[f"{name}: series({number!r}) is not a number from 1 to {LAST_PATCH}"] = None
         if not isinstance(title, str) or not title.strip():
             found[f"{name}: no sdm(title) marker"] = None
     return list(found)

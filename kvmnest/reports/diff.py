@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-from kvmnest.reports.model import FAILED
+from kvmnest.reports.model import FAILED, Run
 
 #: Kinds of change, in the order in which they are shown.
 KINDS = ("new failure", "fixed", "new skip", "no longer skipped", "known", "added", "gone")
@@ -22,22 +21,21 @@ class Change:
     text: str
 
 
-def compare(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
-    """Changes from one results document (schema 1) to another, by kind and then by id.
+def compare(old: Run, new: Run) -> list[Change]:
+    """Changes from one run to another, by kind and then by id.
 
     A case that fails is a new failure unless it failed before, also when it was not there.
     """
-    before = {case["id"]: case for case in old["cases"]}
-    after = {case["id"]: case for case in new["cases"]}
+    before = {case.id: case for case in old.cases}
+    after = {case.id: case for case in new.cases}
     changes = []
     for name in [*after, *(name for name in before if name not in after)]:
-        was = before[name]["outcome"] if name in before else ""
-        now = after[name]["outcome"] if name in after else ""
+        was = before[name].outcome if name in before else ""
+        now = after[name].outcome if name in after else ""
         kind = _kind(was, now)
         if kind:
             case = after.get(name) or before[name]
-            text = case.get("summary") or case.get("detail", "").partition("\n")[0]
-            changes.append(Change(kind, name, was, now, text))
+            changes.append(Change(kind, name, was, now, case.headline))
     return sorted(changes, key=lambda change: (KINDS.index(change.kind), change.id))
 
 

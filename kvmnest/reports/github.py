@@ -3,35 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
-from kvmnest.reports.model import FAILED, OUTCOMES, PATCHES
+from kvmnest.reports.model import FAILED, OUTCOMES, Run, patch_title
 
 
-def error_lines(document: dict[str, Any]) -> Iterator[str]:
-    """An ``::error`` line for each case of a results document that failed or was in error."""
-    for case in document["cases"]:
-        if case["outcome"] in FAILED:
-            title = _property(f"kvmnest: {case['id']}")
-            text = case.get("detail", "")
-            if case.get("rerun"):
-                text += f"\nrerun: {case['rerun']}"
+def error_lines(run: Run) -> Iterator[str]:
+    """An ``::error`` line for each case that failed or was in error."""
+    for case in run.cases:
+        if case.outcome in FAILED:
+            title = _property(f"kvmnest: {case.id}")
+            text = case.detail + (f"\nrerun: {case.rerun}" if case.rerun else "")
             yield f"::error title={title}::{_data(text)}"
 
 
-def summary(document: dict[str, Any]) -> Iterator[str]:
+def summary(run: Run) -> Iterator[str]:
     """Lines of Markdown for GITHUB_STEP_SUMMARY: a table by patch."""
-    yield f"### kvmnest: {document['kernel']} ({document['target']})"
+    yield f"### kvmnest: {run.kernel or 'unknown'} ({run.target})"
     yield ""
     yield f"| patch | {' | '.join(OUTCOMES)} |"
     yield f"|---{'|---:' * len(OUTCOMES)}|"
-    counts: dict[int, dict[str, int]] = {}
-    for case in document["cases"]:
-        row = counts.setdefault(case.get("series") or 0, dict.fromkeys(OUTCOMES, 0))
-        row[case["outcome"]] += 1
-    for series, row in sorted(counts.items()):
-        name = f"{series} {PATCHES[series]}" if series in PATCHES else "other"
-        yield f"| {name} | {' | '.join(str(row[outcome] or '') for outcome in OUTCOMES)} |"
+    for patch, counts in run.by_patch().items():
+        cells = " | ".join(str(counts[outcome] or "") for outcome in OUTCOMES)
+        yield f"| {patch_title(patch)} | {cells} |"
 
 
 def _data(text: str) -> str:

@@ -5,24 +5,25 @@ from __future__ import annotations
 import html
 from collections.abc import Iterator
 from importlib.resources import files
-from typing import Any
 from urllib.parse import quote
 
 from kvmnest.reports import diff
-from kvmnest.reports.model import FAILED, OUTCOMES, PATCHES
+from kvmnest.reports.model import FAILED, OUTCOMES, Run, patch_title
 
+#: Facts that stand elsewhere on the page, or tell a reader nothing.
+_LEFT_OUT = ("kernel", "cpu_flags")
 _ORDER = ("failed", "error", "known", "skipped", "passed")
 
 
-def page(document: dict[str, Any], old: dict[str, Any] | None = None) -> str:
-    """The page of a results document (schema 1), compared with an earlier one if given."""
+def page(run: Run, old: Run | None = None) -> str:
+    """The page of a run, compared with an earlier one if given."""
     template = files("kvmnest.data").joinpath("report.html").read_text(encoding="utf-8")
     parts = {
-        "TITLE": f"kvmnest: {_text(document['kernel'])} ({_text(document['target'])})",
-        "FACTS": "".join(_facts(document)),
-        "CHANGES": "".join(_changes(old, document)) if old else "",
-        "SUMMARY": "".join(_summary(document)),
-        "CASES": "".join(_cases(document)),
+        "TITLE": f"kvmnest: {_text(run.kernel)} ({_text(run.target)})",
+        "FACTS": "".join(_facts(run)),
+        "CHANGES": "".join(_changes(old, run)) if old else "",
+        "SUMMARY": "".join(_summary(run)),
+        "CASES": "".join(_cases(run)),
     }
     for name, text in parts.items():
         template = template.replace(f"<!--{name}-->", text)
@@ -33,29 +34,28 @@ def _text(value: object) -> str:
     return html.escape("" if value is None else str(value), quote=True)
 
 
-def _facts(document: dict[str, Any]) -> Iterator[str]:
-    params = " ".join(f"{name}={value}" for name, value in document["kvm_params"].items())
-    told = document.get("facts", {})
+def _facts(run: Run) -> Iterator[str]:
+    params = run.facts.get("kvm_params", {})
     facts = {
-        "target": document["target"],
-        "started": document.get("started"),
-        "seconds": document.get("seconds"),
-        **{n: v for n, v in told.items() if isinstance(v, str) and n != "cpu_flags"},
-        "kvm_intel": params,
-        "problems": "; ".join(document.get("problems", ())),
+        "target": run.target,
+        "started": run.started,
+        "seconds": run.seconds,
+        **{n: v for n, v in run.facts.items() if isinstance(v, str) and n not in _LEFT_OUT},
+        "kvm_intel": " ".join(f"{name}={value}" for name, value in params.items()),
+        "problems": "; ".join(run.problems),
     }
     for name, value in facts.items():
         if value:
             yield f"<dt>{_text(name)}</dt><dd>{_text(value)}</dd>"
 
 
-def _changes(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
+def _changes(old: Run, new: Run) -> Iterator[str]:
     changes = diff.compare(old, new)
-    yield f"<h2>Compared with {_text(old['kernel'])}</h2>"
+    yield f"<h2>Compared with {_text(old.kernel)}</h2>"
     if not changes:
         yield "<p>No change.</p>"
         return
-    here = {case["id"] for case in new["cases"]}
+    here = {case.id for case in new.cases}
     yield f"<details open><summary>{len(changes)} changes</summary>"
     yield "<div class=wide><table class=changes>"
     yield "<tr><th>change</th><th>case</th><th>before</th><th>now</th></tr>"
@@ -70,41 +70,35 @@ def _changes(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
     yield "</table></div></details>"
 
 
-def _summary(document: dict[str, Any]) -> Iterator[str]:
-    counts: dict[int, dict[str, int]] = {}
-    for case in document["cases"]:
-        row = counts.setdefault(case.get("series") or 0, dict.fromkeys(OUTCOMES, 0))
-        row[case["outcome"]] += 1
+def _summary(run: Run) -> Iterator[str]:
     yield "<tr><th>patch</th>" + "".join(f"<th>{name}</th>" for name in OUTCOMES) + "</tr>"
-    for series, row in sorted(counts.items()):
-        name = f"{series} {PATCHES[series]}" if series in PATCHES else "other"
+    for patch, row in run.by_patch().items():
         cells = "".join(
             f'<td class="{outcome if row[outcome] else "none"}">{row[outcome] or ""}</td>'
             for outcome in OUTCOMES
         )
         # The attribute is that of the cases: "" for those without a patch.
-        button = f'<button type="button" data-series="{series or ""}">{_text(name)}</button>'
+        title = _text(patch_title(patch))
+        button = f'<button type="button" data-series="{patch or ""}">{title}</button>'
         yield f"<tr><td>{button}</td>{cells}</tr>"
-    total = document["summary"]
+    total = run.summary()
     cells = "".join(f"<td>{total[outcome]}</td>" for outcome in OUTCOMES)
     yield f"<tr class=total><td>all</td>{cells}</tr>"
 
 
-def _cases(document: dict[str, Any]) -> Iterator[str]:
-    for case in sorted(document["cases"], key=lambda c: _ORDER.index(c["outcome"])):
-        outcome = case["outcome"]
-        summary = case.get("summary") or case.get("detail", "").partition("\n")[0]
-        body = case.get("detail", "")
-        if case.get("kernel_log"):
-            body += f"\n\nkernel log:\n{case['kernel_log']}"
-        if case.get("rerun"):
-            body += f"\n\nrerun: {case['rerun']}"
+def _cases(run: Run) -> Iterator[str]:
+    for case in sorted(run.cases, key=lambda c: _ORDER.index(c.outcome)):
+        outcome, body = case.outcome, case.detail
+        if case.kernel_log:
+            body += f"\n\nkernel log:\n{case.kernel_log}"
+        if case.rerun:
+            body += f"\n\nrerun: {case.rerun}"
         opened = " open" if outcome in FAILED else ""
         yield (
-            f'<details class="case {outcome}" id="{_text(case["id"])}" data-outcome="{outcome}"'
-            f' data-series="{_text(case.get("series"))}"{opened}>'
-            f"<summary><b>{outcome}</b> <code>{_text(case['id'])}</code>"
-            f" <span>{_text(summary)}</span></summary>"
-            f"<p>SDM, “{_text(case.get('sdm'))}”; patch {_text(case.get('series'))};"
-            f" {case['seconds']:.3f} s</p><pre>{_text(body.strip())}</pre></details>\n"
+            f'<details class="case {outcome}" id="{_text(case.id)}" data-outcome="{outcome}"'
+            f' data-series="{_text(case.series)}"{opened}>'
+            f"<summary><b>{outcome}</b> <code>{_text(case.id)}</code>"
+            f" <span>{_text(case.headline)}</span></summary>"
+            f"<p>SDM, “{_text(case.sdm)}”; patch {_text(case.series)};"
+            f" {case.seconds:.3f} s</p><pre>{_text(body.strip())}</pre></details>\n"
         )

@@ -80,6 +80,36 @@ def load(path: Path) -> dict[str, Any]:
     return reading.document(path, WHAT, schema())
 
 
+def read(path: Path) -> Run:
+    """The run in a results file. Raises as ``load``."""
+    return run_of(load(path))
+
+
+def run_of(document: dict[str, Any]) -> Run:
+    """The run that a document of schema 1 was written from, as far as the document tells."""
+    cases = [Case(**case) for case in document["cases"]]
+    return Run(
+        target=document["target"],
+        emulator=document.get("emulator") or "",
+        facts={
+            **document["facts"],
+            "kvm_params": document["kvm_params"],
+            **({"kernel": document["kernel"]} if document["kernel"] else {}),
+        },
+        options=document["options"],
+        started=document["started"],
+        finished=document["finished"],
+        cases=cases,
+        running=document["running"],
+        planned=[*(case.id for case in cases), *document["not_run"]],
+        no_longer=[(entry["id"], entry["reason"]) for entry in document["no_longer_known"]],
+        problems=document["problems"],
+        stopped=document.get("stopped", ""),
+        complete=document["complete"],
+        seconds=document["seconds"],
+    )
+
+
 @functools.cache
 def schema() -> dict[str, Any]:
     """The published schema of a results file."""

@@ -102,7 +102,7 @@ def _element(case: Case) -> ET.Element:
         ET.SubElement(properties, "property", name="series", value=_clean(text))
     tag = {"failed": "failure", "error": "error", "skipped": "skipped", "known": "skipped"}
     if case.outcome in tag:
-        message = case.summary or case.detail.partition("\n")[0]
+        message = case.headline
         if case.outcome == "known":
             message = f"known deviation: {message}"
         child = ET.SubElement(element, tag[case.outcome], message=_clean(message))

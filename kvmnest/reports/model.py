@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from kvmnest.cases.verdict import FAILED as FAILED
+from kvmnest.errors import first_line
 
 SCHEMA = 1
 
@@ -44,6 +46,11 @@ PATCHES = {
 }
 
 
+def patch_title(patch: int | None) -> str:
+    """A patch by number and what it brought; "other" for none of the series."""
+    return f"{patch} {PATCHES[patch]}" if patch in PATCHES else "other"
+
+
 @dataclass
 class Case:
     """One case that ended.
@@ -62,6 +69,11 @@ class Case:
     summary: str = ""
     rerun: str = ""
     kernel_log: str = ""
+
+    @property
+    def headline(self) -> str:
+        """What happened, in one line; "" for a case that passed without a word."""
+        return headline(self.summary, self.detail)
 
 
 @dataclass
@@ -109,20 +121,33 @@ class Run:
 
     def summary(self) -> dict[str, int]:
         """Count the cases by outcome."""
-        counts = dict.fromkeys(OUTCOMES, 0)
-        for case in self.cases:
-            counts[case.outcome] += 1
-        return counts
+        return count(self.cases)
+
+    def cases_by_patch(self) -> dict[int | None, list[Case]]:
+        """The cases of each patch; patches in order, None (unmarked) last."""
+        table: dict[int | None, list[Case]] = {}
+        for case in sorted(self.cases, key=lambda c: (c.series is None, c.series or 0)):
+            table.setdefault(case.series, []).append(case)
+        return table
 
     def by_patch(self) -> dict[int | None, dict[str, int]]:
         """Count by patch, then outcome; patches in order, None (unmarked) last."""
-        table: dict[int | None, dict[str, int]] = {}
-        for case in sorted(self.cases, key=lambda c: (c.series is None, c.series or 0)):
-            counts = table.setdefault(case.series, dict.fromkeys(OUTCOMES, 0))
-            counts[case.outcome] += 1
-        return table
+        return {patch: count(cases) for patch, cases in self.cases_by_patch().items()}
 
     def not_run(self) -> list[str]:
         """Ids of planned cases without a result."""
         done = {case.id for case in self.cases}
         return [name for name in self.planned if name not in done]
+
+
+def headline(summary: str, detail: str) -> str:
+    """What a case says in one line, from its ``summary`` and ``detail``."""
+    return summary or first_line(detail.strip())
+
+
+def count(cases: Iterable[Case]) -> dict[str, int]:
+    """How many cases have each outcome."""
+    counts = dict.fromkeys(OUTCOMES, 0)
+    for case in cases:
+        counts[case.outcome] += 1
+    return counts

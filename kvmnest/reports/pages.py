@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from kvmnest.files import write_text
-from kvmnest.reports import html, jsonfile, ktap
+from kvmnest.reports import html, ktap
 from kvmnest.reports.model import Run
 
 
 def write(run: Run, html_path: Path | None, ktap_path: Path | None) -> None:
     """Write an HTML page and KTAP, each if it has a path. Raises HarnessError."""
-    document = jsonfile.whole(run)
     if html_path:
-        write_text(html_path, html.page(document) + "\n")
+        write_text(html_path, html.page(run) + "\n")
     if ktap_path:
-        write_text(ktap_path, "\n".join(ktap.lines(document)) + "\n")
+        write_text(ktap_path, "\n".join(ktap.lines(run)) + "\n")

@@ -6,6 +6,7 @@ import shutil
 import time
 from typing import TextIO
 
+from kvmnest.errors import first_line
 from kvmnest.reports.model import FAILED, OUTCOMES, PATCHES, Case, Run
 
 _LOG_SECONDS = 10.0
@@ -45,7 +46,7 @@ class Progress:
         if case.outcome in FAILED:
             self.line(f"{case.outcome.upper()} {case.id}: {case.summary}")
         elif self._verbose:
-            reason = f": {case.detail.partition(chr(10))[0]}" if case.outcome != "passed" else ""
+            reason = f": {first_line(case.detail)}" if case.outcome != "passed" else ""
             self.line(f"{case.outcome} {case.id} ({case.seconds:.3f} s){reason}")
         now, done = time.monotonic(), len(run.cases)
         if self._tty:

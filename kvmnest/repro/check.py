@@ -125,9 +125,8 @@ def judge(
 
 
 def _one_line(case: Case) -> str:
-    text = case.summary or case.detail.strip().partition("\n")[0]
     # What the registers of a lost VM were is in the case's detail.
-    return text.partition("; rip=")[0]
+    return case.headline.partition("; rip=")[0]
 
 
 def _other_parameters(reproducer: Reproducer, run: Run) -> str:

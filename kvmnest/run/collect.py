@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kvmnest import scratch
-from kvmnest.errors import HarnessError, UsageError
+from kvmnest.errors import HarnessError, UsageError, first_line
 from kvmnest.lab import cache
 from kvmnest.light.plan import options as plan_options
 from kvmnest.light.plan import why_not
@@ -75,7 +75,7 @@ def why_broken(text: str) -> str:
     """The line of what pytest says of a file that it cannot collect that tells why."""
     # pytest ends a traceback with lines that start with E.
     lines = [line[2:].strip() for line in text.splitlines() if line.startswith("E ")]
-    return lines[-1] if lines else text.strip().partition("\n")[0]
+    return lines[-1] if lines else first_line(text.strip())
 
 
 def collect(arguments: Sequence[str]) -> Collected:

@@ -9,7 +9,7 @@ from typing import Any
 
 from kvmnest import disassembly, kernel_reports, known
 from kvmnest.cases.events import DamagedEvent, Event
-from kvmnest.errors import HarnessError
+from kvmnest.errors import HarnessError, first_line
 from kvmnest.reports.model import FAILED, Case, Loss, Run
 from kvmnest.run import under_settings
 from kvmnest.settings import DEFAULT, Setting
@@ -250,7 +250,7 @@ class Judge:
         self.finished_since_loss = 0
         if self.run.planned and not self.run.complete:
             self._note_loss(self._present(), loss)
-            self._lose(f"{CRASHED}{why.partition(chr(10))[0]}", why)
+            self._lose(f"{CRASHED}{first_line(why)}", why)
 
     def stuck(self, why: str) -> None:
         """Record that the process cannot be ended: the case that runs never gets a result."""

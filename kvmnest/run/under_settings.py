@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Sequence
 
+from kvmnest.errors import first_line
 from kvmnest.reports.model import OUTCOMES, Case, Run
 from kvmnest.settings import Setting
 
@@ -53,5 +54,5 @@ def lines(run: Run, settings: Sequence[Setting]) -> list[str]:
         told.append(f"{label:24}" + "".join(f"{count or '':>9}" for count in counts.values()))
     nowhere = ran_nowhere(run)
     told += ["", f"cases that ran under no setting: {len(nowhere)}"]
-    told += [f"  {case.id}: {case.detail.partition(chr(10))[0]}" for case in nowhere]
+    told += [f"  {case.id}: {first_line(case.detail)}" for case in nowhere]
     return [line.rstrip() for line in (*told, "")]

@@ -13,7 +13,7 @@ from urllib.parse import unquote
 import pytest
 
 from kvmnest.cli.main import main
-from kvmnest.reports import diff
+from kvmnest.reports import diff, jsonfile
 
 
 def case(name, outcome, **more):
@@ -99,8 +99,10 @@ def test_diff(files, capsys):
     ],
 )
 def test_kinds_of_change(was, now, kind):
-    old = results(*([case("x", was)] if was else []))
-    new = results(*([case("x", now)] if now else []))
+    old, new = (
+        jsonfile.run_of(results(*([case("x", outcome)] if outcome else [])))
+        for outcome in (was, now)
+    )
     assert [change.kind for change in diff.compare(old, new)] == [kind]
 
 

@@ -114,7 +114,7 @@ def test_a_case_that_ends_the_session(write, tmp_path, capsys, how, place):
     assert problem in capsys.readouterr().out
     suite = ET.parse(tmp_path / "out.xml").getroot()[0]
     assert suite.get("errors") == "2"
-    lines = [*ktap.lines(jsonfile.whole(found))]
+    lines = [*ktap.lines(found)]
     assert [line for line in lines if line.startswith("not ok 2 the run as a whole: ")]
     assert probe.judge(found).verdict == probe.SKIP
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from results_run import run
 
-from kvmnest.reports import html, ktap
+from kvmnest.reports import html, jsonfile, ktap
 
 ROOT = str(Path(__file__).resolve().parents[2])
 
@@ -46,7 +46,8 @@ def test_a_text_that_cannot_be_written(write, tmp_path, encoding):
     assert r"bad \ud800 text" in shown
     assert "4 failed, 1 skipped" in shown
     document = json.loads((tmp_path / "out.json").read_text())
-    for text in ("\n".join(ktap.lines(document)), html.page(document)):
+    read = jsonfile.run_of(document)
+    for text in ("\n".join(ktap.lines(read)), html.page(read)):
         assert rb"bad \ud800 text" in text.encode()
     failure = ET.parse(tmp_path / "out.xml").getroot().find(".//failure")
     assert r"bad \ud800 text" in failure.text
