@@ -240,7 +240,7 @@ def context(values: Iterable[object], rerun: str) -> str:
 
 def _is_l1(value: object) -> bool:
     """An L1 or of a class made from it."""
-    return _is_a(value, "kvmnest.l1.guest", "L1")
+    return _is_a(value, "kvmnest.l1.l1", "L1")
 
 
 def _is_a(value: object, module: str, name: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from kvmnest.l1 import L1
 from kvmnest.l1.command import GPRS, LIST_ENTRY, Command, Kind, Result
 from kvmnest.l1.cpu import Cpu
 from kvmnest.vmx import EntryCtl, Field
@@ -24,7 +25,8 @@ class Recorder:
     ``l2`` is [address, bits, bytes of code] at L2's instruction pointer, if that is in memory.
     """
 
-    def __init__(self, send: Callable[[dict[str, Any]], None]) -> None:
+    def __init__(self, l1: L1, send: Callable[[dict[str, Any]], None]) -> None:
+        self._l1 = l1
         self._send = send
         #: VMCS fields as last written or read, by region.
         self._fields: dict[int | None, dict[int, int]] = {}
@@ -41,7 +43,7 @@ class Recorder:
                 self._instruction(cpu, command, result)
 
     def _list(self, cpu: Cpu, command: Command, entries: Sequence[tuple[int, int, int]]) -> None:
-        vmcs = cpu.vmcs
+        vmcs = self._l1.vmcs_of(cpu)
         baseline = vmcs.baseline if vmcs else {}
         known = self._fields.setdefault(cpu.current, {})
         known.update({field: value for field, value, _ in entries})
@@ -49,7 +51,7 @@ class Recorder:
         self._send({"op": command.name, "cpu": cpu.index, "fields": fields})
 
     def _instruction(self, cpu: Cpu, command: Command, result: Result) -> None:
-        l1 = cpu.l1
+        l1 = self._l1
         exited = result.status == l1.payload["STATUS_VMEXIT"]
         before = {name: command.regs.get(name, 0) for name in GPRS}
         event: dict[str, Any] = {
@@ -81,7 +83,7 @@ class Recorder:
         bits = 64 if long_mode and rights & _CS_LONG else 32 if rights & _CS_DB else 16
         base = 0 if bits == 64 else known.get(Field.GUEST_CS_BASE, 0)
         address = known[Field.GUEST_RIP]
-        room = cpu.l1.payload["RAM_SIZE"] - (base + address)
+        room = self._l1.payload["RAM_SIZE"] - (base + address)
         if room <= 0:
             return None
-        return [address, bits, cpu.l1.read(base + address, min(_CODE, room)).hex()]
+        return [address, bits, self._l1.read(base + address, min(_CODE, room)).hex()]

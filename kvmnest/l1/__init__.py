@@ -2,7 +2,7 @@
 
 from kvmnest.l1.baseline import L2Mode
 from kvmnest.l1.command import Mode, Shadow
-from kvmnest.l1.guest import L1
+from kvmnest.l1.l1 import L1
 from kvmnest.l1.lost import VmLost
 from kvmnest.l1.vmcs import Vmcs
 

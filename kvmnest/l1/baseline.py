@@ -7,6 +7,7 @@ A case states only its difference from it. SDM: "VM-Entry Checks and Loading of 
 from __future__ import annotations
 
 import enum
+from dataclasses import dataclass
 
 from kvmnest.errors import HarnessError
 from kvmnest.l1.payload import Payload
@@ -38,7 +39,57 @@ class L2Mode(enum.Enum):
 #: Access rights of an unusable segment.
 UNUSABLE = 0x10000
 
-_SEGMENTS = ("ES", "CS", "SS", "DS", "FS", "GS", "LDTR", "TR")
+#: Access rights of CS.
+CODE_RIGHTS = {
+    L2Mode.LONG: 0xA09B,
+    L2Mode.PROTECTED: 0xC09B,
+    L2Mode.PAE: 0xC09B,
+    L2Mode.UNPAGED: 0xC09B,
+    L2Mode.REAL: 0x9B,
+}
+#: Modes in which PE or PG of CR0 is 0.
+_UNRESTRICTED = (L2Mode.REAL, L2Mode.UNPAGED)
+#: RSP in real mode, from the base of SS.
+_REAL_STACK = 0x1000
+
+
+_PAGED = Cr0.PE | Cr0.MP | Cr0.ET | Cr0.NE | Cr0.WP | Cr0.PG
+_FXSR = Cr4.OSFXSR | Cr4.OSXMMEXCPT
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Start:
+    """What differs between the modes; 32-bit unless it says otherwise.
+
+    ``cs``, ``cr3``, ``rip`` and the base of ``idt`` are names of the payload, "" for 0.
+    """
+
+    cs: str = "SEL_CODE32"
+    cr0: int = _PAGED
+    cr3: str = ""
+    cr4: int = _FXSR
+    efer: int = 0
+    idt: tuple[str, int] = ("l2_idt32", 0x7FF)
+    rip: str = "l2_vmcall32"
+
+
+_STARTS = {
+    L2Mode.LONG: _Start(
+        cs="SEL_CODE64",
+        cr0=_PAGED,
+        cr3="l2_pml4",
+        cr4=_FXSR | Cr4.PAE,
+        efer=Efer.LME | Efer.LMA | Efer.NXE,
+        idt=("l2_idt", 0xFFF),
+        rip="l2_vmcall",
+    ),
+    L2Mode.PROTECTED: _Start(cr3="l2_pd32", cr4=_FXSR | Cr4.PSE),
+    L2Mode.PAE: _Start(cr3="l2_pae_pdpt", cr4=_FXSR | Cr4.PAE),
+    L2Mode.UNPAGED: _Start(cr0=_PAGED & ~(Cr0.PG | Cr0.WP)),
+    L2Mode.REAL: _Start(
+        cs="", cr0=Cr0.ET | Cr0.NE, cr4=0, idt=("l2_ivt", 0x3FF), rip="l2_vmcall16"
+    ),
+}
 #: EPTP bits: write-back tables, page walk of four levels.
 EPTP_WB_4_LEVELS = 6 | 3 << 3
 
@@ -61,7 +112,7 @@ def baseline(
     """
     if ept is None:
         ept = caps.supports(Proc2Ctl.ENABLE_EPT)
-    unrestricted = mode in (L2Mode.REAL, L2Mode.UNPAGED)
+    unrestricted = mode in _UNRESTRICTED
     if unrestricted and not ept:
         raise HarnessError(f"L2 in {mode.value} mode needs EPT and unrestricted guest")
     fields = _controls(caps, payload, mode, ept, unrestricted)
@@ -70,19 +121,17 @@ def baseline(
     return {field: int(value) for field, value in fields.items() if caps.field_exists(field)}
 
 
-_cache: dict[tuple[int, int, L2Mode, bool | None, int], dict[Field, int]] = {}
-_cached: list[object] = []
+_Key = tuple[tuple[tuple[int, int], ...], str, L2Mode, bool | None, int]
+_cache: dict[_Key, dict[Field, int]] = {}
 
 
 def cached_baseline(
     caps: Capabilities, payload: Payload, mode: L2Mode, ept: bool | None, cpu: int
 ) -> dict[Field, int]:
-    """Return ``baseline``, computed once for the same capability and payload objects."""
-    key = (id(caps), id(payload), mode, ept, cpu)
+    """Return ``baseline``, computed once for the same capability MSRs and payload."""
+    key = (tuple(caps.msrs.items()), payload.build_id, mode, ept, cpu)
     if key not in _cache:
         _cache[key] = baseline(caps, payload, mode=mode, ept=ept, cpu=cpu)
-        # An object that is kept does not give its id to another one.
-        _cached.extend((caps, payload))
     return _cache[key]
 
 
@@ -151,76 +200,52 @@ def _host(caps: Capabilities, payload: Payload, cpu: int) -> dict[Field, int]:
 
 
 def _guest(caps: Capabilities, payload: Payload, mode: L2Mode, ept: bool) -> dict[Field, int]:
-    fields = {
+    start = _STARTS[mode]
+    table, table_limit = start.idt
+    return {
+        Field.GUEST_CR0: _cr0(caps, start.cr0, unrestricted=mode in _UNRESTRICTED),
+        Field.GUEST_CR3: payload[start.cr3] if start.cr3 else 0,
+        Field.GUEST_CR4: _cr4(caps, start.cr4),
         Field.GUEST_DR7: 0x400,
         Field.GUEST_RFLAGS: 0x2,
-        Field.GUEST_RSP: payload["l2_stack_top"],
+        Field.GUEST_RIP: payload[start.rip],
+        Field.GUEST_RSP: _REAL_STACK if mode is L2Mode.REAL else payload["l2_stack_top"],
         Field.GUEST_IA32_DEBUGCTL: 0,
         Field.GUEST_SYSENTER_CS: 0,
         Field.GUEST_SYSENTER_ESP: 0,
         Field.GUEST_SYSENTER_EIP: 0,
         Field.GUEST_IA32_PAT: PAT_RESET,
-        Field.GUEST_IA32_EFER: 0,
+        Field.GUEST_IA32_EFER: start.efer,
         Field.GUEST_INTERRUPTIBILITY_INFO: 0,
         Field.GUEST_ACTIVITY_STATE: 0,
         Field.GUEST_PENDING_DBG_EXCEPTIONS: 0,
         Field.VMCS_LINK_POINTER: 0xFFFFFFFFFFFFFFFF,
         Field.GUEST_GDTR_BASE: payload["l1_gdt"],
         Field.GUEST_GDTR_LIMIT: payload["l1_gdt_end"] - payload["l1_gdt"] - 1,
+        Field.GUEST_IDTR_BASE: payload[table],
+        Field.GUEST_IDTR_LIMIT: table_limit,
+        **_segments(payload, mode),
+        **(_pdptes(payload) if mode is L2Mode.PAE and ept else {}),
     }
-    code, data, width = payload["SEL_CODE64"], payload["SEL_DATA"], "64"
-    cr0 = Cr0.PE | Cr0.MP | Cr0.ET | Cr0.NE | Cr0.WP | Cr0.PG
-    cr4 = Cr4.OSFXSR | Cr4.OSXMMEXCPT
-    rights_code, rights_data, limit = 0xA09B, 0xC093, 0xFFFFFFFF
-    if mode is L2Mode.LONG:
-        fields[Field.GUEST_IA32_EFER] = Efer.LME | Efer.LMA | Efer.NXE
-        fields[Field.GUEST_CR3] = payload["l2_pml4"]
-        cr4 |= Cr4.PAE
-    elif mode is L2Mode.REAL:
-        code, data, width = 0, 0, "16"
-        cr0, cr4 = Cr0.ET | Cr0.NE, Cr4(0)
-        rights_code, rights_data, limit = 0x9B, 0x93, 0xFFFF
-        fields[Field.GUEST_CR3] = 0
-        fields[Field.GUEST_RSP] = 0x1000
-    else:
-        code, width, rights_code = payload["SEL_CODE32"], "32", 0xC09B
-        if mode is L2Mode.PROTECTED:
-            fields[Field.GUEST_CR3] = payload["l2_pd32"]
-            cr4 |= Cr4.PSE
-        elif mode is L2Mode.PAE:
-            fields[Field.GUEST_CR3] = payload["l2_pae_pdpt"]
-            cr4 |= Cr4.PAE
-            if ept:
-                fields |= _pdptes(payload)
-        else:
-            fields[Field.GUEST_CR3] = 0
-            cr0 &= ~(Cr0.PG | Cr0.WP)
-    handlers = {"64": ("l2_idt", 0xFFF), "32": ("l2_idt32", 0x7FF), "16": ("l2_ivt", 0x3FF)}
-    table, table_limit = handlers[width]
-    suffix = "" if width == "64" else width
-    fields[Field.GUEST_RIP] = payload[f"l2_vmcall{suffix}"]
-    fields[Field.GUEST_IDTR_BASE] = payload[table]
-    fields[Field.GUEST_IDTR_LIMIT] = table_limit
-    unrestricted = mode in (L2Mode.REAL, L2Mode.UNPAGED)
-    fields[Field.GUEST_CR0] = _cr0(caps, cr0, unrestricted=unrestricted)
-    fields[Field.GUEST_CR4] = _cr4(caps, cr4)
-    for name in _SEGMENTS:
-        selector, base, rights = data, 0, rights_data
-        segment_limit = limit
-        if name == "CS":
-            selector, rights = code, rights_code
-        elif name == "LDTR":
-            selector, rights, segment_limit = 0, UNUSABLE, 0
-        elif name == "TR":
-            selector, base = payload["SEL_TSS_L2"], payload["l2_tss"]
-            rights, segment_limit = 0x8B, 0x67
-        elif name == "SS" and mode is L2Mode.REAL:
-            base = payload["l2_stack_top"] - 0x1000
-            selector = base >> 4
-        fields[Field[f"GUEST_{name}_SELECTOR"]] = selector
-        fields[Field[f"GUEST_{name}_BASE"]] = base
-        fields[Field[f"GUEST_{name}_LIMIT"]] = segment_limit
-        fields[Field[f"GUEST_{name}_ACCESS_RIGHTS"]] = rights
+
+
+def _segments(payload: Payload, mode: L2Mode) -> dict[Field, int]:
+    start, fields = _STARTS[mode], {}
+    # In real mode a base is 16 times the selector, and a limit 64 KiB.
+    real = mode is L2Mode.REAL
+    limit = 0xFFFF if real else 0xFFFFFFFF
+    data = (0 if real else payload["SEL_DATA"], 0, limit, 0x93 if real else 0xC093)
+    stack = payload["l2_stack_top"] - _REAL_STACK
+    segments = {
+        **dict.fromkeys(("ES", "SS", "DS", "FS", "GS"), data),
+        "CS": (payload[start.cs] if start.cs else 0, 0, limit, CODE_RIGHTS[mode]),
+        "LDTR": (0, 0, 0, UNUSABLE),
+        "TR": (payload["SEL_TSS_L2"], payload["l2_tss"], 0x67, 0x8B),
+        **({"SS": (stack >> 4, stack, limit, 0x93)} if real else {}),
+    }
+    for name, values in segments.items():
+        for part, value in zip(("SELECTOR", "BASE", "LIMIT", "ACCESS_RIGHTS"), values, strict=True):
+            fields[Field[f"GUEST_{name}_{part}"]] = value
     return fields
 
 

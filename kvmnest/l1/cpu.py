@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import functools
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from kvmnest.errors import HarnessError
 from kvmnest.kvm import Vcpu, exits
+from kvmnest.kvm.memory import Memory
 from kvmnest.l1.command import GPRS, LIST_ENTRY, Command, Result, frames
 from kvmnest.l1.lost import VmLost
-
-if TYPE_CHECKING:
-    from kvmnest.l1.vm import L1Vm
-    from kvmnest.l1.vmcs import Vmcs
+from kvmnest.l1.payload import Payload
+from kvmnest.l1.budget import Budget
+from kvmnest.vmx import Field, VmxError
+from kvmnest.vmx.numbers import enum_or_int
 
 _SELECTORS = struct.Struct("<6H")
 _TABLE = struct.Struct("<HQ")
@@ -59,15 +60,34 @@ def _values(count: int) -> struct.Struct:
     return struct.Struct("<" + "8xQ8x" * count)
 
 
-class Cpu:
-    """vCPU ``index`` of an L1, started in the payload's command loop."""
+class Owner(Protocol):
+    """What a vCPU of L1 needs of the VM that it belongs to."""
 
-    def __init__(self, l1: L1Vm, index: int) -> None:
-        self.l1 = l1
+    payload: Payload
+    memory: Memory
+    budget: Budget
+    #: Whether ``round_trip`` goes before every KVM_RUN.
+    nested_roundtrip: bool
+    #: Called with the vCPU and the results of its commands after each batch.
+    on_results: Callable[[Cpu, list[Result]], None] | None
+
+    def round_trip(self) -> None:
+        """Save and destroy the VM, and restore it: ``Cpu.vcpu`` is another one then."""
+
+
+class Cpu:
+    """vCPU ``index`` of an L1, started in the payload's command loop.
+
+    ``vcpu`` is the KVM vCPU; after a round trip of the VM another one.
+    """
+
+    def __init__(self, owner: Owner, index: int, vcpu: Vcpu) -> None:
+        self._owner = owner
         self.index = index
+        self.vcpu = vcpu
         #: What its commands for the same instruction have in common.
         self.frames = frames(index)
-        payload = l1.payload
+        payload = owner.payload
         self.block = payload[f"cpu{index}_block"]
         self.slots = payload[f"cpu{index}_slots"]
         self.list = payload[f"cpu{index}_list"]
@@ -79,7 +99,9 @@ class Cpu:
         self._running = payload["STATUS_RUNNING"]
         self._count = self.block + payload["CPU_COUNT"]
         self._slots_pointer = self.block + payload["CPU_SLOTS"]
-        self._memory = l1.memory.map
+        self._memory = owner.memory.map
+        self.status_vmexit = payload["STATUS_VMEXIT"]
+        self.status_list_done = payload["STATUS_LIST_DONE"]
         self.power_on()
 
     def power_on(self) -> None:
@@ -93,16 +115,6 @@ class Cpu:
 
     def __repr__(self) -> str:
         return f"<vCPU {self.index} of L1>"
-
-    @property
-    def vcpu(self) -> Vcpu:
-        """The KVM vCPU; a new object after a round trip of the VM."""
-        return self.l1._vcpus[self.index]
-
-    @property
-    def vmcs(self) -> Vmcs | None:
-        """The current VMCS, if it was made by ``load_vmcs``."""
-        return self.l1.vmcss.get(self.current) if self.current is not None else None
 
     def operand_address(self, slot: int = 0) -> int:
         """Linear address of the 64 bytes for memory operands in a command slot."""
@@ -136,19 +148,19 @@ class Cpu:
         return self._run()
 
     def _run(self) -> list[Result] | exits.Exit:
-        l1 = self.l1
-        if l1.nested_roundtrip:
+        owner = self._owner
+        if owner.nested_roundtrip:
             # The time that a round trip takes is no time of the guest.
-            l1.budget.stop()
-            l1.round_trip()
-        l1.budget.start()
+            owner.budget.stop()
+            owner.round_trip()
+        owner.budget.start()
         self.suspended = True
         while True:
-            seen = l1._vcpus[self.index].run_to_port(self._done_port)
+            seen = self.vcpu.run_to_port(self._done_port)
             if seen is None:
                 break
             if isinstance(seen, exits.IntrExit):
-                if l1.budget.used_up:
+                if owner.budget.used_up:
                     raise self.lost("hang", "the case's budget is used up")
                 continue
             if isinstance(seen, exits.ShutdownExit):
@@ -165,8 +177,8 @@ class Cpu:
             results = [Result(raw, 0)]
         else:
             results = [Result(raw, at) for at in range(0, end, self._slot_size)]
-        if l1.on_results is not None:
-            l1.on_results(self, results)
+        if owner.on_results is not None:
+            owner.on_results(self, results)
         return results
 
     def lost(self, kind: str, detail: str) -> VmLost:
@@ -191,13 +203,23 @@ class Cpu:
 
     def host_loads(self, slot: int = 0) -> HostLoads:
         """Return what the last VM exit loaded, as recorded by the payload at HOST_RIP."""
-        view, payload = self._memory, self.l1.payload
+        view, payload = self._memory, self._owner.payload
         address = self.slots + slot * self._slot_size
         return HostLoads(
             *_SELECTORS.unpack_from(view, address + payload["OUT_SELECTORS"]),
             *_TABLE.unpack_from(view, address + payload["OUT_GDTR"]),
             *_TABLE.unpack_from(view, address + payload["OUT_IDTR"]),
         )
+
+    def vmread(self, fields: tuple[int, ...]) -> list[tuple[int, int, int]]:
+        """VMREAD several fields in one KVM_RUN: (field, value, RFLAGS) of each."""
+        self.submit([self.vmread_command(fields)])
+        return self.read_list(len(fields))
+
+    def instruction_error(self) -> int:
+        """Read the VM-instruction error field of the current VMCS."""
+        ((_, value, _),) = self.vmread((Field.VM_INSTRUCTION_ERROR,))
+        return enum_or_int(VmxError, value)
 
     def write_list(self, op: str, entries: Sequence[tuple[int, int]]) -> Command:
         """Put (field, value) pairs into the list page; the command that works through them."""

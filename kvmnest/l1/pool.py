@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from kvmnest.kvm import Kvm
-from kvmnest.l1.guest import L1
+from kvmnest.l1.l1 import L1
 
 
 class L1Pool:

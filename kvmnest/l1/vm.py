@@ -1,9 +1,8 @@
-"""L1: a VM whose payload executes one privileged instruction after the other for Python."""
+"""The VM of an L1: its memory and vCPUs, made, reset and moved; no instruction yet."""
 
 from __future__ import annotations
 
 import functools
-from collections import deque
 from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Self
@@ -12,13 +11,12 @@ from kvmnest.errors import HarnessError
 from kvmnest.kvm import Cap, Kvm, KvmMsrError, Vcpu, Vm
 from kvmnest.kvm.cpuid import CPUID_1_ECX_VMX, leaf
 from kvmnest.kvm.memory import Image
-from kvmnest.l1 import roundtrip
+from kvmnest.l1 import vcpu_state
 from kvmnest.l1.budget import Budget
 from kvmnest.l1.command import Result, checked_payload
 from kvmnest.l1.cpu import Cpu
-from kvmnest.l1.roundtrip import Rewind
-from kvmnest.l1.vmcs import Vmcs
-from kvmnest.vmx import Capabilities, Cr0, Cr4, Efer, FeatureControl, Field, Msr, Vector
+from kvmnest.l1.vcpu_state import Rewind, VcpuState
+from kvmnest.vmx import Capabilities, Cr0, Cr4, Efer, FeatureControl, Msr, Vector
 from kvmnest.vmx.msrs import VMX_MSRS
 
 _CR0 = Cr0.PE | Cr0.MP | Cr0.ET | Cr0.NE | Cr0.WP | Cr0.PG
@@ -74,23 +72,16 @@ class L1Vm:
         self.budget = Budget(budget, self._wake)
         self.irqchip = irqchip
         self.nested_roundtrip = nested_roundtrip
-        #: Commands since the VM was made, with their outcomes: (command, outcome). The str of a
-        #: command names it and its registers.
-        self.log: deque[tuple[object, object]] = deque(maxlen=400)
         #: Called with the vCPU and the results of its commands after each batch, for tracing.
         self.on_results: Callable[[Cpu, list[Result]], None] | None = None
-        #: VMCSs that have a baseline, by region address.
-        self.vmcss: dict[int, Vmcs] = {}
         self._free = _FIRST_FREE
         self._cpuid = kvm.supported_cpuid()
-        self._vmexit = self.payload["STATUS_VMEXIT"]
         self._done64, self._done32 = self.payload.code("done64"), self.payload.code("done32")
         self.has_vmx = bool(leaf(self._cpuid, 1).ecx & CPUID_1_ECX_VMX)
         self._feature_control = feature_control if self.has_vmx else None
         self._vmxe = vmxe and self.has_vmx
         self.memory = kvm.create_memory(self.payload["RAM_SIZE"])
         self.cpus: list[Cpu] = []
-        self._vcpus: list[Vcpu] = []
         self._caps: Capabilities | None = None
         #: True once a case took hold of the VM or a vCPU itself: ``reset`` cannot know then
         #: what it changed.
@@ -157,14 +148,13 @@ class L1Vm:
         index = len(self.cpus)
         if index >= self.payload["CPUS"]:
             raise HarnessError(f"L1 has at most {self.payload['CPUS']} vCPUs")
-        self._vcpus.append(self.create_vcpu(self._vm, index))
-        cpu = Cpu(self, index)
+        cpu = Cpu(self, index, self.create_vcpu(self._vm, index))
         self.cpus.append(cpu)
         self._power_on(cpu)
         return cpu
 
     def _power_on(self, cpu: Cpu) -> None:
-        vcpu, payload = self._vcpus[cpu.index], self.payload
+        vcpu, payload = cpu.vcpu, self.payload
         sregs = vcpu.get_sregs()
         _segment(sregs.cs, payload["SEL_CODE64"], 0xB, long=1)
         for register in (sregs.ss, sregs.ds, sregs.es, sregs.fs, sregs.gs):
@@ -192,9 +182,9 @@ class L1Vm:
     def close(self) -> None:
         """Destroy the VM and free its memory. Closing twice is allowed."""
         self.budget.stop()
-        for vcpu in self._vcpus:
-            vcpu.close()
-        self._vcpus, self.cpus = [], []
+        for cpu in self.cpus:
+            cpu.vcpu.close()
+        self.cpus = []
         self._vm.close()
         self._rewind = self._image = None
         self.memory.close()
@@ -236,24 +226,22 @@ class L1Vm:
         self._image.restore()
         self.memory.discard(self.payload["work_end"])
         self._rewind()
-        self.log.clear()
-        self.vmcss.clear()
         self._free = _FIRST_FREE
         self.cpus[0].power_on()
 
     def keep_state(self) -> None:
         """Remember the vCPU's state for ``reset``; to be called before the first command."""
-        self._rewind = self._vcpus[0].restart
+        self._rewind = self.cpu.vcpu.restart
         if self._rewind is None:
-            state = Rewind(roundtrip.save(self, self._vcpus[0]))
+            state = Rewind(self._save(self.cpu))
             # A round trip puts another vCPU in its place.
-            self._rewind = lambda: state(self._vcpus[0])
+            self._rewind = lambda: state(self.cpu.vcpu)
         self._image = Image(self.memory, self.payload.image)
 
     def _wake(self) -> None:
         for cpu in self.cpus:
             if cpu.suspended:
-                self._vcpus[cpu.index].kick()
+                cpu.vcpu.kick()
 
     # --- what L1 has ---
 
@@ -264,21 +252,15 @@ class L1Vm:
 
     @property
     def vm(self) -> Vm:
-        """The KVM VM."""
+        """The KVM VM; whoever asks for it may change anything: see ``touched``."""
         self.touched = True
         return self._vm
 
     @property
-    def vcpus(self) -> list[Vcpu]:
-        """The KVM vCPUs."""
-        self.touched = True
-        self._caps = None
-        return self._vcpus
-
-    @property
     def vcpu(self) -> Vcpu:
-        """The KVM vCPU of ``cpu``."""
-        return self.vcpus[0]
+        """The KVM vCPU of ``cpu``; whoever asks for it may change anything: see ``touched``."""
+        self.touched, self._caps = True, None
+        return self.cpu.vcpu
 
     @property
     def caps(self) -> Capabilities:
@@ -286,7 +268,7 @@ class L1Vm:
         if not self.has_vmx:
             raise HarnessError("KVM offers no VMX to this guest: there are no VMX capabilities")
         if self._caps is None:
-            values = self._vcpus[0].get_msrs(_vmx_msrs(self.kvm))
+            values = self.cpu.vcpu.get_msrs(_vmx_msrs(self.kvm))
             self._caps = _capabilities(tuple(values.items()))
         return self._caps
 
@@ -318,9 +300,25 @@ class L1Vm:
             raise HarnessError("L1's memory is used up")
         return address
 
-    def round_trip(self) -> None:
-        """Save and destroy the VM, and restore it into a new one around the same memory."""
-        roundtrip.round_trip(self)
+    def round_trip(self, msrs: Mapping[int, int] | None = None) -> None:
+        """Save and destroy the VM, and restore it into a new one around the same memory.
+
+        The state is the same but for ``msrs``. Kernel documentation, "KVM_GET_NESTED_STATE" and
+        "KVM_SET_NESTED_STATE": the nested state belongs to the vCPU's state like its registers.
+        """
+        states = [self._save(cpu) for cpu in self.cpus]
+        for cpu in self.cpus:
+            cpu.vcpu.close()
+        self._vm.close()
+        self._vm = self.create_vm()
+        for cpu in self.cpus:
+            cpu.vcpu = self.create_vcpu(self._vm, cpu.index)
+        for cpu, state in zip(self.cpus, states, strict=True):
+            state.msrs.update(msrs or {})
+            vcpu_state.restore(cpu.vcpu, state)
+
+    def _save(self, cpu: Cpu) -> VcpuState:
+        return vcpu_state.save(self.kvm, cpu.vcpu, apic=self.irqchip != "none")
 
     def set_feature_msrs(self, values: Mapping[Msr, int] | Mapping[int, int]) -> None:
         """Set MSRs as a host does before its guest starts: the VMX capabilities, for example.
@@ -332,9 +330,9 @@ class L1Vm:
         self.touched, self._caps = True, None
         msrs = {int(index): value for index, value in values.items()}
         try:
-            self._vcpus[0].set_msrs(msrs)
+            self.cpu.vcpu.set_msrs(msrs)
         except KvmMsrError:
-            roundtrip.round_trip(self, msrs)
+            self.round_trip(msrs)
 
     @property
     def done64(self) -> bytes:
@@ -347,33 +345,6 @@ class L1Vm:
             return False
         found = self.memory.map[rip : rip + len(self._done64)]
         return found == self._done64 or found.startswith(self._done32)
-
-    # --- the VMCS ---
-
-    def prepare_region(self, address: int, revision: int | None = None) -> int:
-        """Write the VMCS revision identifier into a region and return its address."""
-        if revision is None:
-            revision = self.caps.basic.revision_id if self.has_vmx else 0
-        self.write_int(address, revision, 4)
-        return address
-
-    @property
-    def vmcs(self) -> Vmcs:
-        """The current VMCS of the first vCPU; HarnessError when there is none."""
-        vmcs = self.cpu.vmcs
-        if vmcs is None:
-            raise HarnessError("no VMCS is current")
-        return vmcs
-
-    @property
-    def current(self) -> int | None:
-        """Address of the region that is the first vCPU's current VMCS."""
-        return self.cpu.current
-
-    def vmcs_diff(self) -> list[tuple[Field, int | None, int]]:
-        """Fields of the current VMCS that differ from the baseline: (field, baseline, now)."""
-        vmcs = self.cpus[0].vmcs if self.cpus else None
-        return vmcs.diff() if vmcs else []
 
 
 def _segment(

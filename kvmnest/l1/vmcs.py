@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 from kvmnest.errors import HarnessError
+from kvmnest.l1.cpu import Cpu
 from kvmnest.vmx import Field, Rflags
 from kvmnest.vmx.numbers import name_of
-
-if TYPE_CHECKING:
-    from kvmnest.l1.cpu import Cpu
-    from kvmnest.l1.instructions import Instructions
 
 #: Plain integers: this is the hot path, and flag enumerations are slow.
 _ZF = int(Rflags.ZF)
@@ -38,11 +35,11 @@ class Vmcs:
 
     ``vmcs[field] = value`` is kept until ``flush`` (every VMLAUNCH and VMRESUME calls it), where
     one KVM_RUN writes all changes. ``vmcs[field]`` gives a value not yet written, else executes
-    VMREAD. Both need this VMCS to be current.
+    VMREAD. Both need this VMCS to be current on ``cpu``, the vCPU that executes them.
     """
 
-    def __init__(self, l1: Instructions, address: int, baseline: Mapping[Field, int]) -> None:
-        self._l1 = l1
+    def __init__(self, cpu: Cpu, address: int, baseline: Mapping[Field, int]) -> None:
+        self.cpu = cpu
         self.address = address
         self.baseline = dict(baseline)
         self._pending: dict[int, int] = dict(self.baseline)  # type: ignore[arg-type]
@@ -68,10 +65,10 @@ class Vmcs:
 
     def read(self, *fields: int) -> tuple[int, ...]:
         """Execute VMREAD of several fields in one KVM_RUN (pending changes are written first)."""
-        self._must_be_current(self._l1.cpu)
+        self._must_be_current(self.cpu)
         self.flush()
         values = []
-        for field, value, rflags in self._l1.vmread_list(self._l1.cpu, fields):
+        for field, value, rflags in self.cpu.vmread(fields):
             if rflags & _FAILED:
                 raise HarnessError(f"VMREAD of {field_name(field)} failed")
             values.append(FieldValue(field, value))
@@ -81,7 +78,7 @@ class Vmcs:
         """Execute VMWRITE for each change; HarnessError names the first that fails."""
         if not self._pending:
             return
-        cpu = cpu or self._l1.cpu
+        cpu = cpu or self.cpu
         self._must_be_current(cpu)
         changes = list(self._pending.items())
         for start in range(0, len(changes), cpu.list_entries):
@@ -93,7 +90,7 @@ class Vmcs:
         results = cpu.submit([cpu.write_list("OP_VMWRITE_LIST", part)])
         if not isinstance(results, list):
             raise HarnessError(f"VMWRITE ended with {results!r}")
-        if results[0].status != self._l1.payload["STATUS_LIST_DONE"]:
+        if results[0].status != cpu.status_list_done:
             raise HarnessError(f"VMWRITE faulted with vector {results[0].vector}")
         flags = cpu.list_flags(len(part))
         if not any(rflags & _FAILED for rflags in set(flags)):
@@ -105,7 +102,7 @@ class Vmcs:
                 field, value = part[number]
                 error = "VMfailInvalid"
                 if rflags & _ZF:
-                    error = str(self._l1.instruction_error(cpu))
+                    error = str(cpu.instruction_error())
                 raise HarnessError(f"VMWRITE of {field_name(field)} <- {value:#x} failed: {error}")
 
     def rebase(self, *fields: Field) -> None:

@@ -140,7 +140,7 @@ def _l1(fixtures: Fixtures) -> Iterator[Any]:
     if fixtures.config.getoption("--kvmnest-trace"):
         from kvmnest.cases.trace import Recorder
 
-        new.on_results = Recorder(lambda command: fixtures.writer.send("trace", **command))
+        new.on_results = Recorder(new, lambda command: fixtures.writer.send("trace", **command))
     yield new
     new.on_results = None
     fresh = fixtures.config.getoption("--fresh-vm")

@@ -86,7 +86,7 @@ def l1(
     if stream is not None and pytestconfig.getoption("--kvmnest-trace"):
         from kvmnest.cases.trace import Recorder
 
-        new.on_results = Recorder(stream.trace)
+        new.on_results = Recorder(new, stream.trace)
     try:
         yield new
     finally:

@@ -9,7 +9,7 @@ import pytest
 
 from kvmnest.kvm import Cap, KvmError, Memory, exits
 from kvmnest.kvm.cpuid import CPUID_1_ECX_VMX, leaf
-from kvmnest.l1 import L1, L2Mode, VmLost, code, roundtrip
+from kvmnest.l1 import L1, L2Mode, VmLost, code, vcpu_state
 from kvmnest.suite.support.bitmaps import set_io_bitmaps
 from kvmnest.suite.support.ept import RWX, WRITE_BACK, identity_entry
 from kvmnest.suite.support.guest import NOT_VALID, Guest
@@ -137,7 +137,7 @@ def test_smm_set_by_userspace(l1: L1, where: str) -> None:
     assert guest.run(code.NOP) == Succeed()
     if where == "L2":
         _stop(guest)
-    saved = roundtrip.save(l1, l1.vcpu)
+    saved = vcpu_state.save(l1.kvm, l1.vcpu)
     for smm in (1, 0):
         events = l1.vcpu.get_vcpu_events()
         events.smi.smm = smm
@@ -146,7 +146,7 @@ def test_smm_set_by_userspace(l1: L1, where: str) -> None:
         state = l1.vcpu.get_nested_state()
         assert state[0] & _GUEST_MODE == 0
         assert state[_VMXON : _VMXON + 8] == _NO_VMXON
-    roundtrip.restore(l1.vcpu, saved)
+    vcpu_state.restore(l1.vcpu, saved)
     if where == "L2":
         assert guest.resume() == Succeed()
     assert l1.vmptrst() == Succeed(guest.vmcs.address)

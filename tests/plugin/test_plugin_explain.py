@@ -59,7 +59,7 @@ class _Fake:
     def __init__(self, log, code=b""):
         self.log = collections.deque(log)
         self.cpu = self
-        self.vmcs = Vmcs(self, 0, {Field.GUEST_RIP: 0x1000})
+        self.vmcs = Vmcs(None, 0, {Field.GUEST_RIP: 0x1000})
         self.vmcs.update({Field.GUEST_CS_ACCESS_RIGHTS: 0xA09B, Field.VM_ENTRY_CONTROLS: 0x200})
         self._code = code
 

@@ -84,6 +84,10 @@ class EnlightenedVmcs(Vmcs):
 
     clean = 0
 
+    def __init__(self, l1: L1, address: int, baseline: Mapping[Field, int]) -> None:
+        super().__init__(l1.cpu, address, baseline)
+        self._l1 = l1
+
     def read(self, *fields: int) -> tuple[int, ...]:
         """Values in the page (pending changes are written first)."""
         self.flush()

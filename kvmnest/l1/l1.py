@@ -1,20 +1,43 @@
-"""Preparing VMX operation and L2: regions, the baseline VMCS, L2's code."""
+"""L1: a VM whose payload executes one instruction after the other for Python."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from kvmnest.errors import HarnessError
-from kvmnest.l1.baseline import L2Mode, cached_baseline
+from kvmnest.kvm import Kvm
+from kvmnest.l1.baseline import CODE_RIGHTS, L2Mode, cached_baseline
+from kvmnest.l1.code import HLT, VMCALL
 from kvmnest.l1.cpu import Cpu
-from kvmnest.l1.instructions import Instructions
+from kvmnest.l1.execute import Executor
+from kvmnest.l1.system import SystemInstructions
+from kvmnest.l1.vm import L1Vm
 from kvmnest.l1.vmcs import Vmcs
+from kvmnest.l1.vmx import VmxInstructions
 from kvmnest.vmx import Field
 from kvmnest.vmx.outcome import Succeed
 
+#: Room for L2's code at the label ``l2_code``.
+_L2_CODE = 2 * 4096
 
-class L1(Instructions):
-    """An L1 that executes instructions for Python, and gets an L2 ready; see ``L1Vm``."""
+
+class L1(L1Vm, SystemInstructions, VmxInstructions):
+    """A VM that executes instructions for Python, one a method call, and gets an L2 ready.
+
+    Arguments and errors are those of ``L1Vm``.
+    """
+
+    def __init__(self, kvm: Kvm, **options: Any) -> None:
+        super().__init__(kvm, **options)
+        self.executor = Executor(self)
+        self.log = self.executor.log
+        self.vmcss = {}
+
+    def reset(self) -> None:
+        """Bring the VM back to the moment after creation; see ``L1Vm.reset``."""
+        super().reset()
+        self.log.clear()
+        self.vmcss.clear()
 
     def enter_vmx(self, cpu: Cpu | None = None) -> None:
         """Execute VMXON with a good region; HarnessError when it does not succeed."""
@@ -42,7 +65,7 @@ class L1(Instructions):
         self._expect(self.vmclear(address, cpu=cpu), "VMCLEAR")
         self._expect(self.vmptrld(address, cpu=cpu), "VMPTRLD")
         fields = cached_baseline(self.caps, self.payload, mode, ept, cpu.index)
-        vmcs = Vmcs(self, address, fields)
+        vmcs = Vmcs(self.cpu, address, fields)
         self.vmcss[address] = vmcs
         if l2 is not None:
             self.set_l2(l2, vmcs)
@@ -57,19 +80,19 @@ class L1(Instructions):
     def set_l2(self, code: str | bytes, vmcs: Vmcs | None = None) -> int:
         """Let L2 start at a label of the payload, or at the given machine code.
 
-        Code is written to the page ``l2_code`` with VMCALL behind it. Returns GUEST_RIP. In real
-        mode CS points at the page and RIP is 0.
+        Code, at most 8192 bytes, is written to ``l2_code`` with VMCALL behind it. Returns
+        GUEST_RIP. In real mode CS points at the code and RIP is 0.
         """
         vmcs = vmcs or self.vmcs
         if isinstance(code, str):
             vmcs[Field.GUEST_RIP] = self.sym(code)
             return self.sym(code)
         address = self.sym("l2_code")
-        content = code + b"\x0f\x01\xc1" + b"\xf4"
-        if len(content) > 8192:
-            raise HarnessError(f"{len(content)} bytes of code, L2 has 8192")
+        content = code + VMCALL + HLT
+        if len(content) > _L2_CODE:
+            raise HarnessError(f"{len(content)} bytes of code, L2 has {_L2_CODE}")
         self.write(address, content)
-        if vmcs.baseline.get(Field.GUEST_CS_ACCESS_RIGHTS) == 0x9B:
+        if vmcs.baseline.get(Field.GUEST_CS_ACCESS_RIGHTS) == CODE_RIGHTS[L2Mode.REAL]:
             vmcs[Field.GUEST_CS_SELECTOR] = address >> 4
             vmcs[Field.GUEST_CS_BASE] = address
             address = 0

@@ -1,4 +1,4 @@
-"""Migration of an L1 in one step: save all state, destroy the VM, restore into a new one.
+"""The whole state of a vCPU of L1: read, and written into another vCPU, as in a migration.
 
 Kernel documentation "KVM_GET_NESTED_STATE" and "KVM_SET_NESTED_STATE": the nested state belongs
 to the vCPU's state like its registers; a header alone (VMXON without a current VMCS) is a state.
@@ -6,16 +6,13 @@ to the vCPU's state like its registers; a header alone (VMXON without a current 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from kvmnest.kvm import Cap, Kvm, KvmError, MsrList, TscOffset, Vcpu
 from kvmnest.vmx.msrs import VMX_MSRS
-
-if TYPE_CHECKING:
-    from kvmnest.l1.vm import L1Vm
 
 
 @dataclass
@@ -70,17 +67,17 @@ class Rewind:
 _migrated_msrs: WeakKeyDictionary[Kvm, list[int]] = WeakKeyDictionary()
 
 
-def save(l1: L1Vm, vcpu: Vcpu) -> VcpuState:
-    """Read a vCPU's whole state."""
+def save(kvm: Kvm, vcpu: Vcpu, *, apic: bool = True) -> VcpuState:
+    """Read the whole state of a vCPU, which has a local APIC in KVM or not."""
     # An exit to userspace leaves an instruction half done; KVM finishes it at the next KVM_RUN
     # (kernel documentation, "KVM_RUN": immediate_exit).
     vcpu.run(immediate_exit=True)
-    lapic = vcpu.get_lapic() if l1.irqchip != "none" else None
-    nested = vcpu.get_nested_state() if l1.kvm.check_extension(Cap.NESTED_STATE) else None
+    lapic = vcpu.get_lapic() if apic else None
+    nested = vcpu.get_nested_state() if kvm.check_extension(Cap.NESTED_STATE) else None
     return VcpuState(
         sregs=vcpu.get_sregs(),
         regs=vcpu.get_regs(),
-        msrs=_read_msrs(l1, vcpu),
+        msrs=_read_msrs(kvm, vcpu),
         xcrs=_xcrs(vcpu),
         xsave=vcpu.get_xsave(),
         debugregs=vcpu.get_debugregs(),
@@ -121,20 +118,6 @@ def restore(vcpu: Vcpu, state: VcpuState) -> None:
     vcpu.set_debugregs(state.debugregs)
 
 
-def round_trip(l1: L1Vm, msrs: Mapping[int, int] | None = None) -> None:
-    """Replace ``l1.vm`` and its vCPUs by new ones in the same state but for ``msrs``."""
-    states = [save(l1, vcpu) for vcpu in l1._vcpus]
-    for state in states:
-        state.msrs.update(msrs or {})
-    for vcpu in l1._vcpus:
-        vcpu.close()
-    l1._vm.close()
-    l1._vm = l1.create_vm()
-    l1._vcpus[:] = [l1.create_vcpu(l1._vm, index) for index in range(len(states))]
-    for vcpu, state in zip(l1._vcpus, states, strict=True):
-        restore(vcpu, state)
-
-
 def _tsc_offset(vcpu: Vcpu) -> int | None:
     """Distance of the guest's TSC from the host's, which a move on the same host keeps.
 
@@ -147,13 +130,13 @@ def _tsc_offset(vcpu: Vcpu) -> int | None:
         return None  # before Linux 5.16
 
 
-def _read_msrs(l1: L1Vm, vcpu: Vcpu) -> dict[int, int]:
+def _read_msrs(kvm: Kvm, vcpu: Vcpu) -> dict[int, int]:
     """Read each MSR of the index list that this vCPU lets read and write back."""
     # The list depends on the kernel only, and finding it out takes two ioctls an MSR.
-    if l1.kvm not in _migrated_msrs:
-        indices = [index for index in l1.kvm.msr_index_list() if _movable(vcpu, index)]
-        _migrated_msrs[l1.kvm] = indices
-    return dict(vcpu.get_msrs(_migrated_msrs[l1.kvm]))
+    if kvm not in _migrated_msrs:
+        indices = [index for index in kvm.msr_index_list() if _movable(vcpu, index)]
+        _migrated_msrs[kvm] = indices
+    return dict(vcpu.get_msrs(_migrated_msrs[kvm]))
 
 
 def _movable(vcpu: Vcpu, index: int) -> bool:
