@@ -11,10 +11,10 @@ from typing import Protocol
 from kvmnest.errors import HarnessError
 from kvmnest.kvm import Vcpu, exits
 from kvmnest.kvm.memory import Memory
+from kvmnest.l1.budget import Budget
 from kvmnest.l1.command import GPRS, LIST_ENTRY, Command, Result, frames
 from kvmnest.l1.lost import VmLost
 from kvmnest.l1.payload import Payload
-from kvmnest.l1.budget import Budget
 from kvmnest.vmx import Field, VmxError
 from kvmnest.vmx.numbers import enum_or_int
 
