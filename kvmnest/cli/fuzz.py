@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvmnest.cli import fuzz_programs
 from kvmnest.cli.lab import add_options, emulator, parameters, use_host
 from kvmnest.cli.numbers import seconds
 from kvmnest.errors import UsageError
@@ -29,8 +30,17 @@ def add_parser(subparsers: Any) -> None:
         epilog="exit codes: 0 all agree (or disagree in a known way), 1 a new disagreement or a"
         " crash, 2 usage, 3 harness or environment error, 130 interrupted",
     )
+    parser.add_argument(
+        "what",
+        nargs="?",
+        choices=("entries", "programs"),
+        default="entries",
+        help="single VM entries against the rules of VM entry (default), or programs: sequences of"
+        " VMX instructions and VM entries, on KVM and on the reference CPU",
+    )
     parser.add_argument("--target", choices=("auto", "kvm", "lab"), default="auto")
     add_fuzz_options(parser)
+    fuzz_programs.add_options(parser)
     add_options(parser)
 
 
@@ -64,6 +74,8 @@ def run(options: argparse.Namespace, lab: Callable[..., FuzzMachine] | None = No
         raise UsageError("--continue needs the --seed of the run")
     seed = random.SystemRandom().randrange(1 << 32) if options.seed is None else options.seed
     require_writable(options.json, options.tests and options.tests / "test_fuzz.py")
+    if getattr(options, "what", "entries") == "programs":
+        return fuzz_programs.run(options, seed)
     machine: FuzzMachine = LocalMachine()
     if not use_host(options):
         machine = (lab or LabMachine)(

@@ -23,6 +23,25 @@ def _outcome(names: list[str], *numbers: Schema) -> dict[str, Any]:
     return {"type": "array", "prefixItems": every, "minItems": count, "maxItems": count}
 
 
+#: What a machine is and has.
+FACTS_SCHEMA: Schema = {
+    "type": "object",
+    "required": ["kernel", "msrs", "cpuid"],
+    "properties": {
+        "kernel": TEXT,
+        "cpu": TEXT,
+        "params": by_name(TEXT),
+        "msrs": {
+            "type": "object",
+            "propertyNames": {"pattern": "^[0-9]{1,10}$"},
+            "additionalProperties": COUNT,
+        },
+        "cpuid": {
+            "type": "array",
+            "items": {"type": "array", "items": COUNT, "minItems": 6, "maxItems": 6},
+        },
+    },
+}
 #: What the executor says, see kvmnest.fuzz.execute, and what the journal notes beside.
 EVENT_SCHEMA = {
     "type": "object",
@@ -46,24 +65,7 @@ EVENT_SCHEMA = {
             sections=by_name(by_name(COUNT)),
             lost=TEXT,
         ),
-        "facts": {
-            "type": "object",
-            "required": ["kernel", "msrs", "cpuid"],
-            "properties": {
-                "kernel": TEXT,
-                "cpu": TEXT,
-                "params": by_name(TEXT),
-                "msrs": {
-                    "type": "object",
-                    "propertyNames": {"pattern": "^[0-9]{1,10}$"},
-                    "additionalProperties": COUNT,
-                },
-                "cpuid": {
-                    "type": "array",
-                    "items": {"type": "array", "items": COUNT, "minItems": 6, "maxItems": 6},
-                },
-            },
-        },
+        "facts": FACTS_SCHEMA,
     },
 }
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,13 +24,24 @@ from kvmnest.lab.errors import LabHang, LabLost, LabPanic, LabRunError
 from kvmnest.lab.guest import EVENTS_PATH
 from kvmnest.lab.machine import Lab
 from kvmnest.run.targets import LineEvents
+from kvmnest.schema import Schema
 
 OnEvent = Callable[[dict[str, Any]], None]
 Numbered = Sequence[tuple[int, FuzzCase]]
 
+
+@dataclass(frozen=True)
+class Task:
+    """What a process of its own does: ``python -m module WORK EVENTS``, events as ``schema``."""
+
+    module: str
+    work: bytes
+    schema: Schema
+
+
 #: Seconds without any event after which the kernel is taken to hang.
 PATIENCE = 60.0
-_CASES = "/kvmnest/fuzz.json"
+_WORK = "/kvmnest/fuzz.json"
 
 
 class FuzzMachine(Protocol):
@@ -50,8 +61,9 @@ class FuzzMachine(Protocol):
         ...
 
 
-def _write_cases(cases: Numbered) -> bytes:
-    return json.dumps([[number, case.to_json()] for number, case in cases]).encode()
+def _trying(cases: Numbered) -> Task:
+    work = json.dumps([[number, case.to_json()] for number, case in cases]).encode()
+    return Task("kvmnest.fuzz.execute", work, EVENT_SCHEMA)
 
 
 class LabMachine:
@@ -73,22 +85,29 @@ class LabMachine:
 
     def run(self, cases: Numbered, on_event: OnEvent, journal: Path | None) -> str:
         """See FuzzMachine; the lab's crash is not this machine's, so ``journal`` is not needed."""
+        return self.do(_trying(cases), on_event)
+
+    def do(self, task: Task, on_event: OnEvent, journal: Path | None = None) -> str:
+        """Do a task in a fresh boot; what it says goes to ``on_event``.
+
+        Returns "", or how the kernel or the process was lost. Raises KvmnestError.
+        """
         output = b""
 
         def take_output(data: bytes) -> None:
             nonlocal output
             output = (output + data)[-4096:]
 
-        lines = LineEvents(on_event, _event)
+        lines = LineEvents(on_event, partial(_event, task.schema))
         lab = self._make()
         try:
             status = lab.run(
-                ["python3", "-m", "kvmnest.fuzz.execute", _CASES, EVENTS_PATH],
+                ["python3", "-m", task.module, _WORK, EVENTS_PATH],
                 on_event=lambda line: lines.feed(line + b"\n"),
                 on_output=take_output,
                 on_kernel=lambda text: on_event({"kernel": text.decode(errors="replace")}),
                 idle_limit=PATIENCE,
-                files={_CASES: _write_cases(cases)},
+                files={_WORK: task.work},
             )
         except (LabHang, LabLost, LabPanic, LabRunError) as error:
             if not lab.info:
@@ -99,10 +118,10 @@ class LabMachine:
         return f"killed by signal {-status} in the lab" if status else ""
 
 
-def _event(line: bytes) -> dict[str, Any]:
+def _event(schema: Schema, line: bytes) -> dict[str, Any]:
     """One line of the executor, see kvmnest.fuzz.execute. Raises HarnessError if it is none."""
     where = f"a line of the cases' process, {line[:80]!r},"
-    return dict(reading.value(line, "event", EVENT_SCHEMA, where))
+    return dict(reading.value(line, "event", schema, where))
 
 
 class LocalMachine:
@@ -112,14 +131,18 @@ class LocalMachine:
 
     def run(self, cases: Numbered, on_event: OnEvent, journal: Path | None) -> str:
         """See FuzzMachine."""
+        return self.do(_trying(cases), on_event, journal)
+
+    def do(self, task: Task, on_event: OnEvent, journal: Path | None = None) -> str:
+        """Do a task; see LabMachine."""
         with scratch.folder() as folder:
-            source = Path(folder) / "cases.json"
-            source.write_bytes(_write_cases(cases))
+            source = Path(folder) / "work.json"
+            source.write_bytes(task.work)
             events = journal or Path(folder) / "events"
             events.touch(mode=0o600)
             with events.open("rb") as reader, (Path(folder) / "output").open("w+b") as output:
                 reader.seek(0, os.SEEK_END)
-                argv = [sys.executable, "-m", "kvmnest.fuzz.execute", str(source), str(events)]
+                argv = [sys.executable, "-m", task.module, str(source), str(events)]
                 process = subprocess.Popen(
                     argv,
                     stdin=subprocess.DEVNULL,
@@ -127,7 +150,7 @@ class LocalMachine:
                     stderr=output,
                     start_new_session=True,
                 )
-                lines = LineEvents(on_event, _event)
+                lines = LineEvents(on_event, partial(_event, task.schema))
                 try:
                     hung = self._follow(process, reader, lines)
                 finally:

@@ -77,7 +77,7 @@ def save(kvm: Kvm, vcpu: Vcpu, *, apic: bool = True) -> VcpuState:
     return VcpuState(
         sregs=vcpu.get_sregs(),
         regs=vcpu.get_regs(),
-        msrs=_read_msrs(kvm, vcpu),
+        msrs=movable_msrs(kvm, vcpu),
         xcrs=_xcrs(vcpu),
         xsave=vcpu.get_xsave(),
         debugregs=vcpu.get_debugregs(),
@@ -130,7 +130,7 @@ def _tsc_offset(vcpu: Vcpu) -> int | None:
         return None  # before Linux 5.16
 
 
-def _read_msrs(kvm: Kvm, vcpu: Vcpu) -> dict[int, int]:
+def movable_msrs(kvm: Kvm, vcpu: Vcpu) -> dict[int, int]:
     """Read each MSR of the index list that this vCPU lets read and write back."""
     # The list depends on the kernel only, and finding it out takes two ioctls an MSR.
     if kvm not in _migrated_msrs:

@@ -1,0 +1,180 @@
+"""``kvmnest fuzz programs``: sequences of VMX instructions on KVM and on the reference CPU."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvmnest import reading
+from kvmnest.cli.lab import emulator, parameters, use_host
+from kvmnest.errors import HarnessError, UsageError
+from kvmnest.files import write_json, write_text
+
+if TYPE_CHECKING:
+    from kvmnest.fuzz.programs.campaign import Campaign, Finding, Report
+    from kvmnest.fuzz.programs.generate import ProgramGenerator
+    from kvmnest.fuzz.programs.places import Place
+    from kvmnest.fuzz.programs.program import Program
+
+REFERENCE, MOVED = "reference", "moved"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Options that only programs have."""
+    group = parser.add_argument_group("programs")
+    group.add_argument(
+        "--against",
+        choices=(REFERENCE, MOVED),
+        help="compare KVM with the reference CPU (default), or with KVM whose VM is saved and"
+        " restored into a new one before each step",
+    )
+    group.add_argument("--corpus", type=Path, metavar="DIR", help="run the programs of a folder")
+
+
+def run(options: argparse.Namespace, seed: int) -> int:
+    """Run the verb."""
+    from kvmnest.fuzz.judge import Judge
+    from kvmnest.fuzz.programs import known
+    from kvmnest.fuzz.programs.campaign import Campaign
+    from kvmnest.fuzz.programs.generate import ProgramGenerator
+
+    if options.corpus and not options.corpus.is_dir():
+        raise UsageError(f"{reading.shown(options.corpus)} is no folder of programs")
+    for name in ("journal", "go_on", "jobs"):
+        if getattr(options, name):
+            raise UsageError(f"--{name.replace('go_on', 'continue')} is for entries only")
+    against = options.against or REFERENCE
+    kvm, other = _places(options, against)
+    assumed = _assumed(kvm, other)
+    entries = known.load(str(assumed["kernel"]), against)
+    try:
+        generator = ProgramGenerator(Judge(assumed, kvm.name))
+    except ValueError as error:
+        raise HarnessError(f"{kvm.name}: {error}") from error
+    print(f"seed {seed}, {kvm.name} ({assumed['kernel']}) against {other.name}", flush=True)
+    campaign = Campaign(kvm, other, assumed, entries, _tell_batch)
+    report = campaign.run(_programs(options, generator, seed), options.seconds)
+    _print(report)
+    findings = [_told(options, campaign, finding) for finding in report.findings.values()]
+    _write(options, report, findings, f"--seed {seed} on {assumed['kernel']} against {other.name}")
+    return 1 if findings else 0
+
+
+def _places(options: argparse.Namespace, against: str) -> tuple[Place, Place]:
+    from kvmnest.fuzz.machines import LabMachine, LocalMachine
+    from kvmnest.fuzz.programs.places import Place
+    from kvmnest.reference.emulator import find
+
+    machine: Any = LocalMachine()
+    chosen = emulator(options) if not use_host(options) else None
+    if chosen:
+        machine = LabMachine(
+            kernel=options.kernel,
+            params=parameters(options.kvm_param),
+            modules=options.kvm_modules,
+            emulator=chosen,
+        )
+    kvm = Place(machine.name, machine)
+    if against == MOVED:
+        return kvm, Place(f"{machine.name}, moved", machine, moved=True)
+    cpu = find(getattr(options, "bochs", None), getattr(options, "cpu_model", None))
+    named = {"bochs": str(cpu.path), "model": cpu.model.name}
+    return kvm, Place("the reference CPU", LocalMachine(), named)
+
+
+def _assumed(kvm: Place, other: Place) -> Mapping[str, Any]:
+    from kvmnest.fuzz.programs.places import common
+
+    return common(kvm.ask(), other.ask())
+
+
+def _programs(
+    options: argparse.Namespace, generator: ProgramGenerator, seed: int
+) -> Iterator[tuple[int, Program]]:
+    if options.corpus:
+        from kvmnest.fuzz.programs import corpus
+
+        yield from enumerate(corpus.load(options.corpus))
+        if options.cases is None:
+            return
+    count = options.cases or (None if options.seconds else 1000)
+    number = 0
+    while count is None or number < count:
+        yield number, generator.numbered(seed, number)
+        number += 1
+
+
+def _tell_batch(report: Report) -> None:
+    kinds = report.kinds
+    print(
+        f"{report.programs} programs: {kinds['agree']} agree, {kinds['known']} known,"
+        f" {kinds['disagree']} disagree, {kinds['crashed']} crashed",
+        flush=True,
+    )
+
+
+def _print(report: Report) -> None:
+    ends = ", ".join(f"{count} {name}" for name, count in report.ends.most_common(12))
+    print(f"ends: {ends}")
+    for reason, count in report.known.most_common():
+        print(f"known, {count}: {reason}")
+
+
+def _told(options: argparse.Namespace, campaign: Campaign, finding: Finding) -> Finding:
+    """Say what a finding is, shrunk if that is wanted."""
+    verdict = finding.verdict
+    said = verdict.new or verdict.crashed
+    print(f"program {finding.number} ({finding.count} like it): {said}", flush=True)
+    if options.no_shrink or verdict.crashed:
+        return finding
+    from dataclasses import replace
+
+    from kvmnest.fuzz.programs.shrink import shrink
+
+    signature = verdict.signature
+    small = shrink(
+        finding.program,
+        lambda programs: [v.signature == signature for v in campaign.verdicts(programs)],
+    )
+    if small is None:
+        print(f"program {finding.number} does not show it again")
+        return finding
+    (again,) = campaign.verdicts([small])
+    for step in small.steps:
+        print(f"    {_step(step)}")
+    print(f"  {again.new}", flush=True)
+    return replace(finding, program=small, verdict=again)
+
+
+def _step(step: Mapping[str, Any]) -> str:
+    rest = " ".join(f"{name}={_short(value)}" for name, value in step.items() if name != "do")
+    return f"{step['do']} {rest}"
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, int):
+        return hex(value)
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name}: {_short(each)}" for name, each in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_short, value)) + "]"
+    return str(value)
+
+
+def _write(
+    options: argparse.Namespace, report: Report, findings: list[Finding], where: str
+) -> None:
+    if options.json:
+        report.findings = {f"{f.number}: {f.verdict.signature}": f for f in findings}
+        write_json(options.json, report.document())
+    if options.tests:
+        from kvmnest.fuzz.programs import testfile
+
+        for finding in findings:
+            if finding.verdict.new is None:
+                continue
+            path = options.tests / f"test_program_{finding.number}.py"
+            write_text(path, testfile.write(finding, where))
+            print(f"test: {path}")

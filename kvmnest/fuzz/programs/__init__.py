@@ -1,0 +1,1 @@
+"""Programs: sequences of VMX instructions, VM entries and host actions, drawn from a seed."""

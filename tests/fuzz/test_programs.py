@@ -1,0 +1,238 @@
+"""Programs: drawing, comparing, what may differ, shrinking. Without a kernel."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvmnest.cli.main import main
+from kvmnest.errors import HarnessError, UsageError
+from kvmnest.fuzz.judge import Judge
+from kvmnest.fuzz.programs import corpus, defined, known
+from kvmnest.fuzz.programs.campaign import AGREE, CRASHED, DISAGREE, KNOWN, Campaign, judge
+from kvmnest.fuzz.programs.compare import Difference, differences
+from kvmnest.fuzz.programs.generate import ProgramGenerator
+from kvmnest.fuzz.programs.places import Place, Ran, common
+from kvmnest.fuzz.programs.program import Program, problem
+from kvmnest.fuzz.programs.shrink import shrink
+from kvmnest.vmx import ExitReason
+
+# A processor as the lab's: KVM's VMX MSRs of an L1 on Linux 6.1, and the CPUID leaves.
+FACTS: dict[str, Any] = json.loads((Path(__file__).parent / "facts.json").read_text())
+GENERATOR = ProgramGenerator(Judge(FACTS, "lab"))
+
+
+def test_programs_belong_to_their_seed_and_are_programs() -> None:
+    """The same again from the same seed, others from another; every one meets the schema."""
+    drawn = [GENERATOR.numbered(1, number) for number in range(80)]
+    assert drawn == [GENERATOR.numbered(1, number) for number in range(80)]
+    assert drawn != [GENERATOR.numbered(2, number) for number in range(80)]
+    for program in drawn:
+        document = json.loads(json.dumps(program.to_json()))
+        assert problem(document) == ""
+        assert Program.from_json(document) == program
+    kinds = {step["do"] for program in drawn for step in program.steps}
+    assert kinds >= {"address", "alone", "invalidate", "base", "fields", "code", "enter", "host"}
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        {},
+        {"schema": 2, "steps": []},
+        {"schema": 1, "steps": [{"do": "sing"}]},
+        {"schema": 1, "steps": [{"do": "enter", "name": "vmlaunch"}]},
+        {"schema": 1, "steps": [{"do": "code", "parts": ["9"]}]},
+        {"schema": 1, "steps": [{"do": "fields", "fields": {"GUEST_NOTHING": 1}}]},
+        {"schema": 1, "steps": [{"do": "vmread", "field": 1 << 64}]},
+        {"schema": 1, "steps": [{"do": "host", "what": "reboot"}]},
+    ],
+)
+def test_what_is_no_program(document: dict[str, Any], tmp_path: Path) -> None:
+    assert problem(document)
+    (tmp_path / "x.json").write_text(json.dumps(document))
+    with pytest.raises(HarnessError, match=r"x\.json.* is no program"):
+        list(corpus.load(tmp_path))
+
+
+def test_corpus(tmp_path: Path) -> None:
+    """A program is kept once; what comes back is the same."""
+    folder = tmp_path / "corpus"
+    program = GENERATOR.numbered(3, 0)
+    assert corpus.save(folder, program, "x") == corpus.save(folder, program, "y")
+    assert list(corpus.load(folder)) == [program]
+    with pytest.raises(UsageError, match="no folder"):
+        list(corpus.load(tmp_path / "none"))
+
+
+def exit_seen(reason: ExitReason, guest: dict[str, int], **parts: int) -> dict[str, Any]:
+    seen: dict[str, Any] = {"end": ["Exit", int(reason)], "parts": parts, "regs": {}, "cr2": 0}
+    return {**seen, "host": [], "guest": guest, "memory": {"l2_data": 1}}
+
+
+def test_the_first_difference_is_told_and_a_lasting_one_once() -> None:
+    """A field that only one machine changed differs until it is equal again."""
+    one = Ran([[exit_seen(ExitReason.CPUID, {"GUEST_CR0": 1})], [exit_seen(ExitReason.HLT, {})]])
+    other = Ran([[exit_seen(ExitReason.CPUID, {"GUEST_CR0": 3})], [exit_seen(ExitReason.HLT, {})]])
+    (found,) = differences(one, other)
+    assert found == Difference(0, 0, "guest.GUEST_CR0", "Exit(CPUID)", 1, 3)
+    other.seen[1][0]["guest"] = {"GUEST_CR0": 7}
+    assert [(d.step, d.other) for d in differences(one, other)] == [(0, 3), (1, 7)]
+    assert not list(differences(one, one))
+
+
+def test_an_other_end_is_the_last_difference() -> None:
+    one = Ran([[exit_seen(ExitReason.CPUID, {})], [{"end": ["Succeed"]}]])
+    other = Ran([[{"end": ["VMfailValid", 7]}], [{"end": ["VMfailInvalid"]}]])
+    (found,) = differences(one, other)
+    assert str(found) == ("step 0: Exit(CPUID) or VMfailValid(7: ENTRY_INVALID_CONTROL_FIELD)")
+    (found,) = differences(one, Ran(one.seen[:1]))
+    assert (found.step, found.what, found.other) == (1, "end", ["ended"])
+
+
+@pytest.mark.parametrize(
+    ("reason", "seen", "wanted"),
+    [
+        (ExitReason.CPUID, {"length": 2, "linear": 9}, {"length": 2}),
+        (ExitReason.EXTERNAL_INTERRUPT, {"length": 2, "info": 9}, {}),
+        # Software interrupts and exceptions have a length, others not.
+        (ExitReason.EXCEPTION_NMI, {"length": 1, "intr_info": 0x80000603}, {"length": 1}),
+        (ExitReason.EXCEPTION_NMI, {"length": 1, "intr_info": 0x80000306}, {}),
+        # A string instruction has a linear address and an address size.
+        (ExitReason.IO_INSTRUCTION, {"qualification": 0x10, "linear": 9}, {"linear": 9}),
+        (ExitReason.IO_INSTRUCTION, {"qualification": 8, "linear": 9, "info": 0x380}, {}),
+        (ExitReason.EPT_VIOLATION, {"qualification": 0x81, "linear": 5, "physical": 5},
+         {"linear": 5, "physical": 5}),
+        (ExitReason.EPT_VIOLATION, {"qualification": 1, "linear": 5}, {}),
+        # The error code counts only where bit 11 says so.
+        (ExitReason.EXCEPTION_NMI, {"intr_info": 0x80000306, "intr_error": 5}, {}),
+        (ExitReason.EXCEPTION_NMI, {"intr_info": 0x80000B0D, "intr_error": 5}, {"intr_error": 5}),
+        # VMREAD to a register: no address, but two registers.
+        (ExitReason.VMREAD, {"info": 0x20000400 | 0x3F << 18}, {"info": 0x20000400}),
+    ],
+)  # fmt: skip
+def test_only_what_is_defined_counts(
+    reason: ExitReason, seen: dict[str, int], wanted: dict[str, int]
+) -> None:
+    found = defined.parts(reason, seen)
+    for name in ("length", "linear", "info", "physical", "intr_error"):
+        assert found.get(name, 0) == wanted.get(name, 0), name
+
+
+def test_an_unusable_segment_has_no_limit() -> None:
+    state = {"GUEST_ES_ACCESS_RIGHTS": 0x1C093, "GUEST_ES_LIMIT": 5, "GUEST_FS_BASE": 7}
+    assert defined.guest(state) == {"GUEST_ES_ACCESS_RIGHTS": 0x10000, "GUEST_FS_BASE": 7}
+
+
+ENTRY = known.Known(
+    "guest.GUEST_RFLAGS", "Bochs", "RF", after="Exit(EXCEPTION_NMI) | Exit(HLT)", bits=1 << 16
+)
+
+
+@pytest.mark.parametrize(
+    ("end", "one", "other", "explained"),
+    [
+        ("Exit(HLT)", 2, 0x10002, True),
+        ("Exit(HLT)", 2, 0x10003, False),
+        ("Exit(CPUID)", 2, 0x10002, False),
+        ("Exit(HLT)", None, 0x10002, False),
+    ],
+)
+def test_known_difference(end: str, one: Any, other: Any, explained: bool) -> None:
+    difference = Difference(1, 0, "guest.GUEST_RFLAGS", end, one, other)
+    assert ENTRY.explains(difference) is explained
+
+
+def test_damaged_list_of_differences(tmp_path: Path) -> None:
+    path = tmp_path / "x.toml"
+    path.write_text('[[difference]]\nwhat = "end"\nwhose = "nobody"\nreason = "x"\n')
+    with pytest.raises(HarnessError, match="nobody"):
+        known.load("6.1", "reference", path)
+    for entry in known.load("7.3.4", "*"):
+        assert entry.reason
+
+
+def test_verdicts() -> None:
+    same = Ran([[exit_seen(ExitReason.HLT, {"GUEST_RFLAGS": 2})]])
+    flag = Ran([[exit_seen(ExitReason.HLT, {"GUEST_RFLAGS": 0x10002})]])
+    assert judge(same, same, [ENTRY]).kind == AGREE
+    assert judge(same, flag, [ENTRY]).kind == KNOWN
+    assert judge(same, flag, []).kind == DISAGREE
+    assert judge(Ran([], "kernel panic"), same, []).kind == CRASHED
+    warned = Ran(same.seen, warning="WARNING: CPU: 0 PID: 1 at arch/x86/kvm/x86.c:1 f+0x1/0x2\n")
+    assert judge(warned, same, []).kind == CRASHED
+
+
+class Machine:
+    """VMXON succeeds; a step "l1" is another outcome here than elsewhere, or kills it."""
+
+    def __init__(self, name: str, outcome: str, deadly: int = -1) -> None:
+        self.name, self.outcome, self.deadly = name, outcome, deadly
+
+    def do(self, task: Any, on_event: Any, journal: Path | None = None) -> str:
+        on_event({"facts": FACTS})
+        for number, program in json.loads(task.work)["programs"]:
+            on_event({"start": number})
+            if number == self.deadly:
+                return "kernel panic"
+            ends = [self.outcome if s["do"] == "l1" else "Succeed" for s in program["steps"]]
+            on_event({"end": number, "seen": [[{"end": [end]}] for end in ends]})
+        return ""
+
+
+def campaign(deadly: int = -1) -> Campaign:
+    kvm = Place("lab", Machine("lab", "VMfailInvalid", deadly))
+    other = Place("reference", Machine("reference", "Succeed"))
+    return Campaign(kvm, other, common(kvm.ask(), other.ask()), [])
+
+
+STEP = {"do": "l1", "code": "90", "regs": {"rax": 1, "rbx": 2}}
+NOTHING = {"do": "alone", "name": "vmxoff"}
+
+
+def test_a_campaign_groups_and_shrinks() -> None:
+    """Two programs disagree in the same way; one step is left of the first."""
+    good, bad = Program((NOTHING,)), Program((NOTHING, NOTHING, STEP, NOTHING))
+    tried = campaign()
+    report = tried.run(enumerate([good, bad, bad]))
+    assert (report.kinds[AGREE], report.kinds[DISAGREE]) == (1, 2)
+    (finding,) = report.findings.values()
+    assert (finding.number, finding.count) == (1, 2)
+    signature = finding.verdict.signature
+    small = shrink(bad, lambda ps: [v.signature == signature for v in tried.verdicts(ps)])
+    assert small == Program(({**STEP, "regs": {}},))
+    assert shrink(good, lambda ps: [False for _ in ps]) is None
+
+
+def test_a_program_that_kills_the_lab_is_a_finding_and_the_rest_runs() -> None:
+    report = campaign(deadly=1).run(enumerate([Program((NOTHING,))] * 3))
+    assert report.programs == 3
+    assert report.kinds[CRASHED] == 1
+    assert "kernel panic" in next(iter(report.findings))
+
+
+def test_a_lab_that_starts_nothing() -> None:
+    class Dead(Machine):
+        def do(self, task: Any, on_event: Any, journal: Path | None = None) -> str:
+            on_event({"facts": FACTS})
+            return "kernel panic" if json.loads(task.work)["programs"] else ""
+
+    place = Place("lab", Dead("lab", ""))
+    with pytest.raises(HarnessError, match="no program was started: kernel panic"):
+        place.run([(0, Program((NOTHING,)))], FACTS)
+
+
+def test_assumed_is_what_both_can() -> None:
+    """A control must be 1 where one machine wants it, and may be where both allow it."""
+    one = {"kernel": "x", "msrs": {"1155": 0xFF << 32 | 1, "1162": 8}, "cpuid": []}
+    two = {"kernel": "y", "msrs": {"1155": 0x0F << 32 | 2, "1163": 1}, "cpuid": []}
+    assert common(one, two)["msrs"] == {"1155": 0x0F << 32 | 3}
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--cases", "0"], ["--against", "nothing"], ["--corpus", "/nowhere"]]
+)
+def test_wrong_arguments(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fuzz", "programs", *arguments]) == 2
+    assert len(capsys.readouterr().err.splitlines()) >= 1
