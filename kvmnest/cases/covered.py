@@ -1,14 +1,9 @@
-"""Basic blocks of KVM that have run, from instrumented modules (see ``kvmnest coverage``).
-
-``python3 -m kvmnest.cases.covered EVENTS COMMAND...`` runs a command and then writes one event
-``coverage`` with the blocks that ran until its end.
-"""
+"""Basic blocks of KVM that have run, from instrumented modules (see ``kvmnest coverage``)."""
 
 from __future__ import annotations
 
 import os
 import struct
-import sys
 from typing import Any
 
 DEVICE = "/dev/kvmnest-coverage"
@@ -56,22 +51,3 @@ def _sections() -> dict[str, dict[str, int]]:
                 with open(f"{folder}/{name}", encoding="ascii") as file:
                     found.setdefault(module, {})[name] = int(file.read(), 16)
     return found
-
-
-def main(arguments: list[str]) -> int:
-    """Run the command in ``arguments`` after the channel's name; returns its exit status."""
-    import subprocess  # not where cases run
-
-    from kvmnest.cases.events import EventWriter
-
-    try:
-        status = subprocess.run(arguments[1:], check=False).returncode
-    except OSError as error:
-        print(f"kvmnest: cannot start {arguments[1]}: {error.strerror}", file=sys.stderr)
-        status = 127
-    EventWriter(arguments[0]).send("coverage", **Covered().news())
-    return status if status >= 0 else 128 - status
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -142,5 +142,5 @@ def run_command(
         if event:
             boot.take(event, by)
 
-    wrapped = ["python3", "-m", "kvmnest.cases.covered", EVENTS_PATH, *command]
+    wrapped = ["python3", "-m", "kvmnest.cases.covered_command", EVENTS_PATH, *command]
     return lab.run(wrapped, on_event=take, on_error=on_error, limit=limit)

@@ -10,7 +10,7 @@ from kvmnest import reading
 from kvmnest.cases.capabilities import SCHEMA, read
 from kvmnest.errors import HarnessError
 from kvmnest.lab.emulators import BOCHS, Choice
-from kvmnest.vmx import Capabilities
+from kvmnest.vmx import Capabilities, capdecode
 
 Document = dict[str, Any]
 
@@ -81,7 +81,7 @@ def load(path: Path) -> Document:
 def decoded(document: Document) -> list[tuple[str, str, str]]:
     """Lines of (MSR, bit or number, value) in the SDM's names."""
     msrs = {int(index, 16): int(value, 16) for index, value in document["msrs"].items()}
-    lines = Capabilities.from_msrs(msrs).decode()
+    lines = capdecode.decode(Capabilities.from_msrs(msrs))
     return [(msr.name, name, text) for msr, name, text in lines]
 
 

@@ -5,7 +5,6 @@
 
 import errno
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
 
 from kvmnest.kvm import ioctls
 from kvmnest.kvm.base import MSR_BATCH, KvmObject
@@ -13,9 +12,6 @@ from kvmnest.kvm.caps import Cap
 from kvmnest.kvm.errors import KvmError, KvmMsrError
 from kvmnest.kvm.native import CData, ffi
 from kvmnest.kvm.stats import Stats
-
-if TYPE_CHECKING:
-    from kvmnest.kvm.vm import Vm
 
 _NESTED_HEADER = ffi.sizeof("struct kvm_nested_state")
 
@@ -54,7 +50,7 @@ def _tsc_request(row: ioctls.Ioctl, value: CData) -> CData:
 class VcpuState(KvmObject):
     """Everything of a vCPU but running it (which ``Vcpu`` adds)."""
 
-    def __init__(self, fd: int, vm: "Vm", name: str) -> None:
+    def __init__(self, fd: int, vm: KvmObject, name: str) -> None:
         super().__init__(fd, name)
         self.vm = vm
         self._stats: Stats | None = None

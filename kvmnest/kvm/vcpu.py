@@ -5,17 +5,15 @@ import mmap
 import os
 from _thread import RLock, get_ident, get_native_id
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kvmnest.kvm import ioctls
+from kvmnest.kvm.base import KvmObject
 from kvmnest.kvm.errors import KvmError
 from kvmnest.kvm.exits import DECODERS, INTR, IO, IO_IN, IO_OUT, MEMORY_FAULT, PORT, Exit, OtherExit
 from kvmnest.kvm.kick import kick_signal
 from kvmnest.kvm.native import NULL, CData, ffi, libc
 from kvmnest.kvm.state import VcpuState
-
-if TYPE_CHECKING:
-    from kvmnest.kvm.vm import Vm
 
 _ioctl = libc.ioctl
 _RUN = ioctls.RUN.code
@@ -25,7 +23,7 @@ _EHWPOISON = 133  # absent from the errno module
 class Vcpu(VcpuState):
     """Made by ``Vm.create_vcpu``; a context manager. One thread at a time may run it."""
 
-    def __init__(self, fd: int, vm: "Vm", id: int, mmap_size: int) -> None:
+    def __init__(self, fd: int, vm: KvmObject, id: int, mmap_size: int) -> None:
         super().__init__(fd, vm, f"vcpu {id}")
         self.id = id
         try:

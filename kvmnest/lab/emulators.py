@@ -63,18 +63,6 @@ class Choice:
     accelerator: str = "kvm"
     cpu_model: str | None = None
 
-    def locate(self, cpus: int = 1) -> Installed:
-        """Find one on this machine that emulates so many CPUs.
-
-        Raises LabSetupError if it is not there, or cannot do its work here, UsageError if it has
-        no such CPU model.
-        """
-        from kvmnest.lab import bochs, qemu
-
-        if self.boot == "qemu":
-            return qemu.locate(self.program, self.accelerator)
-        return bochs.locate(self.program, self.cpu_model, cpus)
-
 
 BOCHS = Choice()
 

@@ -17,6 +17,7 @@ from kvmnest.lab.bochs import Bochs
 from kvmnest.lab.emulators import BOCHS, Choice, Running
 from kvmnest.lab.errors import LabRunError, LabSetupError
 from kvmnest.lab.guest import MAILBOX_INTERRUPT
+from kvmnest.lab.locate import locate
 from kvmnest.lab.saved import SavedBoots
 from kvmnest.lab.session import Session, Sink, Times
 from kvmnest.lab.snapshot import SnapshotError
@@ -79,7 +80,7 @@ class Lab:
             raise UsageError(f"the lab has 1 to 8 CPUs, not {cpus}")
         started = time.monotonic()
         self.cpus = cpus
-        self.emulator = emulator.locate(cpus)
+        self.emulator = locate(emulator, cpus)
         # What can be wrong at once comes before a kernel that may have to be fetched.
         replaced = plan.replacements(Path(kvm_modules)) if kvm_modules is not None else []
         self.kernel = kernels.resolve(kernel)

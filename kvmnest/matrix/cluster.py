@@ -15,6 +15,7 @@ import kvmnest
 from kvmnest import scratch
 from kvmnest.errors import HarnessError, KvmnestError, UsageError, first_line
 from kvmnest.lab.emulators import BOCHS, Choice
+from kvmnest.lab.locate import locate
 from kvmnest.matrix.cell import Document, Job, Stopped, run_job, trouble
 from kvmnest.mutants.record import suite_state
 
@@ -142,7 +143,7 @@ def look(emulator: Choice) -> dict[str, str]:
     """On a worker: which kvmnest it has, and why it could not run a lab ("" if it could)."""
     reason = ""
     try:
-        emulator.locate()
+        locate(emulator)
     except KvmnestError as error:
         reason = first_line(error)
     return {"version": kvmnest.__version__, "suite": suite_state(), "trouble": reason}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import enum
-from typing import TYPE_CHECKING
 
+from kvmnest.vmx.caps import Capabilities
 from kvmnest.vmx.controls import (
     BasicCap,
     EntryCtl,
@@ -20,9 +20,6 @@ from kvmnest.vmx.controls import (
 )
 from kvmnest.vmx.msrs import Msr
 from kvmnest.vmx.registers import Cr0, Cr4
-
-if TYPE_CHECKING:
-    from kvmnest.vmx.caps import Capabilities
 
 _SPLIT: tuple[tuple[Msr, type[enum.IntFlag]], ...] = (
     (Msr.IA32_VMX_PINBASED_CTLS, PinCtl),

@@ -200,9 +200,3 @@ class Capabilities:
             return field.index - Field.CR3_TARGET_VALUE0.index < self.misc.cr3_targets
         flags = CONDITIONS.get(field)
         return flags is None or any(self.supports(flag) for flag in flags)
-
-    def decode(self) -> list[tuple[Msr, str, str]]:
-        """Every capability MSR taken apart: (msr, name of the bit or number, value)."""
-        from kvmnest.vmx.capdecode import decode
-
-        return decode(self)

@@ -16,6 +16,7 @@ from kvmnest.lab import qemu
 from kvmnest.lab.emulators import Choice
 from kvmnest.lab.errors import LabHang, LabLost, LabModuleError, LabPanic, LabSetupError
 from kvmnest.lab.guest import EVENTS_PATH
+from kvmnest.lab.locate import locate
 from kvmnest.lab.machine import Lab
 
 pytestmark = pytest.mark.skipif(
@@ -142,15 +143,15 @@ def test_a_qemu_that_does_not_start_is_named() -> None:
     with pytest.raises(LabLost, match=r"the emulator ended: .*invalid accelerator nonesuch$"):
         Lab(emulator=Choice("qemu", accelerator="nonesuch")).run(["true"])
     with pytest.raises(LabSetupError, match="/nonexistent/qemu not found: no such program"):
-        Choice("qemu", "/nonexistent/qemu", "tcg").locate()
+        locate(Choice("qemu", "/nonexistent/qemu", "tcg"))
     with pytest.raises(LabSetupError, match="is no QEMU"):
-        Choice("qemu", "/bin/true", "tcg").locate()
+        locate(Choice("qemu", "/bin/true", "tcg"))
 
 
 def test_a_missing_qemu_names_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nonexistent")
     with pytest.raises(LabSetupError, match=r"apt-get install qemu-system-x86$"):
-        TCG.locate()
+        locate(TCG)
 
 
 @pytest.mark.parametrize(

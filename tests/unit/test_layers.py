@@ -1,6 +1,7 @@
 """The parts of the package stand in one order, and nothing imports upward."""
 
 import ast
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,30 @@ def test_every_part_has_a_place() -> None:
     # The package itself, and settings of Sphinx.
     assert parts - {"__init__", "docs"} == {*ORDER}
     assert len(ORDER) == len({*ORDER})
+
+
+def modules() -> dict[str, Path]:
+    """Every module by its dotted name; a package is the face of its modules, and counts not."""
+    found = {}
+    for path in ROOT.rglob("*.py"):
+        parts = path.relative_to(ROOT.parent).with_suffix("").parts
+        if parts[1] != "docs" and parts[-1] != "__init__":
+            found[".".join(parts)] = path
+    return found
+
+
+def uses() -> dict[str, set[str]]:
+    """The modules that each module imports."""
+    found = modules()
+    return {name: imports_of(path) & found.keys() - {name} for name, path in found.items()}
+
+
+def test_no_two_modules_import_each_other() -> None:
+    """Not in a longer circle either, nor inside a function or for type checkers."""
+    try:
+        TopologicalSorter(uses()).prepare()
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
 
 
 def test_the_architecture_does_no_io() -> None:

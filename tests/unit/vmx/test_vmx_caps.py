@@ -21,6 +21,7 @@ from kvmnest.vmx import (
     Proc3Ctl,
     ProcCtl,
     VmFunc,
+    capdecode,
 )
 from kvmnest.vmx.field_conditions import CONDITIONS
 
@@ -129,7 +130,7 @@ def test_conditions_only_speak_of_optional_flags() -> None:
 
 def test_decode_covers_every_msr() -> None:
     caps = capabilities()
-    lines = caps.decode()
+    lines = capdecode.decode(caps)
     assert {msr for msr, _, _ in lines} >= {Msr(index) for index in MSRS if index != 0x486}
     as_dict = {(msr, name): value for msr, name, value in lines}
     assert as_dict[Msr.IA32_VMX_TRUE_PROCBASED_CTLS, "HLT_EXITING"] == "0 or 1"
