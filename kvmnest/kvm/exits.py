@@ -9,9 +9,9 @@ import struct
 from collections.abc import Callable
 from typing import Any, ClassVar, dataclass_transform
 
+from kvmnest.kvm.exit_codes import ExitCode
 from kvmnest.kvm.native import CData, ffi
 
-IO = 2
 IO_IN = 0
 IO_OUT = 1
 
@@ -341,37 +341,40 @@ def _constant(value: Exit) -> Callable[[CData, CData], Exit]:
 
 
 # Exit reason -> decoder of (struct kvm_run, the whole mapping).
-DECODERS: dict[int, Callable[[CData, CData], Exit]] = {
-    0: lambda run, pages: UnknownExit(run.hw.hardware_exit_reason),
-    1: lambda run, pages: ExceptionExit(run.ex.exception, run.ex.error_code),
-    IO: _io,
-    3: _hypercall,
-    4: _debug,
-    5: _constant(HltExit()),
-    6: _mmio,
-    7: _constant(IrqWindowOpenExit()),
-    8: _constant(ShutdownExit()),
-    9: lambda run, pages: FailEntryExit(
+_DECODERS: dict[ExitCode, Callable[[CData, CData], Exit]] = {
+    ExitCode.UNKNOWN: lambda run, pages: UnknownExit(run.hw.hardware_exit_reason),
+    ExitCode.EXCEPTION: lambda run, pages: ExceptionExit(run.ex.exception, run.ex.error_code),
+    ExitCode.IO: _io,
+    ExitCode.HYPERCALL: _hypercall,
+    ExitCode.DEBUG: _debug,
+    ExitCode.HLT: _constant(HltExit()),
+    ExitCode.MMIO: _mmio,
+    ExitCode.IRQ_WINDOW_OPEN: _constant(IrqWindowOpenExit()),
+    ExitCode.SHUTDOWN: _constant(ShutdownExit()),
+    ExitCode.FAIL_ENTRY: lambda run, pages: FailEntryExit(
         run.fail_entry.hardware_entry_failure_reason, run.fail_entry.cpu
     ),
-    10: _constant(INTR),
-    11: _constant(SetTprExit()),
-    12: lambda run, pages: TprAccessExit(run.tpr_access.rip, bool(run.tpr_access.is_write)),
-    16: _constant(NmiExit()),
-    17: _internal,
-    24: _system_event,
-    26: lambda run, pages: EoiExit(run.eoi.vector),
-    27: _hyperv,
-    29: lambda run, pages: RdmsrExit(run.msr.reason, run.msr.index),
-    30: lambda run, pages: WrmsrExit(run.msr.reason, run.msr.index, run.msr.data),
-    31: _constant(DirtyRingFullExit()),
-    32: _constant(ApResetHoldExit()),
-    33: _constant(BusLockExit()),
-    34: _xen,
-    37: lambda run, pages: NotifyExit(run.notify.flags),
-    39: lambda run, pages: MemoryFaultExit(
+    ExitCode.INTR: _constant(INTR),
+    ExitCode.SET_TPR: _constant(SetTprExit()),
+    ExitCode.TPR_ACCESS: lambda run, pages: TprAccessExit(
+        run.tpr_access.rip, bool(run.tpr_access.is_write)
+    ),
+    ExitCode.NMI: _constant(NmiExit()),
+    ExitCode.INTERNAL_ERROR: _internal,
+    ExitCode.SYSTEM_EVENT: _system_event,
+    ExitCode.IOAPIC_EOI: lambda run, pages: EoiExit(run.eoi.vector),
+    ExitCode.HYPERV: _hyperv,
+    ExitCode.X86_RDMSR: lambda run, pages: RdmsrExit(run.msr.reason, run.msr.index),
+    ExitCode.X86_WRMSR: lambda run, pages: WrmsrExit(run.msr.reason, run.msr.index, run.msr.data),
+    ExitCode.DIRTY_RING_FULL: _constant(DirtyRingFullExit()),
+    ExitCode.AP_RESET_HOLD: _constant(ApResetHoldExit()),
+    ExitCode.X86_BUS_LOCK: _constant(BusLockExit()),
+    ExitCode.XEN: _xen,
+    ExitCode.NOTIFY: lambda run, pages: NotifyExit(run.notify.flags),
+    ExitCode.MEMORY_FAULT: lambda run, pages: MemoryFaultExit(
         run.memory_fault.flags, run.memory_fault.gpa, run.memory_fault.size
     ),
 }
 
-MEMORY_FAULT = 39
+#: What makes the exit, by its number: (``struct kvm_run *``, the mapping that holds it).
+DECODERS = {code.value: decoder for code, decoder in _DECODERS.items()}

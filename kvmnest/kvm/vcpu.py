@@ -10,13 +10,16 @@ from typing import Any
 from kvmnest.kvm import ioctls
 from kvmnest.kvm.base import KvmObject
 from kvmnest.kvm.errors import KvmError
-from kvmnest.kvm.exits import DECODERS, INTR, IO, IO_IN, IO_OUT, MEMORY_FAULT, PORT, Exit, OtherExit
+from kvmnest.kvm.exit_codes import ExitCode
+from kvmnest.kvm.exits import DECODERS, INTR, IO_IN, IO_OUT, PORT, Exit, OtherExit
 from kvmnest.kvm.kick import kick_signal
 from kvmnest.kvm.native import NULL, CData, ffi, libc
 from kvmnest.kvm.state import VcpuState
 
 _ioctl = libc.ioctl
 _RUN = ioctls.RUN.code
+#: Plain integers, since every exit is compared with them.
+_IO, _MEMORY_FAULT = ExitCode.IO.value, ExitCode.MEMORY_FAULT.value
 _EHWPOISON = 133  # absent from the errno module
 
 
@@ -69,7 +72,7 @@ class Vcpu(VcpuState):
         None stands for that exit; any other one is decoded. Half the cost of ``run``.
         """
         seen = self._enter()
-        if seen is None and PORT.unpack_from(self._pages) != (IO, IO_OUT, 1, port):
+        if seen is None and PORT.unpack_from(self._pages) != (_IO, IO_OUT, 1, port):
             return self._exit()
         return seen
 
@@ -104,8 +107,8 @@ class Vcpu(VcpuState):
             return INTR
         run = self._run
         # The only errors that come with an exit: a page of a memory slot could not be mapped.
-        if error in (errno.EFAULT, _EHWPOISON) and run.exit_reason == MEMORY_FAULT:
-            return DECODERS[MEMORY_FAULT](run, self._pages)
+        if error in (errno.EFAULT, _EHWPOISON) and run.exit_reason == _MEMORY_FAULT:
+            return DECODERS[_MEMORY_FAULT](run, self._pages)
         hint = "" if self._fd >= 0 else f"{self.name} is closed"
         raise KvmError("KVM_RUN", self.name, error, hint)
 

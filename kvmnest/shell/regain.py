@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from kvmnest.errors import KvmnestError
 from kvmnest.kvm import Cap, KvmError
+from kvmnest.kvm.exit_codes import ExitCode
 from kvmnest.l1 import L1
 from kvmnest.l1.cpu import Cpu
 
-_EXIT_UNKNOWN, _EXIT_IO, _EXIT_INTR = 0, 2, 10
 _NESTED_GUEST_MODE = 1  # KVM_STATE_NESTED_GUEST_MODE
 _VALID_TRIPLE_FAULT = 0x20  # KVM_VCPUEVENT_VALID_TRIPLE_FAULT
 
@@ -25,12 +25,12 @@ def regain(l1: L1) -> str | None:
             continue
         run = cpu.vcpu.kvm_run
         reason = run.exit_reason
-        if reason == _EXIT_UNKNOWN or (
-            reason == _EXIT_IO and run.io.port == l1.payload["PORT_DONE"]
+        if reason == ExitCode.UNKNOWN or (
+            reason == ExitCode.IO and run.io.port == l1.payload["PORT_DONE"]
         ):
             # The signal came before KVM_RUN or after its end: the payload waits for commands.
             cpu.suspended = False
-        elif reason == _EXIT_INTR:
+        elif reason == ExitCode.INTR:
             try:
                 said = _stop(l1, cpu)
             except (KvmError, KvmnestError):

@@ -12,6 +12,7 @@ from kvmnest.l1.vmcs import Vmcs
 from kvmnest.suite.support.failures import write_msr_area
 from kvmnest.vmx import EntryCtl, ExitReason, Field, Msr, ProcCtl, VmxError
 from kvmnest.vmx.outcome import Exit, Succeed, VMfailValid
+from kvmnest.vmx.registers import PAT_RESET
 
 pytestmark = [
     pytest.mark.series(14),
@@ -27,7 +28,7 @@ _MSRS = {
     Msr.LSTAR: (0x2000, _HIGH + 8),
     Msr.SYSENTER_EIP: (0x3000, _HIGH + 16),
     Msr.SYSENTER_CS: (0x18, 0x20),
-    Msr.PAT: (0x0007040600070406, 0x0606060606060606),
+    Msr.PAT: (PAT_RESET, 0x0606060606060606),
 }
 
 

@@ -7,6 +7,7 @@ import pytest
 from kvmnest.l1 import L1, Mode
 from kvmnest.vmx import ExitReason, Field, Misc, Vector, VmxError
 from kvmnest.vmx.outcome import Exit, Fault, Outcome, Succeed, VMfailInvalid, VMfailValid
+from kvmnest.vmx.registers import STATUS_FLAGS
 
 SDM_READ = "VMREAD - Read Field from Virtual-Machine Control Structure"
 SDM_WRITE = "VMWRITE - Write Field to Virtual-Machine Control Structure"
@@ -152,7 +153,7 @@ def test_vmwrite_from_unmapped_memory(l1: L1, rflags: int) -> None:
         before = l1.vmread(field)
         seen = _do(l1, "vmwrite", field, at=0x40000120, rflags=rflags)
         assert seen == Fault(Vector.PF, error_code=0, cr2=0x40000120, rip=0), field.name
-        assert seen.rflags & 0x8D5 == rflags & 0x8D5, field.name
+        assert seen.rflags & STATUS_FLAGS == rflags & STATUS_FLAGS, field.name
         assert l1.vmread(field) == before, field.name
 
 

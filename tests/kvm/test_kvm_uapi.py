@@ -10,6 +10,7 @@ import pytest
 
 from kvmnest.kvm import exits, ioctls, kick, vm
 from kvmnest.kvm.caps import Cap
+from kvmnest.kvm.exit_codes import ExitCode
 from kvmnest.kvm.native import CData, ffi
 
 HEADERS = ("linux/kvm.h", "asm/kvm.h")
@@ -55,7 +56,7 @@ NO_X86_REASON = re.compile(
 CONSTANTS = {
     "KVM_EXIT_IO_IN": exits.IO_IN,
     "KVM_EXIT_IO_OUT": exits.IO_OUT,
-    "KVM_EXIT_MEMORY_FAULT": exits.MEMORY_FAULT,
+    **{f"KVM_EXIT_{code.name}": code for code in ExitCode},
     "KVM_MSR_EXIT_REASON_INVAL": exits.MSR_REASON_INVAL,
     "KVM_MSR_EXIT_REASON_UNKNOWN": exits.MSR_REASON_UNKNOWN,
     "KVM_MSR_EXIT_REASON_FILTER": exits.MSR_REASON_FILTER,

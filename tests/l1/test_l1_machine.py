@@ -15,6 +15,7 @@ from kvmnest.l1.command import Command, Frame, Kind
 from kvmnest.l1.pool import L1Pool
 from kvmnest.vmx import Vector
 from kvmnest.vmx.outcome import Fault, HostExit, Succeed
+from kvmnest.vmx.registers import STATUS_FLAGS
 
 REGISTERS = ("rax", "rbx", "rcx", "rdx", "rsi", "rbp", *(f"r{n}" for n in range(8, 16)))
 
@@ -27,8 +28,8 @@ def test_registers_both_ways(l1: L1) -> None:
 
 
 def test_rflags_of_the_instruction(l1: L1) -> None:
-    assert l1.call(b"\x31\xc0").rflags & 0x8D5 == 0x44  # XOR EAX, EAX: ZF and PF
-    assert l1.call(b"\xf9", rflags=0x2).rflags & 0x8D5 == 0x1  # STC
+    assert l1.call(b"\x31\xc0").rflags & STATUS_FLAGS == 0x44  # XOR EAX, EAX: ZF and PF
+    assert l1.call(b"\xf9", rflags=0x2).rflags & STATUS_FLAGS == 0x1  # STC
 
 
 def test_control_registers(l1: L1) -> None:
@@ -189,9 +190,9 @@ def test_what_is_not_looked_at_is_of_its_own_command(l1: L1) -> None:
 def test_the_state_of_one_command_is_not_left_for_the_next(l1: L1) -> None:
     stack = l1.sym("snippet_stack_top") - 64
     push = b"\x9c\x58"  # PUSHFQ; POP RAX
-    assert l1.call(push, rflags=0x2, rsp=stack).regs["rax"] & 0x8D5 == 0
+    assert l1.call(push, rflags=0x2, rsp=stack).regs["rax"] & STATUS_FLAGS == 0
     seen = l1.call(push)
-    assert seen.regs["rax"] & 0x8D5 == 0x8D5
+    assert seen.regs["rax"] & STATUS_FLAGS == STATUS_FLAGS
     assert seen.regs["rsp"] != stack
     load = b"\x48\x8b\x07"  # MOV RAX, [RDI]
     assert l1.call(load, at=0x40000000) == Fault(Vector.PF, cr2=0x40000000)
