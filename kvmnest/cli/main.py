@@ -26,7 +26,7 @@ _BAD_NAMES = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOENT, errno.ENOTDIR, errn
 def verbs() -> list[str]:
     """Names of all verbs: the modules of ``kvmnest.cli`` that add a parser."""
     found = (module.name for module in pkgutil.iter_modules(cli.__path__))
-    helpers = ("main", "numbers")
+    helpers = ("main", "numbers", "run_options")
     return sorted(name for name in found if name not in helpers and not name.startswith("_"))
 
 

@@ -6,12 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 from kvmnest.cli import list as list_verb
-from kvmnest.cli.main import main
+from kvmnest.cli.main import main, verbs
 
 KVMNEST = [sys.executable, "-m", "kvmnest"]
 
@@ -159,3 +160,11 @@ def test_an_address_that_cannot_be(address, tmp_path, capsys):
     words = ["--scheduler", address, "--kernels", "6.1", "--state", str(tmp_path)]
     assert main(["matrix", *words, "test_vmxon.py"]) == 2
     assert "an address looks like tcp://HOST:8786" in capsys.readouterr().err
+
+
+def test_every_verb_can_be_run() -> None:
+    """A helper among the modules of the verbs is no verb."""
+    for verb in verbs():
+        module = import_module(f"kvmnest.cli.{verb}")
+        assert callable(module.add_parser), verb
+        assert callable(module.run), verb
