@@ -24,10 +24,12 @@ _BAD_NAMES = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOENT, errno.ENOTDIR, errn
 
 
 def verbs() -> list[str]:
-    """Names of all verbs: the modules of ``kvmnest.cli`` that add a parser."""
+    """Names of all verbs: the modules of ``kvmnest.cli``, but for those that help others.
+
+    A helper of one verb has a name of two words ("run_options").
+    """
     found = (module.name for module in pkgutil.iter_modules(cli.__path__))
-    helpers = ("main", "numbers", "run_options")
-    return sorted(name for name in found if name not in helpers and not name.startswith("_"))
+    return sorted(name for name in found if name not in ("main", "numbers") and "_" not in name)
 
 
 class _Parser(argparse.ArgumentParser):
