@@ -67,7 +67,12 @@ def run(options: argparse.Namespace, lab: MakeLab = LabTarget) -> int:
     if options.jobs is not None and options.jobs < 1:
         raise UsageError(f"--jobs must be at least 1, not {options.jobs}")
     require_writable(options.json, options.junit, options.html, options.ktap)
-    progress = Progress(sys.stdout, quiet=options.quiet, verbose=options.verbose)
+    progress = Progress(
+        sys.stdout,
+        quiet=options.quiet,
+        verbose=options.verbose,
+        colour={"yes": True, "no": False}.get(options.color),
+    )
     selection = Selection(
         selected=selected,
         keyword=options.keyword,

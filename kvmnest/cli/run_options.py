@@ -99,12 +99,18 @@ def add_options(parser: Any) -> None:
     out.add_argument(
         "--durations", type=int, default=0, metavar="N", help="name the N slowest cases"
     )
+    out.add_argument(
+        "--color",
+        choices=("auto", "yes", "no"),
+        default="auto",
+        help="colour outcomes (default: on a terminal, unless NO_COLOR is set)",
+    )
     out.add_argument("-q", "--quiet", action="store_true", help="exit code and files only")
 
 
 def recorded(options: argparse.Namespace) -> dict[str, Any]:
     """Options that belong to the results."""
-    left_out = ("verb", "json", "junit", "html", "ktap", "quiet", "verbose", "durations")
+    left_out = ("verb", "json", "junit", "html", "ktap", "quiet", "verbose", "durations", "color")
     return {
         name: str(value) if isinstance(value, Path) else value
         for name, value in vars(options).items()

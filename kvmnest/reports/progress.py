@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from typing import TextIO
@@ -17,12 +18,31 @@ _LONGEST_DETAIL_LINES = 60
 _FIRST_ESTIMATE = 20
 
 
-class Progress:
-    """Writes to ``out``. A stream that went away (closed pipe) is left alone from then on."""
+#: Escape sequences of a terminal: green, red, yellow.
+_COLOURS = {"passed": "32", "failed": "31", "error": "31", "skipped": "33", "known": "33"}
 
-    def __init__(self, out: TextIO, *, quiet: bool = False, verbose: bool = False) -> None:
+
+class Progress:
+    """Writes to ``out``. A stream that went away (closed pipe) is left alone from then on.
+
+    ``colour`` True, False or None: on a terminal, unless NO_COLOR is set (see no-color.org) or
+    the terminal is a dumb one.
+    """
+
+    def __init__(
+        self,
+        out: TextIO,
+        *,
+        quiet: bool = False,
+        verbose: bool = False,
+        colour: bool | None = None,
+    ) -> None:
         self._out = out
         self._tty = out.isatty()
+        if colour is None:
+            unwanted = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+            colour = self._tty and not unwanted
+        self._colour = colour
         self._quiet, self._verbose = quiet, verbose
         self._total = 0
         self._began = self._shown_at = time.monotonic()
@@ -44,10 +64,12 @@ class Progress:
     def ended(self, run: Run, case: Case) -> None:
         """A case ended."""
         if case.outcome in FAILED:
-            self.line(f"{case.outcome.upper()} {case.id}: {case.summary}")
+            shown = self._painted(case.outcome.upper(), case.outcome)
+            self.line(f"{shown} {case.id}: {case.summary}")
         elif self._verbose:
             reason = f": {first_line(case.detail)}" if case.outcome != "passed" else ""
-            self.line(f"{case.outcome} {case.id} ({case.seconds:.3f} s){reason}")
+            shown = self._painted(case.outcome, case.outcome)
+            self.line(f"{shown} {case.id} ({case.seconds:.3f} s){reason}")
         now, done = time.monotonic(), len(run.cases)
         if self._tty:
             if now - self._shown_at >= _REWRITE_SECONDS:
@@ -71,11 +93,19 @@ class Progress:
         for case in run.cases:
             if case.outcome in FAILED:
                 self._failure(case)
-        for text in summary_lines(run):
+        *table, last = summary_lines(run)
+        for text in table:
             self.line(text)
+        counts = run.summary()
+        bad = any(counts[outcome] for outcome in FAILED) or run.problems or not run.cases
+        self.line(self._painted(last, "failed" if bad else "passed"))
+
+    def _painted(self, text: str, outcome: str) -> str:
+        """The text in the colour of an outcome."""
+        return f"\x1b[{_COLOURS[outcome]}m{text}\x1b[0m" if self._colour else text
 
     def _failure(self, case: Case) -> None:
-        self.line(f"--- {case.outcome}: {case.id}")
+        self.line(f"--- {self._painted(case.outcome, case.outcome)}: {case.id}")
         if case.sdm:
             self.line(f'    SDM, "{case.sdm}"; patch {case.series}')
         lines = case.detail.rstrip().splitlines()

@@ -4,6 +4,9 @@ import contextlib
 import io
 import os
 import pty
+import re
+
+import pytest
 
 from kvmnest.reports.model import Case, Run
 from kvmnest.reports.progress import Progress, last_line, summary_lines
@@ -27,6 +30,8 @@ def _play(progress, count, outcome="passed"):
 def test_a_terminal_gets_one_line_that_is_rewritten(monkeypatch):
     monkeypatch.setattr("kvmnest.reports.progress._REWRITE_SECONDS", 0.0)
     monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
     main, terminal = pty.openpty()
     with open(terminal, "w") as out:
         _play(Progress(out), 3)
@@ -40,7 +45,46 @@ def test_a_terminal_gets_one_line_that_is_rewritten(monkeypatch):
     assert progress.count("\r\x1b[K") == 7
     assert "[2/3] 2 passed" in progress
     assert all(len(line) < 40 for line in progress.split("\r\x1b[K"))
-    assert "3 passed in" in rest
+    assert "\x1b[32m3 passed in" in rest
+
+
+@pytest.mark.parametrize(
+    ("outcome", "shown"),
+    [
+        ("failed", "\x1b[31mFAILED\x1b[0m test_a.py::test_0: why"),
+        ("error", "\x1b[31mERROR\x1b[0m test_a.py::test_0: why"),
+        ("known", "\x1b[33mknown\x1b[0m test_a.py::test_0"),
+        ("skipped", "\x1b[33mskipped\x1b[0m test_a.py::test_0"),
+        ("passed", "\x1b[32mpassed\x1b[0m test_a.py::test_0"),
+    ],
+)
+def test_colours(outcome, shown):
+    plain, colours = io.StringIO(), io.StringIO()
+    _play(Progress(plain, verbose=True), 1, outcome)
+    _play(Progress(colours, verbose=True, colour=True), 1, outcome)
+    assert shown in colours.getvalue()
+    good = outcome in ("known", "skipped", "passed")
+    last = colours.getvalue().splitlines()[-1]
+    assert last.startswith("\x1b[32m" if good else "\x1b[31m")
+    assert last.endswith("\x1b[0m")
+    assert re.sub("\x1b.[0-9]*m", "", colours.getvalue()) == plain.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [({}, True), ({"NO_COLOR": "1"}, False), ({"NO_COLOR": ""}, True), ({"TERM": "dumb"}, False)],
+)
+def test_who_gets_colours(monkeypatch, environment, expected):
+    for name in ("NO_COLOR", "TERM"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    main, terminal = pty.openpty()
+    with open(terminal, "w") as out:
+        _play(Progress(out), 1, "failed")
+    shown = os.read(main, 65536)
+    os.close(main)
+    assert (b"\x1b[31m" in shown) is expected
 
 
 def test_a_log_gets_a_line_now_and_then():
