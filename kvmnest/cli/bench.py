@@ -8,7 +8,7 @@ from typing import Any
 
 from kvmnest import reading
 from kvmnest.cli.lab import add_options, emulator, lab_only, parameters
-from kvmnest.errors import HarnessError, UsageError
+from kvmnest.errors import UsageError
 from kvmnest.files import require_writable, write_json
 
 
@@ -60,15 +60,14 @@ def _here(options: argparse.Namespace) -> dict[str, Any]:
 def _in_lab(options: argparse.Namespace) -> dict[str, Any]:
     from kvmnest.lab.machine import Lab
 
-    output = bytearray()
-    settings = parameters(options.kvm_param)
-    with Lab(options.kernel, settings, options.kvm_modules, 1, emulator(options)) as lab:
-        command = ["python3", "-m", "kvmnest.bench.measure"]
-        status = lab.run(command, on_output=output.extend, idle_limit=300)
-    text = output.decode(errors="replace").strip()
-    if status:
-        raise HarnessError(f"the lab: {text.splitlines()[-1] if text else f'status {status}'}")
-    found: dict[str, Any] = reading.value(text.encode(), "JSON", {}, "the lab's answer")
+    lab = Lab(
+        options.kernel,
+        kvm_params=parameters(options.kvm_param),
+        kvm_modules=options.kvm_modules,
+        emulator=emulator(options),
+    )
+    output = lab.output(["python3", "-m", "kvmnest.bench.measure"], "the benchmark", idle_limit=300)
+    found: dict[str, Any] = reading.value(output, "JSON", {}, "the lab's answer")
     return found
 
 

@@ -153,8 +153,8 @@ def _command(options: argparse.Namespace, collector: Collector) -> int:
 
     lab = Lab(
         options.kernel,
-        parameters(options.kvm_param),
-        options.kvm_modules,
+        kvm_params=parameters(options.kvm_param),
+        kvm_modules=options.kvm_modules,
         emulator=emulator(options),
     )
     status = run_command(collector, lab, options.command, write_error, options.limit)

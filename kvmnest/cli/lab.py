@@ -358,22 +358,21 @@ def _run(args: argparse.Namespace) -> int:
     """Run the command; returns its exit status (128 + signal if a signal killed it)."""
     from kvmnest.lab.machine import Lab, write_error
 
-    settings = parameters(args.kvm_param)
-    with Lab(
+    lab = Lab(
         args.kernel,
-        settings,
-        args.kvm_modules,
-        args.cpus,
-        emulator(args),
+        kvm_params=parameters(args.kvm_param),
+        kvm_modules=args.kvm_modules,
+        cpus=args.cpus,
+        emulator=emulator(args),
         snapshots=not args.cold,
-    ) as lab:
-        status = lab.run(
-            args.command,
-            on_error=write_error,
-            on_kernel=write_error if args.verbose else lambda _: None,
-            idle_limit=args.idle_limit,
-            limit=args.limit,
-        )
+    )
+    status = lab.run(
+        args.command,
+        on_error=write_error,
+        on_kernel=write_error if args.verbose else lambda _: None,
+        idle_limit=args.idle_limit,
+        limit=args.limit,
+    )
     if args.verbose:
         times = lab.times
         print(

@@ -28,6 +28,11 @@ def run(options: argparse.Namespace) -> int:
 
     if use_host(options):
         return prompt.here()
-    settings = parameters(options.kvm_param)
-    with Lab(options.kernel, settings, options.kvm_modules, 1, emulator(options)) as lab:
-        return prompt.in_lab(lab)
+    return prompt.in_lab(
+        Lab(
+            options.kernel,
+            kvm_params=parameters(options.kvm_param),
+            kvm_modules=options.kvm_modules,
+            emulator=emulator(options),
+        )
+    )

@@ -48,23 +48,9 @@ def in_lab(
     from kvmnest.lab import cache
     from kvmnest.lab.machine import Lab
 
-    output = b""
-
-    def take(data: bytes) -> None:
-        nonlocal output
-        output += data
-
-    with Lab(kernel, params, modules, 1, emulator) as lab:
-        cache.tell(f"booting {lab.kernel.release} {lab.emulator.where}: some seconds")
-        status = lab.run(
-            ["python3", "-m", "kvmnest.cases.capabilities"],
-            on_output=take,
-            on_error=take,
-            idle_limit=120,
-        )
-    if status:
-        lines = output.decode(errors="replace").strip().splitlines() or ["no message"]
-        raise HarnessError(f"cannot read the capabilities in the lab: {lines[-1]}")
+    lab = Lab(kernel, kvm_params=params, kvm_modules=modules, emulator=emulator)
+    cache.tell(f"booting {lab.kernel.release} {lab.emulator.where}: some seconds")
+    output = lab.output(["python3", "-m", "kvmnest.cases.capabilities"], "reading the capabilities")
     return _with_vmx(reading.value(output, "JSON", _SCHEMA, "the lab's answer"))
 
 

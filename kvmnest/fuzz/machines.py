@@ -79,7 +79,9 @@ class LabMachine:
         modules: str | None = None,
         emulator: Choice = BOCHS,
     ) -> None:
-        self._make: Callable[[], Lab] = partial(Lab, kernel, params, modules, 1, emulator)
+        self._make: Callable[[], Lab] = partial(
+            Lab, kernel, kvm_params=params, kvm_modules=modules, emulator=emulator
+        )
         self._make()
         self.name = emulator.boot
 

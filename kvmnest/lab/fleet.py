@@ -130,16 +130,6 @@ def _offered(emulator: bochs.Emulator, kernel: str | None) -> dict[str, Any]:
 
 
 def _ask(emulator: bochs.Emulator, kernel: str | None) -> bytes:
-    output = b""
-
-    def take(data: bytes) -> None:
-        nonlocal output
-        output += data
-
     choice = Choice(program=emulator.path, cpu_model=emulator.model.name)
-    with Lab(kernel, emulator=choice, snapshots=False) as lab:
-        status = lab.run(["python3", "-c", _ASK], on_output=take, on_error=take)
-    if status:
-        lines = output.decode(errors="replace").strip().splitlines() or ["no message"]
-        raise LabSetupError(f"cannot ask {emulator.model.name}: {lines[-1]}")
-    return output
+    lab = Lab(kernel, emulator=choice, snapshots=False)
+    return lab.output(["python3", "-c", _ASK], f"reading what {emulator.model.name} offers")

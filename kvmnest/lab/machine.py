@@ -69,6 +69,7 @@ class Lab:
     def __init__(
         self,
         kernel: str | None = None,
+        *,
         kvm_params: Mapping[str, str] | None = None,
         kvm_modules: str | os.PathLike[str] | None = None,
         cpus: int = 1,
@@ -98,13 +99,6 @@ class Lab:
         self._running: Running | None = None
         self._mailbox: list[int] = []
         self.times = Times(prepare=time.monotonic() - started)
-
-    def __enter__(self) -> "Lab":
-        """Return self."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Nothing is left running between runs."""
 
     @property
     def info(self) -> dict[str, Any]:
@@ -159,6 +153,21 @@ class Lab:
                     process.stop()
                     self._saved = None
                     waiting = self._start(process, job)
+
+    def output(self, argv: Sequence[str], what: str, *, idle_limit: float = 120.0) -> bytes:
+        """Run a command as ``run`` does and return its stdout.
+
+        Raises LabRunError, which tells ``what`` failed and its last line, and what ``run`` raises.
+        """
+        output, errors = bytearray(), bytearray()
+        status = self.run(
+            argv, on_output=output.extend, on_error=errors.extend, idle_limit=idle_limit
+        )
+        if status:
+            said = (errors or output).decode(errors="replace").strip()
+            lines = said.splitlines() or [f"status {status}"]
+            raise LabRunError(f"{what} failed in the lab: {lines[-1]}")
+        return bytes(output)
 
     def post(self, mark: bytes, pages: int, mail: dict[str, Any]) -> None:
         """Give mail to the running guest, which waits at a ``guest.Mailbox`` of so many pages.

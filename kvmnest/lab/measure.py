@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from kvmnest.lab.emulators import Choice
-from kvmnest.lab.errors import LabSetupError
 from kvmnest.lab.machine import Lab
 
 #: Every figure is the least of so many rounds: what disturbs only makes slower.
@@ -43,13 +42,8 @@ def speeds(
 
 def _run(choice: Choice, kernel: str | None, command: Sequence[str]) -> float:
     """Boot from cold and run a command; CPU seconds of the processes that this started."""
-    output = bytearray()
     began = _children()
-    with Lab(kernel, emulator=choice, snapshots=False) as lab:
-        status = lab.run(command, on_output=output.extend, on_error=output.extend, idle_limit=600)
-    if status:
-        lines = output.decode(errors="replace").strip().splitlines() or ["no message"]
-        raise LabSetupError(f"{' '.join(command)} in the lab failed: {lines[-1]}")
+    Lab(kernel, emulator=choice, snapshots=False).output(command, " ".join(command), idle_limit=600)
     return _children() - began
 
 

@@ -49,7 +49,14 @@ class LabTarget:
         patience: float = 120.0,
         on_line: Callable[[str], None] = lambda line: None,
     ) -> None:
-        self._make_lab = partial(Lab, kernel, kvm_params, kvm_modules, cpus, emulator)
+        self._make_lab = partial(
+            Lab,
+            kernel,
+            kvm_params=kvm_params,
+            kvm_modules=kvm_modules,
+            cpus=cpus,
+            emulator=emulator,
+        )
         self.name = emulator.boot
         self._lab = self._make_lab()
         self.emulator = self._lab.emulator.cpu_emulator
