@@ -17,7 +17,7 @@ from kvmnest.errors import HarnessError, KvmnestError, UsageError, first_line
 from kvmnest.lab.emulators import BOCHS, Choice
 from kvmnest.lab.locate import locate
 from kvmnest.matrix.cell import Document, Job, Stopped, run_job, trouble
-from kvmnest.mutants.record import suite_state
+from kvmnest.run.suite_state import suite_state
 
 #: How often a task is tried again after an error of a worker (not of a kernel).
 RETRIES = 3

@@ -12,9 +12,9 @@ from kvmnest.errors import KvmnestError, first_line
 from kvmnest.files import require_folder, write_json
 from kvmnest.lab.emulators import BOCHS, Choice
 from kvmnest.matrix.cell import Cell, Document, Job, merge, run_job, trouble
-from kvmnest.mutants.record import suite_state
 from kvmnest.reports import jsonfile
 from kvmnest.run.collect import collect
+from kvmnest.run.suite_state import suite_state
 
 __all__ = ["Cell", "Local", "Matrix"]
 

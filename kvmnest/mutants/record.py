@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import kvmnest
 from kvmnest import reading
 from kvmnest.files import write_json
 from kvmnest.lab import cache
@@ -21,7 +20,6 @@ DETECTED, MISSED, MASKED, UNFIT = "detected", "missed", "masked", "does not appl
 VERDICTS = (DETECTED, MISSED, MASKED, UNFIT)
 
 # What the outcome of a case hangs on, besides the kernel.
-_SUITE_PARTS = ("suite", "l1", "vmx", "cases", "kvm", "data/l1.elf", "data/known.toml")
 
 
 @dataclass(frozen=True)
@@ -148,13 +146,3 @@ def mutant_key(mutant: Mutant, release: str) -> str:
 def params_text(params: Mapping[str, str]) -> str:
     """Parameters as one text, "ept=0 vpid=0"; "" for none."""
     return " ".join(f"{name}={value}" for name, value in sorted(params.items()))
-
-
-def suite_state() -> str:
-    """Name of the present state of the suite and of all that its cases use."""
-    base = Path(kvmnest.__file__).parent
-    files: list[Path] = []
-    for part in _SUITE_PARTS:
-        path = base / part
-        files += sorted(path.rglob("*.py")) if path.is_dir() else [path]
-    return cache.digest([part for f in files for part in (f.relative_to(base), f.read_bytes())])

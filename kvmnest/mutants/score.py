@@ -24,6 +24,7 @@ from kvmnest.run.judge import Enough, Judge, Listener
 from kvmnest.run.lab_target import LabTarget
 from kvmnest.run.loop import run_cases
 from kvmnest.run.selection import Selection, pytest_arguments, split_selection
+from kvmnest.run.suite_state import suite_state
 from kvmnest.run.targets import LocalTarget
 
 _BUDGET = 5.0
@@ -84,7 +85,7 @@ class Scorer:
         After Ctrl-C everything that was scored is in the record.
         """
         # What a machine offers decides which cases run.
-        self._suite = cache.digest([record.suite_state(), self.emulator])
+        self._suite = cache.digest([suite_state(), self.emulator])
         self._ids = collect_ids()
         todo = [mutant for mutant in mutants if not self._settled(mutant)]
         if not todo:

@@ -164,7 +164,7 @@ def test_another_kvmnest_is_not_used():
     from kvmnest.lab.emulators import BOCHS
     from kvmnest.matrix.cell import Cell, Job
     from kvmnest.matrix.cluster import _unfit, look, work
-    from kvmnest.mutants.record import suite_state
+    from kvmnest.run.suite_state import suite_state
 
     assert _unfit(look(BOCHS), suite_state()) == ""
     assert "is not the same as this one" in _unfit(look(BOCHS), "0123456789abcdef")

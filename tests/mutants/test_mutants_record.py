@@ -11,6 +11,7 @@ from kvmnest.kernel.edits import Edit
 from kvmnest.mutants import record, table
 from kvmnest.mutants.catalogue import Mutant
 from kvmnest.mutants.record import DETECTED, MASKED, MISSED, Score
+from kvmnest.run.suite_state import suite_state
 
 MUTANT = Mutant("one", "a bug", Edit("a.c", "f", "x", "y"), params={"ept": "0"})
 KEY = record.mutant_key(MUTANT, "6.1")
@@ -73,7 +74,7 @@ def test_key_follows_edit_and_parameters() -> None:
     other = Mutant("one", "a bug", Edit("a.c", "f", "x", "z"), params={"ept": "0"})
     plain = Mutant("one", "a bug", MUTANT.edit)
     assert len({KEY, record.mutant_key(other, "6.1"), record.mutant_key(plain, "6.1")}) == 3
-    assert record.suite_state() == record.suite_state()
+    assert suite_state() == suite_state()
 
 
 def test_table_and_document() -> None:
