@@ -160,14 +160,15 @@ def _difference(name: str, got: object, expected: object) -> str:
     return f"{name}: {text}" if name else text
 
 
-def _field(value: object) -> Any:
+def _field(value: Any) -> Any:
     """The VMCS field that VMREAD gave the value of, None for another value."""
-    encoding = getattr(value, "field", None)
-    if type(value).__module__ != "kvmnest.l1.vmcs":
+    if not _is_a(value, "kvmnest.l1.vmcs", "FieldValue"):
         return None
     from kvmnest.vmx import Field
+    from kvmnest.vmx.numbers import enum_or_int
 
-    return Field._value2member_map_.get(encoding)
+    found = enum_or_int(Field, value.field)
+    return found if isinstance(found, Field) else None
 
 
 def _valued(field: Any, value: object) -> str:

@@ -17,7 +17,7 @@ from kvmnest.known import kernel_in_range
 from kvmnest.l1 import payload as payload_module
 from kvmnest.l1.baseline import L2Mode
 from kvmnest.vmx import Capabilities, Field
-from kvmnest.vmx.capinfo import Cpu
+from kvmnest.vmx.capinfo import CpuFeatures
 from kvmnest.vmx.errors import VmxError
 from kvmnest.vmx.outcome import EntryFailure, Outcome, VMfailValid
 from kvmnest.vmx.reasons import ExitReason
@@ -85,7 +85,7 @@ class Judge:
             self.kernel = str(facts["kernel"])
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not the facts of a machine: {error}") from error
-        self.caps = Capabilities.from_msrs(msrs, Cpu.from_cpuid(leaves))
+        self.caps = Capabilities.from_msrs(msrs, CpuFeatures.from_cpuid(leaves))
         self.payload = payload_module.default()
         self.target = target
         self.known = [entry for entry in load() if entry.applies(target, self.kernel)]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from kvmnest.errors import HarnessError
 from kvmnest.kvm.cpuid import table
-from kvmnest.vmx import Capabilities, Cpu, Field, Rflags
+from kvmnest.vmx import Capabilities, CpuFeatures, Field, Rflags
 from kvmnest.vmx.fields import Kind
 from kvmnest.vmx.rules import EntryContext, Violation, check
 
@@ -28,7 +28,7 @@ def objections(l1: L1) -> list[Violation]:
         return l1.read(address, length) if address + length <= size else None
 
     leaves = table(l1.cpu.vcpu.get_cpuid())
-    caps = Capabilities(l1.caps.msrs, Cpu.from_cpuid(leaves))
+    caps = Capabilities(l1.caps.msrs, CpuFeatures.from_cpuid(leaves))
     return check(_values(l1), caps, memory, EntryContext(current_vmcs=l1.current))
 
 

@@ -1,7 +1,6 @@
 """Kernel modules: what a .ko needs, in which order to load, and a lean copy for the guest."""
 
 import io
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,8 +113,3 @@ def lean(path: Path) -> bytes:
             f"stripping {path.name}",
         )
         return target.read_bytes()
-
-
-def release_of(vermagic: str) -> str:
-    """Kernel release a module was built for: the first word of its vermagic."""
-    return re.split(r"\s", vermagic, maxsplit=1)[0]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from kvmnest.vmx.capinfo import BasicInfo, Cpu, MiscInfo
+from kvmnest.vmx.capinfo import BasicInfo, CpuFeatures, MiscInfo
 from kvmnest.vmx.caps import Capabilities
 from kvmnest.vmx.controls import (
     BasicCap,
@@ -105,7 +105,7 @@ __all__ = [
     "BasicCap",
     "BasicInfo",
     "Capabilities",
-    "Cpu",
+    "CpuFeatures",
     "Cr0",
     "Cr4",
     "CrAccess",

@@ -108,7 +108,7 @@ _DEBUGCTL_BASE = 0x1FC3  # LBR, BTF, TR, BTS, BTINT, BTS_OFF_*, FREEZE_*: bits 0
 
 
 @dataclass(frozen=True)
-class Cpu:
+class CpuFeatures:
     """What the checks of VM entry need to know beyond the VMX MSRs.
 
     ``physical_bits`` and ``linear_bits`` are address widths. The ``*_valid`` masks are the bits
@@ -128,7 +128,7 @@ class Cpu:
     lam: bool = False
 
     @classmethod
-    def from_cpuid(cls, leaves: Mapping[tuple[int, int], tuple[int, int, int, int]]) -> Cpu:
+    def from_cpuid(cls, leaves: Mapping[tuple[int, int], tuple[int, int, int, int]]) -> CpuFeatures:
         """Derive it from CPUID: (leaf, subleaf) -> (eax, ebx, ecx, edx).
 
         A leaf that is absent counts as zero. Source: CPUID reference of the Intel SDM.

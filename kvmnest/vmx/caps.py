@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from kvmnest.vmx.capinfo import BasicInfo, Cpu, MiscInfo
+from kvmnest.vmx.capinfo import BasicInfo, CpuFeatures, MiscInfo
 from kvmnest.vmx.controls import (
     BasicCap,
     EntryCtl,
@@ -63,13 +63,13 @@ class Capabilities:
     """
 
     msrs: Mapping[int, int]
-    cpu: Cpu = field(default_factory=Cpu)
+    cpu: CpuFeatures = field(default_factory=CpuFeatures)
 
     def __repr__(self) -> str:
         return f"<Capabilities of {len(self.msrs)} MSRs>"
 
     @classmethod
-    def from_msrs(cls, msrs: Mapping[int, int], cpu: Cpu | None = None) -> Capabilities:
+    def from_msrs(cls, msrs: Mapping[int, int], cpu: CpuFeatures | None = None) -> Capabilities:
         """Take the VMX MSRs (480H to 493H) out of ``msrs``; other indices are ignored.
 
         Raises ValueError when IA32_VMX_BASIC is missing: the processor then has no VMX.
@@ -77,7 +77,7 @@ class Capabilities:
         kept = {int(index): value for index, value in msrs.items() if index in VMX_MSRS}
         if not kept.get(Msr.IA32_VMX_BASIC.value):
             raise ValueError("IA32_VMX_BASIC (480H) is missing or 0: no VMX here")
-        return cls(kept, cpu or Cpu())
+        return cls(kept, cpu or CpuFeatures())
 
     def msr(self, index: Msr) -> int:
         """Value of a capability MSR, 0 when it does not exist."""
@@ -161,10 +161,6 @@ class Capabilities:
     def allowed0(self, flagtype: type[FlagT]) -> FlagT:
         """Bits whose 0-setting is not allowed (they must be 1), as the same flag type."""
         return flagtype(self.must_be_one(flagtype))
-
-    def allowed1(self, flagtype: type[FlagT]) -> FlagT:
-        """Bits whose 1-setting is allowed, as the same flag type."""
-        return flagtype(self.may_be_one(flagtype))
 
     def clamp(self, flags: FlagT) -> FlagT:
         """``flags`` with every must-be-1 bit set and every unsupported bit cleared."""

@@ -44,7 +44,7 @@ def test_the_command_reference_has_every_verb_and_option(built):
 def test_the_api_reference_has_every_module_and_its_classes(built):
     from documented_modules import public_modules
 
-    for package in ("kvm", "vmx", "l1", "cases", "plugin", "lab", "results"):
+    for package in ("kvm", "vmx", "l1", "cases", "plugin", "lab", "reports", "run"):
         page = (built / "api" / f"{package}.html").read_text()
         names = list(public_modules(f"kvmnest.{package}"))
         assert len(names) > 5

@@ -29,7 +29,7 @@ from kvmnest.kvm import Kvm
 from kvmnest.kvm.cpuid import leaf
 from kvmnest.l1.pool import L1Pool
 from kvmnest.vmx import Capabilities
-from kvmnest.vmx.capinfo import Cpu
+from kvmnest.vmx.capinfo import CpuFeatures
 
 #: Seconds after which a step that does not come back counts as hung.
 BUDGET = 1.0
@@ -42,7 +42,7 @@ def capabilities(msrs: dict[str, int], cpuid: list[list[int]]) -> Capabilities:
     leaves = {(number, sub): tuple(rest) for number, sub, *rest in cpuid}
     return Capabilities.from_msrs(
         {int(index): value for index, value in msrs.items()},
-        Cpu.from_cpuid(leaves),  # type: ignore[arg-type]
+        CpuFeatures.from_cpuid(leaves),  # type: ignore[arg-type]
     )
 
 

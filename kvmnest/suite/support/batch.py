@@ -33,11 +33,11 @@ def describe(changes: Changes) -> str:
 
 
 def batch_size(l1: L1) -> int:
-    """Return how many entries fit into one ``end_so``."""
+    """Return how many entries fit into one ``entries_end_as``."""
     return (l1.payload["SLOT_COUNT"] - 1) // _STEPS
 
 
-def end_so(
+def entries_end_as(
     l1: L1, vmcs: Vmcs, enter: str, cases: Sequence[Changes], expected: Sequence[Outcome]
 ) -> bool:
     """Tell whether VM entries with the changes in ``cases`` end as expected, each of them.

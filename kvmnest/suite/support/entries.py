@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import pytest
 
 from kvmnest.l1 import L1, L2Mode
-from kvmnest.suite.support.batch import Changes, batch_size, describe, end_so
+from kvmnest.suite.support.batch import Changes, batch_size, describe, entries_end_as
 from kvmnest.vmx import (
     ExitReason,
     Field,
@@ -85,7 +85,7 @@ class Entries:
             part = rest[start : start + size]
             enter = "vmresume" if self.launched else "vmlaunch"
             changes, expected = zip(*part, strict=True)
-            if not end_so(self.l1, self.vmcs, enter, changes, expected):
+            if not entries_end_as(self.l1, self.vmcs, enter, changes, expected):
                 # Some entry may have launched the VMCS that should not have.
                 self._make_clear()
                 found += self._one_by_one(part)

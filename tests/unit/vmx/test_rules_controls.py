@@ -4,7 +4,7 @@ import pytest
 from vmx_example import baseline, capabilities
 
 from kvmnest.vmx import (
-    Cpu,
+    CpuFeatures,
     EntryCtl,
     ExitCtl,
     Field,
@@ -33,7 +33,7 @@ GP = intr_info(Vector.GP, IntrType.HARDWARE_EXCEPTION, error_code=True)
 SOFT = intr_info(0x80, IntrType.SOFTWARE_INTERRUPT)
 WIDE = 1 << 46
 
-CAPS = capabilities(cpu=Cpu(physical_bits=46))
+CAPS = capabilities(cpu=CpuFeatures(physical_bits=46))
 
 # Values are ORed into the baseline's.
 ROWS: list[tuple[dict[Field, int], str]] = [

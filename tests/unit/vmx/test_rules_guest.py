@@ -8,7 +8,7 @@ from vmx_example import baseline, capabilities, legacy_guest, real_mode_guest, v
 from kvmnest.vmx import (
     AccessRights,
     ActivityState,
-    Cpu,
+    CpuFeatures,
     Cr0,
     Cr4,
     DebugCtl,
@@ -28,7 +28,7 @@ from kvmnest.vmx.rules import EntryContext, Stage, check
 
 F = Field
 Change = dict[Field, "int | tuple[int, int]"]
-CAPS = capabilities(cpu=Cpu(physical_bits=46, rtm=True, bus_lock_trap=False))
+CAPS = capabilities(cpu=CpuFeatures(physical_bits=46, rtm=True, bus_lock_trap=False))
 INFO, STATE = F.VM_ENTRY_INTR_INFO_FIELD, F.GUEST_ACTIVITY_STATE
 BLOCK, PENDING = F.GUEST_INTERRUPTIBILITY_INFO, F.GUEST_PENDING_DBG_EXCEPTIONS
 CS, SS, DS, FS, TR, LDTR = (

@@ -3,11 +3,11 @@
 import pytest
 from vmx_example import baseline, capabilities
 
-from kvmnest.vmx import Cpu, Cr4, Efer, EntryCtl, ExitCtl, Field
+from kvmnest.vmx import CpuFeatures, Cr4, Efer, EntryCtl, ExitCtl, Field
 from kvmnest.vmx.rules import EntryContext, Stage, check
 
 F = Field
-CAPS = capabilities(cpu=Cpu(physical_bits=46))
+CAPS = capabilities(cpu=CpuFeatures(physical_bits=46))
 EXIT = F.VM_EXIT_CONTROLS
 NON_CANONICAL = 1 << 47
 

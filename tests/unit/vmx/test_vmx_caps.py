@@ -6,7 +6,7 @@ from vmx_example import MSRS, capabilities
 from kvmnest.vmx import (
     BasicCap,
     Capabilities,
-    Cpu,
+    CpuFeatures,
     Cr0,
     Cr4,
     Efer,
@@ -142,7 +142,7 @@ def test_decode_covers_every_msr() -> None:
 
 
 def test_cpu_from_cpuid() -> None:
-    cpu = Cpu.from_cpuid(
+    cpu = CpuFeatures.from_cpuid(
         {
             (1, 0): (0, 0, 1 << 15, 0),
             (7, 0): (0, 1 << 11, 1 << 16, 0),
@@ -157,5 +157,5 @@ def test_cpu_from_cpuid() -> None:
     assert cpu.rtm
     assert not cpu.bus_lock_trap
     assert cpu.debugctl_valid == 0x1FC3 | 1 << 14 | 1 << 15
-    empty = Cpu.from_cpuid({})
+    empty = CpuFeatures.from_cpuid({})
     assert (empty.physical_bits, empty.linear_bits, empty.efer_valid) == (36, 48, 0)

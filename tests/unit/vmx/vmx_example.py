@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from kvmnest.vmx import (
     AccessRights,
     Capabilities,
-    Cpu,
+    CpuFeatures,
     Cr0,
     Cr4,
     Efer,
@@ -43,7 +43,7 @@ MSRS: dict[int, int] = {
 def capabilities(
     set: Mapping[int, int] | None = None,
     clear: Mapping[int, int] | None = None,
-    cpu: Cpu | None = None,
+    cpu: CpuFeatures | None = None,
 ) -> Capabilities:
     """The example's capabilities with some MSR bits set and cleared."""
     msrs = dict(MSRS)
