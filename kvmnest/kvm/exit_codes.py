@@ -1,10 +1,10 @@
-"""Exit reasons of KVM_RUN: KVM_EXIT_* of the kernel's header linux/kvm.h that x86 has."""
+"""Exit reasons of KVM_RUN: those of the kernel's header linux/kvm.h that x86 has."""
 
 import enum
 
 
 class ExitCode(enum.IntEnum):
-    """``exit_reason`` of ``struct kvm_run``, called as in the header but without KVM_EXIT_."""
+    """``exit_reason`` of ``struct kvm_run``, called as in the header but without ``KVM_EXIT_``."""
 
     UNKNOWN = 0
     EXCEPTION = 1
