@@ -29,7 +29,14 @@ _KEEP = 6  # entries of one kind; the oldest used go first
 _MANIFEST = "manifest.json"
 _MOST_LISTED = 64  # files; the trees that kernels are built in are not checked
 # MiB on the disk that one entry takes, rounded up, and those of a kind that is not listed.
-_ROOM = {"kernels": 80, "booted": 200, "loaded": 200, "kernel-sources": 200, "kvm-trees": 100}
+_ROOM = {
+    "kernels": 80,
+    "booted": 200,
+    "with-kvm": 200,
+    "loaded": 200,
+    "kernel-sources": 200,
+    "kvm-trees": 100,
+}
 _ROOM_OF_OTHERS = 30
 _ROOM_UNPACKED = 500  # the packages of a kernel
 #: What takes long to make, and about how long: told on stderr, since nothing else shows meanwhile.
@@ -115,7 +122,7 @@ def entry(kind: str, key: str, build: Callable[[Path], None], *, keep: int = _KE
     Raises LabSetupError when the disk is full or the cache is not writable; whatever ``build``
     raises leaves no entry behind.
     """
-    final = root() / kind / key
+    final = _place(kind, key)
     if not is_whole(final):
         with locked(kind):
             if not is_whole(final):
@@ -128,9 +135,15 @@ def entry(kind: str, key: str, build: Callable[[Path], None], *, keep: int = _KE
     return final
 
 
+def _place(kind: str, key: str) -> Path:
+    # Of an empty name the place would be a whole kind, or the cache, and be dropped as damaged.
+    assert all((kind, key)), f"an entry of the cache has no name: {kind!r} {key!r}"
+    return root() / kind / key
+
+
 def existing(kind: str, key: str) -> Path | None:
     """Directory of entry ``key`` if it is there and whole; it counts as used."""
-    folder = root() / kind / key
+    folder = _place(kind, key)
     if not is_whole(folder):
         if not os.path.lexists(folder):
             return None

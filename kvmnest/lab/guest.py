@@ -3,7 +3,7 @@
 It runs at about 100 million instructions a second, so it imports next to nothing. What to do
 comes as a marshalled dict (host and guest run the same Python): from ``/kvmnest/job``, or, if
 there is none, through a mailbox in memory. The second way lets the host save the machine with
-everything imported and only then say what to do, again and again.
+KVM loaded and everything imported, and only then say what to do, again and again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from kvmnest.lab import channel
 
 TYPE_CHECKING = False  # importing typing would cost the guest a tenth of a second
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
     from typing import Any
 
 EVENTS_PATH = "/run/kvmnest-events"
@@ -87,8 +87,8 @@ def load_module(path: str, params: str) -> int:
         os.close(fd)
 
 
-def _load_modules(job: dict[str, Any], port: Port, log_fd: int) -> bool:
-    for path, params in job["modules"]:
+def _load_modules(modules: list[tuple[str, str]], port: Port, log_fd: int) -> bool:
+    for path, params in modules:
         error = load_module(path, params)
         if error and error != errno.EEXIST:
             log = kmsg.read(log_fd, 7)
@@ -290,11 +290,12 @@ class Mailbox:
         return seen
 
 
-def _first_job(port: Port) -> dict[str, Any]:
+def _mails(port: Port) -> Iterator[dict[str, Any]]:
+    """What the host asks for: the job, or, one after the other, steps to it and the job."""
     if os.path.exists(JOB_PATH):
         with open(JOB_PATH, "rb") as f:
-            job: dict[str, Any] = marshal.load(f)
-            return job
+            yield marshal.load(f)
+            return
     _preload(PRELOAD)
     config = sys.modules.get("_pytest.config")
     _preload(f"_pytest.{plugin}" for plugin in getattr(config, "default_plugins", ()))
@@ -303,11 +304,8 @@ def _first_job(port: Port) -> dict[str, Any]:
     def tell(mark: bytes) -> None:
         port.send(channel.SNAPSHOT, mark)
 
-    job = mailbox.wait(tell)
-    if "preload" in job:
-        _load_kvmnest(job)
-        job = mailbox.wait(tell)
-    return job
+    while True:
+        yield mailbox.wait(tell)
 
 
 def _run(port: Port) -> None:
@@ -318,20 +316,29 @@ def _run(port: Port) -> None:
     os.makedirs("/run", exist_ok=True)
     os.mkfifo(EVENTS_PATH)
     log_fd = os.open(kmsg.PATH, _O_KMSG)
-    job = _first_job(port)
-    received = time.clock_gettime(time.CLOCK_BOOTTIME)
-    _write_files(job["files"], job["mtimes"])
+    for job in _mails(port):
+        if "preload" in job:
+            _load_kvmnest(job)
+            continue
+        _write_files(job["files"], job["mtimes"])
+        if "modules" in job:
+            received, log = time.clock_gettime(time.CLOCK_BOOTTIME), kmsg.read(log_fd, kmsg.WARNING)
+            if not _load_modules(job["modules"], port, log_fd):
+                return
+            params = {module: _parameters(module) for module in ("kvm", "kvm_intel")}
+        if "argv" in job:
+            break
     os.makedirs(job["cwd"], exist_ok=True)
-    if not _load_modules(job, port, log_fd):
-        return
     info = {
         "release": os.uname().release,
         "received": received,
         "uptime": time.clock_gettime(time.CLOCK_BOOTTIME),
         "cpus": os.cpu_count(),
-        "params": {m: _parameters(m) for m in ("kvm", "kvm_intel")},
+        "params": params,
     }
     port.send(channel.READY, marshal.dumps(info))
+    if log:
+        port.send(channel.KLOG, log)
     port.send(channel.EXIT, marshal.dumps(_pump(job, port, log_fd)))
 
 

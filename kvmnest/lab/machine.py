@@ -62,8 +62,9 @@ class Lab:
     loaded instead of the kernel's own, ``emulator`` what boots it. Preparing happens here:
     raises LabSetupError, KernelSpecError or UsageError.
 
-    With Bochs the first boot of a kernel is saved when it waits for what to do, with no KVM module
-    loaded yet; later runs continue from there. ``snapshots=False`` boots from cold each time.
+    With Bochs the first boot of a kernel is saved, and again with its KVM loaded; later runs
+    continue from there. With ``kvm_modules`` they continue from the first, since those change from
+    run to run. ``snapshots=False`` boots from cold each time.
     """
 
     def __init__(
@@ -91,10 +92,10 @@ class Lab:
         self._modules, self._arguments = plan.plan(self.kernel, files, self.params)
         self._layers = [rootfs.python_layer(), rootfs.site_layer(), rootfs.boot_layer()]
         self._kvmnest = rootfs.kvmnest_files()
-        self._files = plan.module_files(self._modules)
+        self._kvm = self._kvm_loading()
         size = sum(layer.path.stat().st_size for layer in self._layers)
         self._memory = image.memory_for(self.kernel.end, size)
-        self._saved = self._saved_boots() if snapshots else None
+        self._saved = self._saved_boots(keep_kvm=not replaced) if snapshots else None
         self._session: Session | None = None
         self._running: Running | None = None
         self._mailbox: list[int] = []
@@ -197,13 +198,14 @@ class Lab:
         """Start the emulator in the best way there is; returns what to do when it waits."""
         if self._saved is not None and isinstance(process, Bochs):
             try:
-                waiting, self.times.resumed = self._saved.start(process, job)
+                waiting, self.times.resumed = self._saved.start(process, self._kvm, job)
                 return waiting
             except SnapshotError:
                 self._saved = None
         whole = job | {
-            "files": self._kvmnest.files | job["files"],
+            "files": self._kvmnest.files | self._kvm["files"] | job["files"],
             "mtimes": self._kvmnest.mtimes,
+            "modules": self._kvm["modules"],
         }
         job_layer = rootfs.job_layer(marshal.dumps(whole))
         process.boot(self._memory, self.cpus, lambda out: self._write_image(out, job_layer))
@@ -215,7 +217,7 @@ class Lab:
         image.write(out, self.kernel.image(), layers, self._command_line(), self.cpus,
                     self._memory)  # fmt: skip
 
-    def _saved_boots(self) -> SavedBoots | None:
+    def _saved_boots(self, keep_kvm: bool) -> SavedBoots | None:
         """None where an emulator cannot be saved."""
         emulator = self.emulator
         if not isinstance(emulator, bochs.Emulator):
@@ -230,22 +232,25 @@ class Lab:
             *layers,
         ]
         return SavedBoots(emulator, self._memory, self.cpus, parts, self._write_image,
-                          self._kvmnest)  # fmt: skip
+                          self._kvmnest, keep_kvm)  # fmt: skip
 
     def _job(
         self, argv: Sequence[str], env: Mapping[str, str], files: Mapping[str, bytes]
     ) -> dict[str, Any]:
-        modules = [(plan.module_path(m.name), self._arguments.get(m.name, ""))
-                   for m in self._modules]  # fmt: skip
         return {
             "argv": list(argv),
             "env": GUEST_ENV | dict(env),
             "cwd": "/root",
-            "modules": modules,
-            "files": self._files | dict(files),
+            "files": dict(files),
             "mtimes": {},
             "log_level": kmsg.WARNING,
         }
+
+    def _kvm_loading(self) -> dict[str, Any]:
+        """The part of a job that loads KVM."""
+        modules = [(plan.module_path(m.name), self._arguments.get(m.name, ""))
+                   for m in self._modules]  # fmt: skip
+        return {"modules": modules, "files": plan.module_files(self._modules), "mtimes": {}}
 
     def _command_line(self) -> str:
         loaded = {m.name for m in self._modules}

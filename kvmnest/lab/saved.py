@@ -18,14 +18,16 @@ from kvmnest.lab.session import Sink
 from kvmnest.lab.snapshot import SnapshotError
 
 _KEPT = 12  # of each kind, some 150 MB each: for a ladder of kernels, or clones that differ
-_FORMAT = 4
-# What the cases use and pytest does not rewrite.
-_PRELOAD = ("kvmnest.errors", "kvmnest.vmx", "kvmnest.kvm", "kvmnest.l1")
+_FORMAT = 5
+_PRELOAD = ("kvmnest.lab.preloaded",)
 
 
 @dataclass(frozen=True)
 class _Step:
-    """A point at which the guest waits: where it is saved, and what it gets then."""
+    """A point at which the guest waits: where it is saved, and what it gets then.
+
+    ``kind`` is "" where it is not worth keeping.
+    """
 
     kind: str
     key: str
@@ -47,7 +49,8 @@ class _Saver:
             mailbox.extend(snapshot.take(pid, folder, mark, MAILBOX_PAGES))
 
         try:
-            cache.entry(step.kind, step.key, build, keep=_KEPT)
+            if step.kind:
+                cache.entry(step.kind, step.key, build, keep=_KEPT)
         except LabSetupError as e:  # this run can do without, and the next boots from cold
             print(f"kvmnest: this boot is not kept: {e}", file=sys.stderr, flush=True)
         if not mailbox:  # or another run of the same lab was faster
@@ -59,7 +62,7 @@ class SavedBoots:
     """Boots of one machine: ``memory`` MiB, ``cpus`` CPUs, and what ``made_of`` stands for.
 
     ``write_image`` writes the picture of memory that a boot from cold needs, ``tree`` is what is
-    loaded after the boot.
+    loaded after the boot. ``keep_kvm`` tells whether other runs will load the same KVM.
     """
 
     def __init__(
@@ -70,8 +73,10 @@ class SavedBoots:
         made_of: Sequence[str | bytes],
         write_image: Picture,
         tree: Tree,
+        keep_kvm: bool = True,
     ) -> None:
         self._memory, self._cpus = memory, cpus
+        self._keep_kvm = keep_kvm
         self._write_image = write_image
         self._tree = tree
         machine = os.uname()
@@ -80,22 +85,23 @@ class SavedBoots:
             *made_of, machine.release, machine.version, _host_cpu(),
         ])  # fmt: skip
 
-    def start(self, process: Bochs, job: dict[str, Any]) -> tuple[Sink, bool]:
-        """Start it in the best way there is.
+    def start(self, process: Bochs, kvm: dict[str, Any], job: dict[str, Any]) -> tuple[Sink, bool]:
+        """Start it in the best way there is; ``kvm`` is the part of the job that loads KVM.
 
         Returns what to call when the guest waits, and whether an earlier boot is continued.
         Raises SnapshotError if a waiting guest cannot be given this job, LabLost, LabSetupError,
         OSError.
         """
-        steps = self._steps(job)
+        steps = self._steps(kvm, job)
         if any(len(step.mail) > snapshot.capacity(MAILBOX_PAGES) for step in steps):
             raise SnapshotError("the job is larger than the guest's mailbox")
         for number in reversed(range(len(steps))):
-            saved = cache.existing(steps[number].kind, steps[number].key)
+            step = steps[number]
+            saved = cache.existing(step.kind, step.key) if step.kind else None
             if saved is None:
                 continue
             try:
-                self._resume(process, saved, steps[number].mail)
+                self._resume(process, saved, step.mail)
             except SnapshotError:
                 process.stop()
                 cache.drop(saved)
@@ -111,21 +117,27 @@ class SavedBoots:
         process.start(self._memory, self._cpus, fixed=True)
         snapshot.resume(process.pid, saved, mail)
 
-    def _steps(self, job: dict[str, Any]) -> list[_Step]:
-        """The points at which the guest waits: after the boot, and with kvmnest loaded.
+    def _steps(self, kvm: dict[str, Any], job: dict[str, Any]) -> list[_Step]:
+        """The points at which the guest waits: after the boot, with KVM, with kvmnest loaded.
 
-        The second changes with each edit of kvmnest, but is made from the first in no time.
+        The last changes with each edit of kvmnest, but is made from the one before in no time.
+        A KVM that is not kept is loaded last.
         """
-        loaded = cache.digest([self._key, self._tree.key, *_PRELOAD])
         load = {
             "files": self._tree.files,
             "mtimes": self._tree.mtimes,
             "preload": _PRELOAD,
         }
-        return [
-            _Step("booted", self._key, marshal.dumps(load)),
-            _Step("loaded", loaded, marshal.dumps(job)),
-        ]
+        mails = [marshal.dumps(load), marshal.dumps(job)]
+        keys = [("booted", self._key)]
+        if self._keep_kvm:
+            mails.insert(0, marshal.dumps(kvm))
+            keys.append(("with-kvm", cache.digest([self._key, mails[0]])))
+        else:
+            mails.insert(1, marshal.dumps(kvm))
+        last = cache.digest([keys[-1][1], self._tree.key, *_PRELOAD])
+        keys += [("loaded", last), ("", "")][: len(mails) - len(keys)]
+        return [_Step(*key, mail) for key, mail in zip(keys, mails, strict=True)]
 
 
 def _host_cpu() -> str:

@@ -6,6 +6,7 @@ import importlib.util
 import marshal
 import os
 import types
+from collections.abc import Container
 from pathlib import Path
 
 import kvmnest
@@ -16,7 +17,9 @@ _PYC_HEADER = 16
 _UNCHECKED = importlib.util.MAGIC_NUMBER + b"\1\0\0\0" + bytes(8)
 
 
-def rewritten(pycache: Path, tail: str, *, light: bool) -> dict[str, bytes]:
+def rewritten(
+    pycache: Path, tail: str, *, light: bool, tests: Container[str] | None = None
+) -> dict[str, bytes]:
     """The suite and the reproducers as pytest compiled them: guest path -> content.
 
     ``pycache`` is the folder below which Python kept them, ``tail`` how the names of those of this
@@ -24,7 +27,7 @@ def rewritten(pycache: Path, tail: str, *, light: bool) -> dict[str, bytes]:
     written those anew that it needed.
 
     For the light runner they stand where Python looks for compiled modules, else where pytest
-    does.
+    does. Of the modules that hold cases only ``tests`` are given (names with dots, None: all).
     """
     base = Path(kvmnest.__file__).parent
     mirrored = pycache / base.relative_to("/")
@@ -32,6 +35,9 @@ def rewritten(pycache: Path, tail: str, *, light: bool) -> dict[str, bytes]:
     for source in sorted(path for part in REWRITTEN for path in (base / part).rglob("*.py")):
         plain = Path(importlib.util.cache_from_source(source.name)).name
         inside = Path(f"/{SITE}/kvmnest") / source.relative_to(base)
+        module = ".".join(source.relative_to(base.parent).with_suffix("").parts)
+        if tests is not None and source.name.startswith("test_") and module not in tests:
+            continue
         path = mirrored / source.parent.relative_to(base) / f"{source.stem}{tail}"
         try:
             pyc = path.read_bytes()

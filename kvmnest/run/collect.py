@@ -41,6 +41,10 @@ class Collected:
         files = any(event["e"] == "broken" for event in self.events)
         return files or self.ended.status not in (0, _USAGE, _NOTHING)
 
+    def modules(self) -> set[str]:
+        """Names of the modules that hold the cases of the plan."""
+        return {case["module"] for case in marshal.loads(self.plan)["cases"]}
+
     def require_cases(self, selected: Sequence[str], keyword: str = "", marks: str = "") -> None:
         """See that there is something to run.
 

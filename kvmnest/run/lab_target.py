@@ -101,7 +101,10 @@ class LabTarget:
         light = self.collected is not None and bool(self.collected.plan)
         files = dict(self._files)
         if self.collected:
-            files |= rewritten(cache.root() / "pycache", self.collected.tail, light=light)
+            tests = self.collected.modules() if light else None
+            files |= rewritten(
+                cache.root() / "pycache", self.collected.tail, light=light, tests=tests
+            )
         if self.collected and light:
             files[_PLAN] = self.collected.plan
             argv = ["python3", "-m", "kvmnest.light.runner", _PLAN, EVENTS_PATH, str(first)]

@@ -80,7 +80,9 @@ def test_a_run_continues_from_the_snapshot_and_a_bad_one_is_replaced():
     assert lab.times.boot < 20
     # Bytes of another process: the check of addresses must notice, and the run must go on.
     assert lab._saved is not None
-    saved = cache.root() / "loaded" / lab._saved._steps({})[1].key
+    last = lab._saved._steps(lab._kvm, {})[-1]
+    saved = cache.root() / last.kind / last.key
+    assert last.kind == "loaded"
     state = marshal.loads((saved / "state").read_bytes())
     state["fixed"] = [(start, *rest[:-1], "other") for start, *rest in state["fixed"]]
     (saved / "state").write_bytes(marshal.dumps(state))

@@ -119,7 +119,7 @@ def copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def test_every_file_of_a_real_cache(copied: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Whatever is damaged, the next run is prepared as before."""
     before = Lab()
-    expected = (before.kernel.image(), before._files, [layer.read() for layer in before._layers])
+    expected = (before.kernel.image(), before._kvm, [layer.read() for layer in before._layers])
     kinds = cycle(DAMAGES)
     entries = [*before._layers]
     places = [before.kernel.folder, *(layer.path.parent for layer in entries)]
@@ -132,7 +132,7 @@ def test_every_file_of_a_real_cache(copied: Path, capfd: pytest.CaptureFixture[s
             tried += 1
             forget()
             again = Lab()
-            got = (again.kernel.image(), again._files, [layer.read() for layer in again._layers])
+            got = (again.kernel.image(), again._kvm, [layer.read() for layer in again._layers])
             assert got == expected, path
             assert "Traceback" not in capfd.readouterr().err
     assert tried >= 12
@@ -307,3 +307,12 @@ def test_a_boot_that_cannot_be_kept_goes_on(
         True,
     ]
     assert list((private / "booted").iterdir()) == []
+
+
+@pytest.mark.parametrize(("kind", "key"), [("", ""), ("kernels", ""), ("", "key")])
+def test_an_entry_without_a_name_drops_nothing(private: Path, kind: str, key: str) -> None:
+    """Its place is that of all the others, and no entry that is whole."""
+    cache.entry("kernels", "key", lambda folder: (folder / "file").write_text("x"))
+    with pytest.raises(AssertionError, match="no name"):
+        cache.existing(kind, key)
+    assert (private / "kernels" / "key" / "file").is_file()

@@ -1,5 +1,7 @@
 """What takes long says so, once, and not when it is cached."""
 
+import marshal
+
 import pytest
 
 from kvmnest.lab import apts, bochs, cache, debian, kernels, saved
@@ -32,7 +34,12 @@ def test_a_short_one_is_not(capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_the_first_boot_says_so_and_later_ones_do_not(capsys, monkeypatch):
+#: What loads a KVM that has no modules.
+KVM = {"modules": [], "files": {}, "mtimes": {}}
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_the_first_boot_says_so_and_later_ones_do_not(capsys, monkeypatch, keep):
     started = []
 
     class Process:
@@ -46,14 +53,14 @@ def test_the_first_boot_says_so_and_later_ones_do_not(capsys, monkeypatch):
 
     monkeypatch.setattr(saved.snapshot, "resume", lambda *_: None)
     tree = Tree("key", {}, {})
-    boots = saved.SavedBoots(bochs.locate(), 128, 1, (), lambda to: None, tree)
-    _, resumed = boots.start(Process(), {})
+    boots = saved.SavedBoots(bochs.locate(), 128, 1, (), lambda to: None, tree, keep_kvm=keep)
+    _, resumed = boots.start(Process(), KVM, {})
     assert not resumed
     assert capsys.readouterr().err == (
         "kvmnest: the first boot of this kernel here, which is saved for later ones: 5 to 30 s\n"
     )
-    cache.entry("booted", boots._steps({})[0].key, _build)
-    _, resumed = boots.start(Process(), {})
+    cache.entry("booted", boots._steps(KVM, {})[0].key, _build)
+    _, resumed = boots.start(Process(), KVM, {})
     assert resumed
     assert capsys.readouterr().err == ""
     assert started == [True, True]
@@ -74,3 +81,22 @@ def test_a_kernel_that_is_fetched_says_so(capsys, monkeypatch):
     assert capsys.readouterr().err == (
         "kvmnest: fetching kernel 6.1-amd64 from Debian's archive, once: 5 to 30 s\n"
     )
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_machine_is_saved_with_its_kvm_unless_that_changes(keep):
+    """The last state, with kvmnest loaded, depends on KVM only where KVM came first."""
+    tree = Tree("key", {"/a": b""}, {})
+    boots = saved.SavedBoots(bochs.locate(), 128, 1, (), lambda to: None, tree, keep_kvm=keep)
+    job = {"argv": ["true"]}
+    other = {**KVM, "modules": [("/kvm.ko", "ept=0")]}
+    steps, steps_of_other = boots._steps(KVM, job), boots._steps(other, job)
+    order = ["modules", "preload", "argv"] if keep else ["preload", "modules", "argv"]
+    assert [[key for key in order if key in marshal.loads(step.mail)] for step in steps] == [
+        [key] for key in order
+    ]
+    assert [step.kind for step in steps] == (
+        ["booted", "with-kvm", "loaded"] if keep else ["booted", "loaded", ""]
+    )
+    same = [a.key == b.key for a, b in zip(steps, steps_of_other, strict=True)]
+    assert same == ([True, False, False] if keep else [True, True, True])
