@@ -23,18 +23,27 @@ class Setting:
     """Parameters of kvm_intel and kvm under one name.
 
     ``files`` are patterns of the suite's files whose cases can answer differently; ``kernels`` is
-    a range, see known.toml.
+    a range and ``cpu_lacks`` a flag of /proc/cpuinfo, see known.toml.
     """
 
     name: str
     params: Mapping[str, str]
     why: str = ""
     kernels: str = "any"
+    cpu_lacks: str = ""
     files: Sequence[str] = ("*",)
 
     def exists_on(self, release: str) -> bool:
         """Whether a kernel of this release has the parameters."""
         return kernel_in_range(release, self.kernels)
+
+    def why_left_out(self, release: str, cpu_flags: str) -> str:
+        """Why nothing can be run under it on this kernel and CPU; "" if it can."""
+        if not self.exists_on(release):
+            return "this kernel has no such parameter"
+        if self.cpu_lacks and self.cpu_lacks in cpu_flags.split():
+            return f"of no use on a CPU with {self.cpu_lacks}: {self.why}"
+        return ""
 
 
 #: No parameter is set.

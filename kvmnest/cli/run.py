@@ -183,8 +183,9 @@ def _run_under(
         only = under_settings.chosen(setting, first, every_case=options.every_case)
         if report.run.stopped or not only:
             continue
-        if not setting.exists_on(default.release):
-            progress.line(f"{setting.name}: left out, this kernel has no such parameter")
+        why = setting.why_left_out(default.release, report.run.facts.get("cpu_flags", ""))
+        if why:
+            progress.line(f"{setting.name}: left out, {why}")
             continue
         progress.line(f"{setting.name} ({_shown(setting.params)}): {len(only)} cases")
         try:

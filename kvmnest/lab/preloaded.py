@@ -12,8 +12,6 @@ import kvmnest.cases.needs
 import kvmnest.cases.verdict
 import kvmnest.kvm
 import kvmnest.l1
-import kvmnest.light.rewrite
-import kvmnest.light.standin
 import kvmnest.vmx.capinfo
 import kvmnest.vmx.control_fields
 import kvmnest.vmx.exitinfo

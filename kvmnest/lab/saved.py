@@ -19,7 +19,8 @@ from kvmnest.lab.snapshot import SnapshotError
 
 _KEPT = 12  # of each kind, some 150 MB each: for a ladder of kernels, or clones that differ
 _FORMAT = 5
-_PRELOAD = ("kvmnest.lab.preloaded",)
+# And what runs cases, which stands above the lab.
+_PRELOAD = ("kvmnest.lab.preloaded", "kvmnest.light.rewrite", "kvmnest.light.standin")
 
 
 @dataclass(frozen=True)

@@ -40,3 +40,24 @@ def test_no_such_setting(names):
 def test_kernels_that_have_the_parameters(name, release, expected):
     (setting,) = settings.choose([name])
     assert setting.exists_on(release) is expected
+
+
+@pytest.mark.parametrize(
+    ("name", "release", "cpu_flags", "expected"),
+    [
+        (
+            "early-check",
+            "6.1.0-56-cloud-amd64",
+            "vmx ept tsc_scaling",
+            "on a CPU with tsc_scaling: ",
+        ),
+        ("early-check", "6.1.0-56-cloud-amd64", "vmx ept", ""),
+        ("early-check", "7.3.4+deb13-cloud-amd64", "vmx ept", "has no such parameter"),
+        ("no-ept", "6.1.0-56-cloud-amd64", "vmx ept tsc_scaling", ""),
+    ],
+)
+def test_why_a_setting_is_left_out(name, release, cpu_flags, expected):
+    (setting,) = settings.choose([name])
+    why = setting.why_left_out(release, cpu_flags)
+    assert expected in why
+    assert bool(why) is bool(expected)
