@@ -17,9 +17,11 @@ from kvmnest.vmx import EntryCtl, ExitCtl, Field, Proc2Ctl, ProcCtl
 from kvmnest.vmx.fields import Kind
 
 REGIONS = ("vmcs_a", "vmcs_b", "vmcs_c")
+#: A region that no VMCS of a program is in.
+_UNUSED = "vmcs_d"
 _BITS = {L2Mode.LONG: 64, L2Mode.REAL: 16}
 _FREE_PROC = (
-    *(ProcCtl.RDTSC_EXITING, ProcCtl.INVLPG_EXITING, ProcCtl.MWAIT_EXITING, ProcCtl.RDPMC_EXITING),
+    *(ProcCtl.INVLPG_EXITING, ProcCtl.MWAIT_EXITING),
     *(ProcCtl.CR3_LOAD_EXITING, ProcCtl.CR3_STORE_EXITING, ProcCtl.CR8_LOAD_EXITING),
     *(ProcCtl.CR8_STORE_EXITING, ProcCtl.MOV_DR_EXITING, ProcCtl.USE_MSR_BITMAPS),
     *(ProcCtl.MONITOR_EXITING, ProcCtl.PAUSE_EXITING, ProcCtl.USE_TSC_OFFSETTING),
@@ -30,14 +32,15 @@ _RARE_PROC = (
 )
 _FREE_PROC2 = (
     *(Proc2Ctl.DESCRIPTOR_TABLE_EXITING, Proc2Ctl.ENABLE_RDTSCP, Proc2Ctl.ENABLE_VPID),
-    *(Proc2Ctl.WBINVD_EXITING, Proc2Ctl.RDRAND_EXITING, Proc2Ctl.RDSEED_EXITING),
-    *(Proc2Ctl.ENABLE_INVPCID, Proc2Ctl.UNRESTRICTED_GUEST),
+    *(Proc2Ctl.WBINVD_EXITING, Proc2Ctl.ENABLE_INVPCID, Proc2Ctl.UNRESTRICTED_GUEST),
 )
 _FREE_EXIT = (
     *(ExitCtl.SAVE_DEBUG_CONTROLS, ExitCtl.SAVE_PAT, ExitCtl.LOAD_PAT, ExitCtl.SAVE_EFER),
     ExitCtl.LOAD_EFER,
 )
 _FREE_ENTRY = (EntryCtl.LOAD_DEBUG_CONTROLS, EntryCtl.LOAD_PAT)
+#: Of what Bochs does not have.
+_PERFORMANCE = {Field.GUEST_IA32_PERF_GLOBAL_CTRL, Field.HOST_IA32_PERF_GLOBAL_CTRL}
 _REGS = ("rax", "rcx", "rdx", "rbx", "rbp", "rsi", "rdi", "r8", "r15")
 
 
@@ -182,7 +185,7 @@ class _Draw:
     def _changed(self) -> Iterator[Step]:
         """A VMCS of the present fuzzer, entered, and taken back."""
         case = self._vmcss.draw(self._chance)
-        if case.mode is not self._mode:
+        if case.mode is not self._mode or _PERFORMANCE & case.changes.keys():
             return
         for label, content in case.memory.items():
             yield _memory(label, content)
@@ -243,7 +246,7 @@ class _Draw:
         chance = self._chance
         what = chance.random()
         if what < 0.3:
-            place = chance.choice((*REGIONS, *REGIONS, "vmxon_region", ""))
+            place = chance.choice((*REGIONS, *REGIONS, _UNUSED, "vmxon_region", ""))
             offset = chance.choice((0, 0, 0, 1, 8, 0x800)) if place else chance.choice(_ADDRESSES)
             return self._address(chance.choice(("vmxon", "vmclear", "vmptrld")), place, offset)
         if what < 0.45:
@@ -269,9 +272,9 @@ class _Draw:
         if what < 0.8:
             return self._vmread_or_vmwrite()
         if what < 0.9:
-            place = chance.choice(REGIONS)
-            revision = chance.choice(("good", "good", "shadow", "bad"))
-            return {"do": "region", "place": place, "revision": revision}
+            # Not that of an active VMCS, which software must not write to.
+            revision = chance.choice(("good", "shadow", "bad"))
+            return {"do": "region", "place": _UNUSED, "revision": revision}
         code, regs = chance.choice(_L1_CODE)
         return {"do": "l1", "code": code.hex(), "regs": dict(regs)}
 

@@ -143,13 +143,22 @@ class Part:
             return self._chance.choice((b"\x0f\x06", b"\x0f\x01\xe0", self._lmsw()))
         # The present value with one bit changed, or anything.
         if what < 0.85:
-            bit = self._chance.choice((*range(0, 22), 29, 30, 31))
-            if self._bits == 64 and self._chance.random() < 0.1:
+            bit = self._chance.choice((*range(1, 22), 29, 30))
+            if number == 8:
+                # KVM looks at the low 8 bits only.
+                bit = self._chance.randrange(8)
+            elif self._bits == 64 and self._chance.random() < 0.1:
                 bit = self._chance.randrange(32, 64)
             rexw = b"\x48" if self._bits == 64 else (b"\x66" if self._bits == 16 else b"")
             flip = rexw + b"\x0f\xba\xf8" + bytes([bit & 63])  # BTC RAX, bit
             return read + flip + rex + b"\x0f\x22" + modrm
-        return self._mov(0, self._value()) + rex + b"\x0f\x22" + modrm
+        value = self._value()
+        if number == 8:
+            value &= 0xFF
+        if number == 0:
+            # Bochs lets L2 leave protected mode and paging without unrestricted guest.
+            value |= 0x80000001
+        return self._mov(0, value) + rex + b"\x0f\x22" + modrm
 
     def _lmsw(self) -> bytes:
         if self._chance.random() < 0.5:
@@ -265,10 +274,22 @@ class Part:
             (
                 *(b"\xdb\xe3", b"\x9b", b"\xd9\xe8", b"\xdf\xe0", b"\x0f\x77"),
                 *(b"\x0f\x57\xc0", b"\x66\x0f\xef\xc9"),
-                self._at(b"\x0f\xae", 3),  # STMXCSR
+                self._mxcsr(),
                 self._at(b"\x0f\xae", 7),  # CLFLUSH
             )
         )
+
+    def _mxcsr(self) -> bytes:
+        """LDMXCSR of its value at power-on, and STMXCSR.
+
+        Bochs leaves MXCSR alone where a compacted XRSTOR initializes SSE, so under KVM it is that
+        of the process.
+        """
+        store = self._memory(b"\xc7", 0) + struct.pack("<I", 0x1F80)
+        if self._bits == 16:
+            store = b"\x66" + store
+        load = self._mov(7, self._machine.data) + store + self._memory(b"\x0f\xae", 2)
+        return load + self._memory(b"\x0f\xae", 3)
 
     def _extended_state(self) -> bytes:
         code = self._mov(1, self._chance.choice((0, 0, 1)))

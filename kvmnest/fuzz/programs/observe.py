@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import zlib
 from typing import Any
 
@@ -54,6 +55,11 @@ _OFTEN = frozenset(
 _TIMED = (Field.VMX_PREEMPTION_TIMER_VALUE, Field.GUEST_SMBASE)
 _CPU_FLAGS = 0x8D5
 _FAILED = 0x41
+
+
+@functools.cache
+def _name(field: Field) -> str:
+    return field.name
 
 
 def watched(caps: Capabilities) -> tuple[Field, ...]:
@@ -118,8 +124,8 @@ class Watcher:
         """See a VM entry that came to an end, with ``every`` field or those that change often."""
         seen: Seen = {"end": end(outcome)}
         if isinstance(outcome, Exit):
-            parts = {name: int(getattr(outcome, name)) for name in PARTS}
-            seen |= {"parts": {name: value for name, value in parts.items() if value}}
+            parts = ((name, getattr(outcome, name)) for name in PARTS)
+            seen["parts"] = {name: int(value) for name, value in parts if value}
         if isinstance(outcome, Exit | EntryFailure):
             loads = self._l1.cpu.host_loads()
             seen |= {"regs": registers(outcome)}
@@ -143,13 +149,16 @@ class Watcher:
             return None
         if results[0].status != self._l1.payload["STATUS_LIST_DONE"]:
             return None
-        changed = {}
-        for field, value, rflags in cpu.read_list(len(fields)):
-            name = Field(field).name
-            if rflags & _FAILED:
-                value = -1
-            if self._guest.get(name) != value:
-                self._guest[name] = changed[name] = value
+        values, flags = cpu.list_values(len(fields)), cpu.list_flags(len(fields))
+        if any(rflags & _FAILED for rflags in flags):
+            values = tuple(-1 if f & _FAILED else v for v, f in zip(values, flags, strict=True))
+        guest = self._guest
+        changed = {
+            name: value
+            for name, value in zip(map(_name, fields), values, strict=True)
+            if guest.get(name) != value
+        }
+        guest.update(changed)
         return changed
 
     def _changed_memory(self) -> dict[str, int]:

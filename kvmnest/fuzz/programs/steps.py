@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from kvmnest.errors import HarnessError, NeedsHost
 from kvmnest.fuzz.programs.base import base_vmcs
@@ -11,6 +12,7 @@ from kvmnest.fuzz.programs.observe import Seen, Watcher, end, needs_host, regist
 from kvmnest.fuzz.programs.program import Program, Step
 from kvmnest.kvm import KvmError
 from kvmnest.l1 import L1, L2Mode, VmLost, vcpu_state
+from kvmnest.l1.payload import Payload
 from kvmnest.vmx import Capabilities, Field
 from kvmnest.vmx.msrs import VMX_MSRS
 from kvmnest.vmx.outcome import Exit, Fault, HostExit, Outcome, Succeed
@@ -30,7 +32,7 @@ class Doer:
         self, l1: L1, caps: Capabilities, *, host: bool = True, moved: bool = False
     ) -> None:
         self.l1, self.caps, self.host, self.moved = l1, caps, host, moved
-        self._watcher = Watcher(l1, watched(caps))
+        self._watcher = Watcher(l1, _watched(caps))
         self._parts: list[int] = []
         self._code_at = 0
         self._real = False
@@ -88,8 +90,7 @@ class Doer:
         return {}
 
     def _base(self, step: Step) -> Seen:
-        mode = L2Mode[step["mode"]]
-        fields = base_vmcs(self.caps, self.l1.payload, mode)
+        fields = _base(self.caps, self.l1.payload, L2Mode[step["mode"]])
         self._real = fields[Field.GUEST_CS_ACCESS_RIGHTS] == _REAL_CODE
         return self._write(fields)
 
@@ -154,6 +155,25 @@ class Doer:
         if self.host:
             _ACTIONS[step["what"]](self.l1)
         return {}
+
+
+# The capabilities of a run are one object; what follows from them is slow to find out.
+_known: dict[tuple[int, L2Mode | None], Any] = {}
+
+
+def _base(caps: Capabilities, payload: Payload, mode: L2Mode) -> dict[Field, int]:
+    key = id(caps), mode
+    if key not in _known:
+        _known[key] = base_vmcs(caps, payload, mode)
+    return dict(_known[key])
+
+
+def _watched(caps: Capabilities) -> tuple[Field, ...]:
+    key = id(caps), None
+    if key not in _known:
+        _known[key] = watched(caps)
+    found: tuple[Field, ...] = _known[key]
+    return found
 
 
 def _in_place(get: str, set_: str) -> Callable[[L1], None]:
