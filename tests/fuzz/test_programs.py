@@ -144,6 +144,14 @@ def test_known_difference(end: str, one: Any, other: Any, explained: bool) -> No
     assert ENTRY.explains(difference) is explained
 
 
+def test_a_difference_that_follows_from_another() -> None:
+    """It is explained behind the other one only."""
+    entry = known.Known("memory.*", "KVM", "x", follows="guest.GUEST_RFLAGS")
+    difference = Difference(1, 0, "memory.l2_stack", "Exit(HLT)", 1, 2)
+    assert not entry.explains(difference)
+    assert entry.explains(difference, {"guest.GUEST_RFLAGS"})
+
+
 def test_damaged_list_of_differences(tmp_path: Path) -> None:
     path = tmp_path / "x.toml"
     path.write_text('[[difference]]\nwhat = "end"\nwhose = "nobody"\nreason = "x"\n')

@@ -47,11 +47,13 @@ def judge(one: Ran, other: Ran, known: Sequence[Known]) -> Verdict:
         if one.crashed or said:
             return Verdict(crashed=one.crashed or said)
     reasons: dict[str, None] = {}
+    before: set[str] = set()
     for difference in differences(one, other):
-        entry = next((each for each in known if each.explains(difference)), None)
+        entry = next((each for each in known if each.explains(difference, before)), None)
         if entry is None:
             return Verdict(tuple(reasons), difference)
         reasons[f"{entry.whose}: {entry.reason}"] = None
+        before.add(difference.what)
     return Verdict(tuple(reasons))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -31,11 +32,13 @@ class Known:
     bits: int = 0
     kernels: str = "any"
     against: str = "*"
+    follows: str = ""
 
-    def explains(self, difference: Difference) -> bool:
-        """Whether it is about this difference."""
+    def explains(self, difference: Difference, before: Collection[str] = ()) -> bool:
+        """Whether it is about this difference, behind known ones of what is in ``before``."""
         return (
             fnmatchcase(difference.what, self.what)
+            and (not self.follows or self.follows in before)
             and _matches(difference.end, self.after)
             and _matches(_text(difference.one), self.one)
             and _matches(_text(difference.other), self.other)

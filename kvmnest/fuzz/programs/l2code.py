@@ -18,9 +18,11 @@ _GOOD_MSRS = (
     *(Msr.SYSENTER_CS, Msr.SYSENTER_ESP, Msr.SYSENTER_EIP, Msr.STAR, Msr.LSTAR, Msr.CSTAR),
     *(Msr.FMASK, Msr.FS_BASE, Msr.GS_BASE, Msr.KERNEL_GS_BASE, Msr.PAT, Msr.IA32_EFER),
 )
-_BAD_MSRS = (0x1, 0x480, 0x48B, 0x3A, 0x2FF + 0x1000, 0x40000000, 0xC0001FFF, 0xC0002000, 0xFFFF)
+_BAD_MSRS = (0x1, 0x2FF + 0x1000, 0x40000000, 0xC0001FFF, 0xC0002000, 0xFFFF)
 _CONSTANTS = (0, 1, 2, 0x1000, 0xFFFF, 0x80000000, 0xFFFFFFFF, (1 << 47) - 1, 1 << 47, 1 << 63)
 _PORTS = (0, 0x20, 0x60, 0x70, 0x80, 0xE7, 0x3F8, 0xCF8, 0x7FFF, 0x8000, 0xFFFF)
+#: Bits of CR4 that no processor has.
+CR4_RESERVED = 1 << 31 | 1 << 26
 #: Linear addresses that are mapped nowhere, and one that is not canonical.
 UNMAPPED, NOT_CANONICAL = 0x40000000, 0x8000000000000000
 
@@ -32,19 +34,20 @@ def value(chance: random.Random) -> int:
 
 @dataclass(frozen=True)
 class Machine:
-    """What the grammar has to know: bits of L2's code, and where L2 has memory."""
+    """What the grammar has to know: bits of L2's code, where L2 has memory, bits of CR4."""
 
     bits: int
     data: int
     selectors: tuple[int, ...]
+    cr4: int
 
     @classmethod
-    def of(cls, payload: Payload, bits: int) -> Machine:
-        """Of the payload."""
+    def of(cls, payload: Payload, bits: int, cr4: int) -> Machine:
+        """Of the payload; ``cr4`` are the bits of CR4 that may be 1."""
         names = ("SEL_CODE64", "SEL_DATA", "SEL_CODE32", "SEL_USER_DATA", "SEL_USER_CODE64")
         more = ("SEL_TSS0", "SEL_TSS_L2", "SEL_LDT")
         selectors = tuple(payload[name] for name in (*names, *more))
-        return cls(bits, payload["l2_data"], (*selectors, 0, 3, 0x78, 0xFFF8))
+        return cls(bits, payload["l2_data"], (*selectors, 0, 3, 0x78, 0xFFF8), cr4)
 
 
 class Part:
@@ -53,6 +56,7 @@ class Part:
     def __init__(self, chance: random.Random, machine: Machine) -> None:
         self._chance, self._machine = chance, machine
         self._bits = machine.bits
+        self._cr4 = machine.cr4 | CR4_RESERVED
 
     def draw(self) -> bytes:
         """Machine code."""
@@ -147,6 +151,9 @@ class Part:
             if number == 8:
                 # KVM looks at the low 8 bits only.
                 bit = self._chance.randrange(8)
+            elif number == 4:
+                # What one machine has and the other has not is no difference to look for.
+                bit = self._chance.choice([b for b in range(32) if self._cr4 >> b & 1])
             elif self._bits == 64 and self._chance.random() < 0.1:
                 bit = self._chance.randrange(32, 64)
             rexw = b"\x48" if self._bits == 64 else (b"\x66" if self._bits == 16 else b"")
@@ -155,6 +162,8 @@ class Part:
         value = self._value()
         if number == 8:
             value &= 0xFF
+        if number == 4:
+            value &= self._cr4
         if number == 0:
             # Bochs lets L2 leave protected mode and paging without unrestricted guest.
             value |= 0x80000001
@@ -274,22 +283,10 @@ class Part:
             (
                 *(b"\xdb\xe3", b"\x9b", b"\xd9\xe8", b"\xdf\xe0", b"\x0f\x77"),
                 *(b"\x0f\x57\xc0", b"\x66\x0f\xef\xc9"),
-                self._mxcsr(),
+                self._at(b"\x0f\xae", 3),  # STMXCSR
                 self._at(b"\x0f\xae", 7),  # CLFLUSH
             )
         )
-
-    def _mxcsr(self) -> bytes:
-        """LDMXCSR of its value at power-on, and STMXCSR.
-
-        Bochs leaves MXCSR alone where a compacted XRSTOR initializes SSE, so under KVM it is that
-        of the process.
-        """
-        store = self._memory(b"\xc7", 0) + struct.pack("<I", 0x1F80)
-        if self._bits == 16:
-            store = b"\x66" + store
-        load = self._mov(7, self._machine.data) + store + self._memory(b"\x0f\xae", 2)
-        return load + self._memory(b"\x0f\xae", 3)
 
     def _extended_state(self) -> bytes:
         code = self._mov(1, self._chance.choice((0, 0, 1)))

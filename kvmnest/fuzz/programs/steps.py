@@ -144,7 +144,7 @@ class Doer:
             seen.append(self._write({Field.GUEST_RIP: self._code_at + behind}))
             outcome = self.l1.vmresume(regs=outcome.regs)
             seen.append(self._watcher.entry(outcome))
-        if len(seen) > 1:
+        if len(seen) > 1 and not isinstance(outcome, HostExit):
             # What changes seldom is read once; each VMREAD may cost an exit to L0.
             seen[-1] |= self._watcher.all_fields()
         return seen
