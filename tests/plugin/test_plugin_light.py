@@ -1,5 +1,6 @@
 """The light runner and pytest agree on everything but the wording of tracebacks."""
 
+import importlib.util
 import json
 import marshal
 import subprocess
@@ -175,6 +176,9 @@ def check_nothing(n):
     n + 1
 """
 
+#: Loaded without a look at the source (PEP 552).
+UNCHECKED = importlib.util.MAGIC_NUMBER + b"\1\0\0\0" + bytes(8)
+
 CONFTEST = """
 from kvmnest.plugin import policy
 policy.SUITE = "samplesuite"
@@ -195,7 +199,9 @@ def _light(folder, *arguments):
 
 
 @pytest.fixture
-def sample(tmp_path):
+def sample(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "")
+    monkeypatch.delenv("PYTHONPYCACHEPREFIX", raising=False)
     package = tmp_path / "samplesuite"
     package.mkdir()
     (package / "__init__.py").touch()
@@ -208,6 +214,10 @@ def sample(tmp_path):
 def _plan(folder):
     done = run_pytest(folder, "--collect-only", *options("plan"))
     assert done.returncode == 0, done.stdout
+    # As the lab's guest gets it: what pytest compiled stands where Python looks for its own.
+    (compiled,) = (folder / "samplesuite" / "__pycache__").glob("test_sample.*-pytest-*.pyc")
+    plain = compiled.with_name(f"test_sample.{sys.implementation.cache_tag}.pyc")
+    plain.write_bytes(UNCHECKED + compiled.read_bytes()[16:])
 
 
 def _results(events):
@@ -229,9 +239,6 @@ def test_same_results(sample):
     assert events[1] == expected[1]
     assert events[-1] == expected[-1]
     for got, want in zip(_results(events), _results(expected), strict=True):
-        if want["outcome"] in ("failed", "error") and "assert" in (want["summary"] or ""):
-            # Without pytest's rewriting of the imported module the text is shorter.
-            got["summary"] = want["summary"]
         assert got == want
     outcomes = {e["outcome"] for e in events if e["e"] == "result"}
     assert outcomes == {"passed", "failed", "skipped", "error"}
