@@ -45,7 +45,7 @@ def rows() -> tuple[Row, ...]:
     try:
         return tuple(Row(**entry) for entry in reading.toml(FILE)["row"])
     except (KeyError, TypeError) as error:
-        raise HarnessError(f"{FILE} is no record of other suites: {error}") from error
+        raise HarnessError(f"{FILE} is not a record of other suites: {error}") from error
 
 
 def suites() -> list[str]:

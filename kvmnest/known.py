@@ -219,7 +219,7 @@ def read(path: Path = KNOWN_FILE) -> list[Deviation]:
         return []
     entries = document.get("deviation", [])
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise HarnessError(f"{path}: deviation is no list of tables")
+        raise HarnessError(f"{path}: deviation is not a list of tables")
     return [_entry(path, number, entry) for number, entry in enumerate(entries, 1)]
 
 

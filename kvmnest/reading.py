@@ -1,7 +1,7 @@
 """The one way in for files: of the user, of an earlier run, of this package.
 
 Whatever a name leads to, what comes back is the content, or an error whose one line names the
-file, the place in it and the reason. A device, a folder or a pipe that nobody writes to is no file;
+file, the place in it and the reason. A device, a folder or a pipe without a writer is not a file;
 a file has a size, UTF-8 has rules, JSON has a depth, and a document has a schema.
 """
 
@@ -57,7 +57,7 @@ def data(path: str | os.PathLike[str], *, limit: int = LIMIT, pipes: bool = True
     """Content of a regular file, or (``pipes``) of a pipe to its end.
 
     Raises NoSuchFile or UsageError for a name that leads to no file, HarnessError for a file that
-    cannot be read, is no file, or has more than ``limit`` bytes.
+    cannot be read, is not a file, or has more than ``limit`` bytes.
     """
     try:
         # Without waiting: a pipe may have no writer, and a device may do something.
@@ -125,7 +125,7 @@ def toml(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         return tomllib.loads(content)
     except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise Damaged(f"{shown(path)} is no TOML: {one_line(error)}") from error
+        raise Damaged(f"{shown(path)} is not TOML: {one_line(error)}") from error
 
 
 def document(path: str | os.PathLike[str], what: str, schema: Schema) -> dict[str, Any]:
@@ -164,7 +164,7 @@ def lines(
             found.append(each)
     except Wrong as error:
         where = f", line {len(found) + 1}" if found else ""
-        raise Damaged(f"{shown(path)}{where} is no {what}: {error}") from error
+        raise Damaged(f"{shown(path)}{where} is not {_a(what)}: {error}") from error
     return found, whole
 
 
@@ -180,7 +180,7 @@ def value(content: bytes, what: str, schema: Schema, where: str) -> Any:
         found = parsed(content)
         _meet(found, schema)
     except Wrong as error:
-        raise Damaged(f"{where} is no {what}: {error}") from error
+        raise Damaged(f"{where} is not {_a(what)}: {error}") from error
     return found
 
 
@@ -210,7 +210,7 @@ def parsed(content: bytes) -> Any:
 
 
 def _constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number of JSON")
+    raise ValueError(f"{name} is not a number of JSON")
 
 
 def _finite(digits: str) -> float:
@@ -262,3 +262,10 @@ def one_line(reason: object) -> str:
     """A reason in one line that can be shown."""
     words = "".join(char if char.isprintable() else " " for char in str(reason)).strip()
     return words if len(words) <= 200 else f"{words[:200]}..."
+
+
+def _a(what: str) -> str:
+    """With its article: "a results file", but "JSON"."""
+    if what == "JSON":
+        return what
+    return f"an {what}" if what[0] in "aeiou" else f"a {what}"

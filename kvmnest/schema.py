@@ -83,7 +83,7 @@ def _is(value: object, kind: str) -> bool:
 
 
 def _equal(one: object, other: object) -> bool:
-    """Equality of JSON, with a constant that is no list or object: true is not 1."""
+    """Equality of JSON, with a constant that is not a list or object: true is not 1."""
     return one == other and isinstance(one, bool) == isinstance(other, bool)
 
 

@@ -56,7 +56,7 @@ def every() -> tuple[Setting, ...]:
     try:
         return tuple(Setting(**entry) for entry in reading.toml(_FILE)["setting"])
     except (KeyError, TypeError) as error:
-        raise HarnessError(f"{_FILE} is no list of settings: {error}") from error
+        raise HarnessError(f"{_FILE} is not a list of settings: {error}") from error
 
 
 def choose(names: Sequence[str]) -> tuple[Setting, ...]:

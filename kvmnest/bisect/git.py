@@ -21,16 +21,16 @@ class Repository:
     """A git work tree that is bisected."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises UsageError if ``folder`` is no work tree of git."""
+        """Raises UsageError if ``folder`` is not a work tree of git."""
         self.folder = folder
         try:
             inside = self._git("rev-parse", "--is-inside-work-tree")
         except OSError as error:
             raise UsageError(f"git cannot be run in {folder}: {error}") from error
         except HarnessError as error:
-            raise UsageError(f"{folder} is no git work tree ({error})") from error
+            raise UsageError(f"{folder} is not a git work tree ({error})") from error
         if inside.strip() != "true":
-            raise UsageError(f"{folder} is no git work tree")
+            raise UsageError(f"{folder} is not a git work tree")
 
     def _git(self, *arguments: str, check: bool = True) -> str:
         # A checkout that Ctrl-C cuts in the middle leaves a tree that git then refuses to leave.
@@ -91,12 +91,12 @@ class Repository:
         return self.folder / path
 
     def require_order(self, good: str, bad: str) -> None:
-        """Raise UsageError if good is no ancestor of bad."""
+        """Raise UsageError if good is not an ancestor of bad."""
         if self._git("merge-base", good, bad, check=False).strip() != self.commit(good):
-            raise UsageError(f"{good} is no ancestor of {bad}: are good and bad swapped?")
+            raise UsageError(f"{good} is not an ancestor of {bad}: are good and bad swapped?")
 
     def start(self, good: str, bad: str) -> None:
-        """Begin: checks the middle out. Raises UsageError if good is no ancestor of bad."""
+        """Begin: checks the middle out. Raises UsageError if good is not an ancestor of bad."""
         self.require_order(good, bad)
         self._git("bisect", "start", bad, good)
 

@@ -104,7 +104,7 @@ class Question:
     def check(self) -> None:
         """Raise UsageError if the case is none of the suite's."""
         if split_selection([self.case])[1]:
-            raise UsageError(f"{self.case} is no case of the suite")
+            raise UsageError(f"{self.case} is not a case of the suite")
 
     def _run(self, target: Target) -> Answer:
         return judge(outcome(target, Selection([self.case])))

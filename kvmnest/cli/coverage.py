@@ -83,7 +83,7 @@ def run(options: argparse.Namespace) -> int:
 
     require_writable(options.data)
     if options.pages and options.pages.exists() and not options.pages.is_dir():
-        raise UsageError(f"{options.pages} is no directory")
+        raise UsageError(f"{options.pages} is not a directory")
     old = records.load(options.against) if options.against else None
     if options.coverage_verb == "show":
         whole, *others = map(records.load, options.files)

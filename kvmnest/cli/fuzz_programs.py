@@ -41,7 +41,7 @@ def run(options: argparse.Namespace, seed: int) -> int:
     from kvmnest.fuzz.programs.generate import ProgramGenerator
 
     if options.corpus and not options.corpus.is_dir():
-        raise UsageError(f"{reading.shown(options.corpus)} is no folder of programs")
+        raise UsageError(f"{reading.shown(options.corpus)} is not a folder of programs")
     for name in ("journal", "go_on", "jobs"):
         if getattr(options, name):
             raise UsageError(f"--{name.replace('go_on', 'continue')} is for entries only")

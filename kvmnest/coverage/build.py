@@ -116,7 +116,7 @@ def full_names(names: Sequence[str], release: str) -> list[str]:
     for name in names:
         matching = [path for path in every if f"/{path}".endswith(f"/{name.removeprefix('./')}")]
         if len(matching) != 1:
-            which = f"is {' or '.join(matching)}" if matching else f"is no C file of {KVM}"
+            which = f"is {' or '.join(matching)}" if matching else f"is not a C file of {KVM}"
             raise UsageError(f"--source {name}: it {which} of {release}")
         found[matching[0]] = None
     return list(found)

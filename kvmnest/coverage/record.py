@@ -119,14 +119,14 @@ def document(record: Record) -> dict[str, Any]:
 
 
 def load(path: Path) -> Record:
-    """Read a record. Raises NoSuchFile, or HarnessError for what is no record."""
+    """Read a record. Raises NoSuchFile, or HarnessError for what is not a record."""
     found = reading.document(path, _WHAT, _SCHEMA)
     names = [*found["reached_by"], ""]
     sources = {}
     for name, each in found["sources"].items():
         problem = next(_problems(each, len(found["reached_by"])), "")
         if problem:
-            raise reading.Damaged(f"{reading.shown(path)} is no {_WHAT}: {name}: {problem}")
+            raise reading.Damaged(f"{reading.shown(path)} is not a {_WHAT}: {name}: {problem}")
         functions = [(line, function) for line, function in each["functions"]]
         sources[name] = Source(functions, each["lines"], [names[n] for n in each["first"]])
     return Record(found["kernel"], found["version"], sources)

@@ -94,7 +94,7 @@ class Journal:
         head = {"schema": SCHEMA, **run}
         try:
             if path.exists() and not path.is_file():
-                raise UsageError(f"{path} is no regular file, which a journal has to be")
+                raise UsageError(f"{path} is not a regular file, which a journal has to be")
             if path.exists() and path.stat().st_size:
                 if not go_on:
                     raise UsageError(f"{path} exists: --continue goes on with it, or name another")

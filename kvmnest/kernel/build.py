@@ -96,7 +96,7 @@ def rebuilt(kernel: source.KernelSource, change: Callable[[Path], None]) -> Iter
 def require_source(tree: Path) -> None:
     """Raise UsageError unless ``tree`` looks like a kernel's source."""
     if not (tree / KVM / "Makefile").is_file():
-        raise UsageError(f"{tree} is no kernel source: it has no {KVM}")
+        raise UsageError(f"{tree} is not a kernel source: it has no {KVM}")
 
 
 def build_tree(tree: Path, release: str, to: Path) -> None:
@@ -104,7 +104,7 @@ def build_tree(tree: Path, release: str, to: Path) -> None:
 
     ``tree`` has arch/x86/kvm and virt/kvm, as close to the kernel's own source as the change
     under test allows. Only files that differ from that source are compiled again. Raises
-    UsageError for what is no source, BuildError if it does not compile, LabSetupError as
+    UsageError for what is not a source, BuildError if it does not compile, LabSetupError as
     ``build_modules``.
     """
     require_source(tree)

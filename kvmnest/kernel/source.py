@@ -75,7 +75,7 @@ def _fetch(release: str, apt: debian.Apt) -> KernelSource:
             f"modules for {release} need its headers: apt knows no {package}"
         ) from error
     if series is None:
-        raise LabSetupError(f"{release} is no release of a kernel")
+        raise LabSetupError(f"{release} is not a release of a kernel")
     version = record["Version"]
     wanted = [f"{package}={version}"]
     for depends in record.get("Depends", "").split(","):

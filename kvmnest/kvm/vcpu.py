@@ -142,7 +142,7 @@ class Vcpu(VcpuState):
     def set_io_data(self, data: bytes) -> None:
         """Answer an IoExit of an IN with count*size bytes; the next ``run`` delivers them.
 
-        Raises ValueError if the last exit is no IN or the length differs.
+        Raises ValueError if the last exit is not an IN or the length differs.
         """
         run = self.kvm_run
         io = run.io

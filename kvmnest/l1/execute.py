@@ -96,7 +96,7 @@ class Executor:
         return cpu, command
 
     def judge(self, command: Command, seen: list[Result] | KvmExit) -> Outcome:
-        """The outcome of a command that is no VMX instruction."""
+        """The outcome of a command that is not a VMX instruction."""
         if not isinstance(seen, list):
             return HostExit(seen)
         result = seen[0]

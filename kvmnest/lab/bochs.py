@@ -130,7 +130,7 @@ def locate(path: str | None = None, model: str | None = None, cpus: int = 1) -> 
         raise LabSetupError(f"{program} not found: {hint}")
     text = version_text(found, "--help")
     if "Bochs" not in text:
-        raise LabSetupError(f"{found} is no Bochs")
+        raise LabSetupError(f"{found} is not Bochs")
     if program == "bochs" and not _TERMINAL.exists():
         raise LabSetupError("Bochs has no terminal display: apt-get install bochs-term")
     version = re.search(r"Bochs x86 Emulator (\d[\w.]*)", text)
@@ -202,7 +202,7 @@ class Bochs(Running):
         self.emulator = emulator
 
     def clock(self) -> float:
-        """Its CPU time, since it is never idle: a slow guest on a busy host is no hang."""
+        """Its CPU time, since it is never idle: a slow guest on a busy host is not a hang."""
         return self.cpu_seconds()
 
     def __enter__(self) -> "Bochs":

@@ -20,7 +20,7 @@ ROM_SIZE = 0x10000
 def build(name: str = "lab_boot") -> Path:
     """Build a ROM if it is missing or older than its sources; returns its path.
 
-    Raises LabSetupError without binutils, without the source, or if the result is no 64 KiB ROM.
+    Raises LabSetupError without binutils, without the source, or if the result is not a 64 KiB ROM.
     """
     target, source = DATA / f"{name}.bin", SOURCES / f"{name}.s"
     if not source.is_file():

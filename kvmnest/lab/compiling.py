@@ -29,7 +29,7 @@ def compile_sources(jobs: list[tuple[str, str, int]]) -> list[bytes]:
     """Compile (path, name in tracebacks, optimisation level) to .pyc images, in order.
 
     They have no column positions (a third less to load) and are "unchecked": the guest never
-    compares them with a source. A file that is no valid Python gives b"".
+    compares them with a source. A file that is not valid Python gives b"".
     """
     shares = min(os.cpu_count() or 1, 4)
     command = [sys.executable, "-I", "-S", "-X", "no_debug_ranges", "-c", _COMPILER]

@@ -58,10 +58,10 @@ class KernelImage:
 def flatten(vmlinux: bytes, setup: bytes) -> KernelImage:
     """Lay out the loadable segments of an ELF vmlinux by physical address.
 
-    Raises KernelSpecError if it is no x86-64 ELF file or does not lie above LAB_INFO.
+    Raises KernelSpecError if it is not an x86-64 ELF file or does not lie above LAB_INFO.
     """
     if len(vmlinux) < _HEADER or vmlinux[:5] != b"\x7fELF\x02" or vmlinux[18:20] != _X86_64:
-        raise KernelSpecError("the kernel image is no x86-64 ELF vmlinux")
+        raise KernelSpecError("the kernel image is not an x86-64 ELF vmlinux")
     entry, phoff = struct.unpack_from("<QQ", vmlinux, 24)
     size, count = struct.unpack_from("<HH", vmlinux, 54)
     if size < _PROGRAM_HEADER or phoff + size * count > len(vmlinux):

@@ -42,7 +42,7 @@ class Module:
 
 
 def read(path: Path) -> Module:
-    """Read the .modinfo of a module file. Raises KernelSpecError if it is no module."""
+    """Read the .modinfo of a module file. Raises KernelSpecError if it is not a module."""
     try:
         content = decompress(reading.data(path, limit=_LARGEST))
     except KernelSpecError as e:
@@ -52,13 +52,13 @@ def read(path: Path) -> Module:
         section = elf.get_section_by_name(".modinfo")
         data = bytes(section.data()) if section is not None else b""
     except Exception as e:  # of a damaged file pyelftools raises what it runs into
-        raise KernelSpecError(f"{path} is no kernel module ({reading.one_line(e)})") from e
+        raise KernelSpecError(f"{path} is not a kernel module ({reading.one_line(e)})") from e
     fields: dict[str, list[str]] = {}
     for item in data.decode(errors="replace").split("\0"):
         key, _, value = item.partition("=")
         fields.setdefault(key, []).append(value)
     if "vermagic" not in fields:
-        raise KernelSpecError(f"{path} is no kernel module (it has no vermagic)")
+        raise KernelSpecError(f"{path} is not a kernel module (it has no vermagic)")
     depends = tuple(d.replace("-", "_") for d in fields.get("depends", [""])[0].split(",") if d)
     parameters = frozenset(p.partition(":")[0] for p in fields.get("parmtype", []))
     return Module(canonical(path.name), path, depends, fields["vermagic"][0], parameters)

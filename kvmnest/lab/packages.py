@@ -15,7 +15,7 @@ _ADVICE = "give all its .deb files, joined by commas, or a folder of them"
 
 @dataclass(frozen=True)
 class _Package:
-    """A .deb file, with what its control file says. ``kind`` is "" if its name is no kernel's."""
+    """A .deb file, with what its control file says. ``kind`` is "" unless it names a kernel."""
 
     path: Path
     name: str

@@ -63,7 +63,7 @@ def locate(path: str | None = None, accelerator: str = "kvm") -> Emulator:
     if found is None:
         raise LabSetupError(f"{path} not found: no such program")
     if "QEMU emulator" not in version_text(found, "--version"):
-        raise LabSetupError(f"{found} is no QEMU")
+        raise LabSetupError(f"{found} is not QEMU")
     # A QEMU that was built without it refuses the option before it comes to the next.
     sandbox = "QEMU emulator" in version_text(found, "-sandbox", _SANDBOX, "--version")
     return Emulator(found, accelerator, sandbox)
@@ -89,7 +89,7 @@ def arguments(emulator: Emulator, memory: int, cpus: int) -> list[str]:
         argv += [f"-{name}", value]
     argv += ["-device", "isa-debugcon,iobase=0xe9,chardev=guest"]
     if emulator.accelerator == "tcg" and cpus == 1:  # several would wait for each other's time
-        # The guest's time is counted in instructions, as in Bochs: a busy host is no lockup.
+        # The guest's time is counted in instructions, as in Bochs: a busy host is not a lockup.
         argv += ["-icount", "shift=3"]
     if emulator.sandbox:
         argv += ["-sandbox", _SANDBOX]

@@ -15,7 +15,7 @@ from kvmnest.plugin import policy
 KIND = "kvmnest_kind"
 #: Attribute of a report: one line that says what happened.
 SUMMARY = "kvmnest_summary"
-#: Attribute of a report: name of the exception if it was no failed assertion.
+#: Attribute of a report: name of the exception if it was not a failed assertion.
 RAISED = "kvmnest_raised"
 
 _EMPTY_REASONS = ("", "unconditional skip", "Skipped")

@@ -113,7 +113,7 @@ class BareCpu(Bochs):
 
     def _begin(self, guest_from: int, guest_to: int) -> None:
         config = bochs.configuration(self.emulator, self.ram // _MIB, 1)
-        # An MSR that Bochs does not know is no MSR: the lab's kernels are shown zeroes.
+        # An MSR that Bochs does not know is not an MSR: the lab's kernels are shown zeroes.
         (self.folder / "bochsrc").write_text(config + "cpu: ignore_bad_msrs=0\n")
         (self.folder / "msrs.def").write_text(bochs.MSRS + _MSRS)
         (self.folder / "vga.rom").write_bytes(bochs.VGA_ROM)

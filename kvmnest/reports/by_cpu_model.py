@@ -96,7 +96,7 @@ def _documents(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         columns = {"": whole}
     for words, document in columns.items():
         if wrong := problem(document, jsonfile.schema()):
-            raise reading.Damaged(f"{reading.shown(file)} is no {jsonfile.WHAT}: {wrong}")
+            raise reading.Damaged(f"{reading.shown(file)} is not a {jsonfile.WHAT}: {wrong}")
         words = words or str(document["options"].get("cpu_model", ""))
         names = [word for word in words.split() if word in cpu_models.names()]
         if len(names) != 1:

@@ -19,7 +19,7 @@ class WholeFile:
     def __init__(self, path: Path, what: str) -> None:
         # Neither a device (/dev/null, for root) nor a link may be replaced by a file.
         if path.exists() and not path.is_file():
-            kind = "it is a directory" if path.is_dir() else "it is no regular file"
+            kind = "it is a directory" if path.is_dir() else "it is not a regular file"
             raise HarnessError(f"cannot write {what} to {path}: {kind}")
         self.path = path.resolve() if path.is_symlink() else path
         self.problem = ""

@@ -115,7 +115,7 @@ def select(names: Sequence[str]) -> list[Reproducer]:
 
     "all" means all bugs that were fixed upstream, "unfixed" all that were not.
 
-    Raises UsageError for an unknown name and for a file that is no reproducer.
+    Raises UsageError for an unknown name and for a file that is not a reproducer.
     """
     found: dict[str, Reproducer] = {}
     for name in names:
@@ -152,7 +152,7 @@ def is_file(name: str) -> bool:
 def read(path: Path) -> Reproducer:
     """Read a user's reproducer, which executes its module.
 
-    Raises UsageError if it cannot be read, does not run, or is no reproducer.
+    Raises UsageError if it cannot be read, does not run, or is not a reproducer.
     """
     try:
         source = reading.text(path)
@@ -184,7 +184,7 @@ def read(path: Path) -> Reproducer:
 def _reproducer(module: types.ModuleType, path: Path, source: str, case: str) -> Reproducer:
     bug = getattr(module, "BUG", None)
     if not isinstance(bug, Bug):
-        raise UsageError(f"{path} is no reproducer: it has no BUG = Bug(...)")
+        raise UsageError(f"{path} is not a reproducer: it has no BUG = Bug(...)")
     title = (module.__doc__ or "").strip().partition("\n")[0].rstrip(".")
     if not title:
         raise UsageError(f"{path} has no docstring, whose first line is the bug's title")

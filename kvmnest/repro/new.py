@@ -19,7 +19,7 @@ def write(bug_id: str, folder: Path) -> Path:
     HarnessError if it cannot be written.
     """
     if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", bug_id):
-        raise UsageError(f"{bug_id!r} is no id: small letters, digits and single hyphens")
+        raise UsageError(f"{bug_id!r} is not an id: small letters, digits and single hyphens")
     if any(bug_id == each.id for each in (*corpus.load(), *corpus.load(corpus.UNFIXED))):
         raise UsageError(f"there is a reproducer {bug_id}: kvmnest repro show {bug_id}")
     path = folder / f"{bug_id.replace('-', '_')}.py"

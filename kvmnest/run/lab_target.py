@@ -208,7 +208,7 @@ def _since(log: str, start: float) -> str:
 def _python_files(host: Path) -> dict[Path, bytes]:
     """Content of the Python files below a folder, or of a file and its neighbours.
 
-    A test file may import modules from its folder. What is no regular file there, or cannot be
+    A test file may import modules from its folder. What is not a regular file there, or cannot be
     read, is left out; raises UsageError if that is the file itself.
     """
     found = {}

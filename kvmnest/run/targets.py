@@ -194,7 +194,7 @@ class LineEvents:
 
     Args:
         on_event: gets each event.
-        read: raises HarnessError for a line that is no event.
+        read: raises HarnessError for a line that is not an event.
     """
 
     def __init__(self, on_event: OnEvent, read: Callable[[bytes], dict[str, Any]] = parse) -> None:

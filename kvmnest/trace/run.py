@@ -19,7 +19,7 @@ def check(case: str) -> None:
     """Raise UsageError if ``case`` cannot be one case; that needs no target."""
     split_selection([case])
     if "::" not in case and case not in functions():
-        raise UsageError(f"{case} is no single case: FILE::NAME (see kvmnest list)")
+        raise UsageError(f"{case} is not one case: FILE::NAME (see kvmnest list)")
 
 
 def trace(target: Target, case: str) -> tuple[Run, Case, list[Command]]:

@@ -92,7 +92,7 @@ def test_a_half_written_line_is_cut_off(history, tmp_path):
 @pytest.mark.parametrize("content", ["{}\n", "[]\n", "", "nothing\n"])
 def test_what_is_no_journal(tmp_path, content):
     (tmp_path / "steps").write_text(content)
-    with pytest.raises(HarnessError, match="no journal"):
+    with pytest.raises(HarnessError, match="not a journal"):
         journal.load(tmp_path / "steps", "q")
 
 
@@ -236,7 +236,7 @@ def test_the_journal_is_private(history):
 def test_a_file_that_is_no_journal_stays_as_it_is(tmp_path, content):
     path = tmp_path / "notes"
     path.write_bytes(content)
-    with pytest.raises(HarnessError, match="no journal of kvmnest bisect"):
+    with pytest.raises(HarnessError, match="not a journal of kvmnest bisect"):
         journal.load(path)
     assert path.read_bytes() == content
 
@@ -248,7 +248,7 @@ def test_a_damaged_line_in_the_middle_is_named(tmp_path):
         started.add(name, "", Answer(GOOD, "x"))
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(lines[0] + b"\x00\x00\n" + lines[2])
-    with pytest.raises(HarnessError, match="line 2 is no journal"):
+    with pytest.raises(HarnessError, match="line 2 is not a journal"):
         journal.load(path)
 
 

@@ -40,9 +40,9 @@ def test_names(given, full):
     ("name", "told"),
     [
         ("nested.c", r"it is arch/x86/kvm/svm/nested\.c or arch/x86/kvm/vmx/nested\.c"),
-        ("ested.c", "it is no C file of arch/x86/kvm"),
-        ("vmx/nested.h", "it is no C file"),
-        ("", "it is no C file"),
+        ("ested.c", "it is not a C file of arch/x86/kvm"),
+        ("vmx/nested.h", "it is not a C file"),
+        ("", "it is not a C file"),
     ],
 )
 def test_names_of_no_file_or_several(name, told):

@@ -131,10 +131,10 @@ def test_show_joins_files_and_compares(record, tmp_path, capsys):
     ("arguments", "code", "told"),
     [
         (["show", "nothing.json"], 2, "nothing.json"),
-        (["show", "damaged.json"], 3, "damaged.json is no file of kvmnest coverage"),
+        (["show", "damaged.json"], 3, "damaged.json is not a file of kvmnest coverage"),
         (["show", "one.json", "other.json"], 2, "coverage of 6.1"),
         (["show", "one.json", "--against", "other.json"], 2, "coverage of 6.1"),
-        (["show", "one.json", "--pages", "one.json"], 2, "one.json is no directory"),
+        (["show", "one.json", "--pages", "one.json"], 2, "one.json is not a directory"),
         (["show", "one.json", "--data", "."], 2, "cannot write ."),
         (["show", "one.json", "--data", "/dev/full"], 3, "No space left on device"),
         (["run", "--add", "test_vmxon.py"], 2, "--add needs --data FILE"),

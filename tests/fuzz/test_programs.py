@@ -52,7 +52,7 @@ def test_programs_belong_to_their_seed_and_are_programs() -> None:
 def test_what_is_no_program(document: dict[str, Any], tmp_path: Path) -> None:
     assert problem(document)
     (tmp_path / "x.json").write_text(json.dumps(document))
-    with pytest.raises(HarnessError, match=r"x\.json.* is no program"):
+    with pytest.raises(HarnessError, match=r"x\.json.* is not a program"):
         list(corpus.load(tmp_path))
 
 

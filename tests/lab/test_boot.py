@@ -249,7 +249,7 @@ def test_wrong_settings_are_refused():
         Lab(cpus=0)
     with pytest.raises(LabSetupError, match="no such program"):
         bochs.locate("/nonexistent/bochs")
-    with pytest.raises(LabSetupError, match="is no Bochs"):
+    with pytest.raises(LabSetupError, match="is not Bochs"):
         bochs.locate("/bin/true")
 
 

@@ -29,7 +29,7 @@ def test_the_users_own_comes_first() -> None:
     path = bochs.locate().path
     first = fleet.emulators(path)[0]
     assert (first.origin, first.path, first.used) == ("given", path, True)
-    with pytest.raises(LabSetupError, match="is no Bochs"):
+    with pytest.raises(LabSetupError, match="is not Bochs"):
         fleet.emulators("/bin/true")
 
 
@@ -78,7 +78,7 @@ echo Bochs x86 Emulator 3.0
     [
         (NO_VMX, "was built without VMX: configure it with --enable-vmx=2"),
         (NO_MODEL, "no CPU model with VMX"),
-        ("#!/bin/sh\nkill -SEGV $$\n", "is no Bochs"),
+        ("#!/bin/sh\nkill -SEGV $$\n", "is not Bochs"),
         ("no program", "does not run"),
     ],
     ids=["no VMX", "no model", "dies", "no program"],

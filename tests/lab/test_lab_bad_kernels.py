@@ -106,7 +106,7 @@ def test_modules_are_looked_at_before_a_kernel_is_fetched(
 
 
 def test_modules_of_a_truncated_file(tmp_path: Path) -> None:
-    """A file that begins as a tar archive is no package either."""
+    """A file that begins as a tar archive is not a package either."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w"):
         pass

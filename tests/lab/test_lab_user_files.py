@@ -73,6 +73,6 @@ def test_a_build_of_no_source(
     tmp_path: Path, own_cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["build", str(tmp_path), str(tmp_path / "to")]) == 2
-    assert "is no kernel source: it has no arch/x86/kvm" in capsys.readouterr().err
+    assert "is not a kernel source: it has no arch/x86/kvm" in capsys.readouterr().err
     assert not (own_cache / "archive").exists()
     assert not (tmp_path / "to").exists()

@@ -144,7 +144,7 @@ def test_a_qemu_that_does_not_start_is_named() -> None:
         Lab(emulator=Choice("qemu", accelerator="nonesuch")).run(["true"])
     with pytest.raises(LabSetupError, match="/nonexistent/qemu not found: no such program"):
         locate(Choice("qemu", "/nonexistent/qemu", "tcg"))
-    with pytest.raises(LabSetupError, match="is no QEMU"):
+    with pytest.raises(LabSetupError, match="is not QEMU"):
         locate(Choice("qemu", "/bin/true", "tcg"))
 
 

@@ -170,7 +170,7 @@ ENTRY = '[[mutant]]\nid = "a"\ntitle = "t"\nfile = "f"\nfunction = "g"\nexpressi
         (ENTRY + 'replacement = "r"\nnewer = [{ since = "7" }]\n', "mutant a: newer needs since"),
         (ENTRY + 'replacement = "r"\nnewer = [{ since = "7.2" }]\n', "changes no text"),
         ((ENTRY + 'replacement = "r"\n') * 2, "mutant a is there twice"),
-        ("[[mutant", "is no TOML"),
+        ("[[mutant", "is not TOML"),
     ],
 )
 def test_bad_catalogue(tmp_path: Path, text: str, message: str) -> None:

@@ -125,8 +125,8 @@ def test_parameters_of_the_machine():
         (["vmx-cpl", "--record", "x.json"], "--record is for kvmnest repro verify"),
         (["verify", "int1-lost", "--record", "x.json"], "kvmnest found --verify --record"),
         (["new", "int1-lost"], "kvmnest repro show int1-lost"),
-        (["new", "Bad_Id"], "is no id"),
-        (["new", "../x"], "is no id"),
+        (["new", "Bad_Id"], "is not an id"),
+        (["new", "../x"], "is not an id"),
         (["new", "vmx-cpl"], "kvmnest repro show vmx-cpl"),
     ],
 )

@@ -190,7 +190,7 @@ def test_what_is_no_reproducer(tmp_path, source, said):
 def test_a_damaged_record(tmp_path, content):
     path = tmp_path / "x.json"
     path.write_text(content)
-    with pytest.raises(HarnessError, match="no record of kvmnest repro verify"):
+    with pytest.raises(HarnessError, match="not a record of kvmnest repro verify"):
         evidence.load(path)
 
 

@@ -54,7 +54,7 @@ def test_full_disk_keeps_what_was_written(tmp_path, capsys):
     [
         (None, "cannot read"),
         ("{", "no JSON"),
-        ("[]", "is no results file of kvmnest run --json: it must be an object"),
+        ("[]", "is not a results file of kvmnest run --json: it must be an object"),
         ('{"schema": 2, "cases": []}', "has schema 2, this kvmnest reads schema 1"),
         ('{"schema": 1, "cases": [{"id": "a", "outcome": "great"}]}', "it must have "),
     ],

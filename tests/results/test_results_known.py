@@ -151,7 +151,7 @@ def test_what_the_cpu_has(tmp_path, condition, flags, has):
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("[[deviation", "known.toml is no TOML: "),
+        ("[[deviation", "known.toml is not TOML: "),
         ('[[deviation]]\ncase = "x"\n', "deviation 1: missing 1 required"),
         (ENTRY + "colour = 1", "unexpected keyword argument 'colour'"),
         (ENTRY + 'kernels = "new"', "kernel range 'new'"),

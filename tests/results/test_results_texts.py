@@ -59,7 +59,7 @@ GARBAGE = {
     "a list": b"[[[[1]]]]\n",
     "deep": b"[" * 100_000 + b"\n",
     "no kind": b'{"a": 1}\n',
-    "a kind that is no text": b'{"e": {}}\n',
+    "a kind that is not a text": b'{"e": {}}\n',
     "unknown": b'{"e": "kernel", "text": 5}\n',
     "no bytes of UTF-8": b'{"e": "\xff"}\n',
     "a result without an id": b'{"e": "result"}\n',

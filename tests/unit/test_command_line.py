@@ -163,7 +163,7 @@ def test_an_address_that_cannot_be(address, tmp_path, capsys):
 
 
 def test_every_verb_can_be_run() -> None:
-    """A helper among the modules of the verbs is no verb."""
+    """A helper among the modules of the verbs is not a verb."""
     for verb in verbs():
         module = import_module(f"kvmnest.cli.{verb}")
         assert callable(module.add_parser), verb

@@ -118,7 +118,7 @@ def test_a_damaged_file(monkeypatch, tmp_path, text):
     (tmp_path / "found.toml").write_text(text)
     monkeypatch.setattr(found, "FILE", tmp_path / "found.toml")
     found.load.cache_clear()
-    with pytest.raises(HarnessError, match=r"found\.toml (cannot be used|is no TOML)"):
+    with pytest.raises(HarnessError, match=r"found\.toml (cannot be used|is not TOML)"):
         found.load()
     found.load.cache_clear()
 
@@ -149,7 +149,7 @@ def test_a_record_is_kept_in_the_order_of_kernels(tmp_path):
 )
 def test_a_damaged_record(tmp_path, text):
     (tmp_path / "x.json").write_text(text)
-    with pytest.raises(HarnessError, match="no record of kvmnest found --verify"):
+    with pytest.raises(HarnessError, match="not a record of kvmnest found --verify"):
         record.load(tmp_path / "x.json")
 
 

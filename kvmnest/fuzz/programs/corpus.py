@@ -15,7 +15,7 @@ from kvmnest.lab.cache import digest
 def load(folder: Path) -> Iterator[Program]:
     """Programs of a folder, in the order of their names. Raises UsageError, HarnessError."""
     if not folder.is_dir():
-        raise UsageError(f"{reading.shown(folder)} is no folder of programs")
+        raise UsageError(f"{reading.shown(folder)} is not a folder of programs")
     for path in sorted(folder.glob("*.json")):
         yield Program.from_json(reading.document(path, "program of kvmnest fuzz programs", SCHEMA))
 

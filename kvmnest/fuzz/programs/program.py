@@ -133,7 +133,7 @@ class Program:
 
 
 def problem(found: object) -> str:
-    """Why this is no program; "" if it is one."""
+    """Why this is not a program; "" if it is one."""
     return schema.problem(found, SCHEMA)
 
 

@@ -3,7 +3,6 @@
 import pytest
 
 from kvmnest.kvm import Kvm
-from kvmnest.kvm.cpuid import entries
 from kvmnest.l1 import L1
 from kvmnest.repro import Bug
 from kvmnest.vmx import Cr4, Field, VmxError
@@ -33,7 +32,7 @@ SMX = 1 << 6  # in ECX of CPUID leaf 1
 def test_smxe_in_host_cr4(kvm: Kvm) -> None:
     """CPUID promises SMX, which KVM has not: L1 can set CR4.SMXE by no means, an exit included."""
     cpuid = kvm.supported_cpuid()
-    for leaf in entries(cpuid):
+    for leaf in cpuid.entries[0 : cpuid.nent]:
         leaf.ecx |= SMX if leaf.function == 1 else 0
     with L1(kvm) as l1:
         l1.vcpu.set_cpuid(cpuid)
