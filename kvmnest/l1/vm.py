@@ -25,6 +25,8 @@ _EFER = Efer.LME | Efer.LMA | Efer.NXE
 _GP = int(Vector.GP)
 #: Where ``alloc`` begins.
 _FIRST_FREE = 0x100000
+#: Chips of a full irqchip: two PICs and an I/O APIC.
+_CHIPS = 3
 
 
 @functools.lru_cache(maxsize=8)
@@ -307,10 +309,14 @@ class L1Vm:
         "KVM_SET_NESTED_STATE": the nested state belongs to the vCPU's state like its registers.
         """
         states = [self._save(cpu) for cpu in self.cpus]
+        chips = range(_CHIPS if self.irqchip == "full" else 0)
+        kept = [self._vm.get_irqchip(chip) for chip in chips]
         for cpu in self.cpus:
             cpu.vcpu.close()
         self._vm.close()
         self._vm = self.create_vm()
+        for chip in kept:
+            self._vm.set_irqchip(chip)
         for cpu in self.cpus:
             cpu.vcpu = self.create_vcpu(self._vm, cpu.index)
         for cpu, state in zip(self.cpus, states, strict=True):

@@ -17,7 +17,7 @@ from kvmnest.suite.support.bitmaps import set_msr_bitmap
 from kvmnest.suite.support.ept import invalidate, poke
 from kvmnest.suite.support.guest import NOT_VALID, Guest
 from kvmnest.vmx import EptQualification, ExitReason, Msr, Proc2Ctl, ProcCtl, Vector
-from kvmnest.vmx.outcome import Exit, Fault, HostExit, Succeed
+from kvmnest.vmx.outcome import Exit, Fault, HostExit, Outcome, Succeed
 
 pytestmark = [pytest.mark.series(15), pytest.mark.sdm("Local x2APIC Architecture")]
 
@@ -42,9 +42,7 @@ def _guest(l1: L1) -> Guest:
 def _set_mode_in_l2(l1: L1, guest: Guest, *modes: int) -> None:
     base = l1.rdmsr(Msr.APIC_BASE).value & ~_MODE
     for mode in modes:
-        value = base | mode
-        regs = {"rcx": Msr.APIC_BASE, "rax": value & 0xFFFFFFFF, "rdx": value >> 32}
-        assert guest.run(code.WRMSR, regs) == Succeed(), hex(mode)
+        assert _write_in_l2(guest, Msr.APIC_BASE, base | mode) == Succeed(), hex(mode)
 
 
 def _check_interrupts(apic: Apic) -> None:
@@ -52,6 +50,72 @@ def _check_interrupts(apic: Apic) -> None:
         apic.send(vector)
         assert apic.open_window() == [vector]
         assert (apic.requested(), apic.in_service()) == ([], [])
+
+
+#: x2APIC registers that software writes, and a value that each keeps.
+_WRITABLE = {
+    Msr.X2APIC_TPR: 0x50,
+    Msr.X2APIC_SIVR: 0x1EF,
+    Msr.X2APIC_LVT_TIMER: 0x20045,  # periodic, with no count
+    Msr.X2APIC_LVT_THERMAL: 0x10061,
+    Msr.X2APIC_LVT_PMI: 0x10062,
+    Msr.X2APIC_LVT_LINT0: 0x18063,
+    Msr.X2APIC_LVT_LINT1: 0x10064,
+    Msr.X2APIC_LVT_ERROR: 0x10065,
+    Msr.X2APIC_INIT_COUNT: 0,
+    Msr.X2APIC_DIV_CONF: 0xB,
+}
+_READ_ONLY = (
+    *(Msr.X2APIC_APICID, Msr.X2APIC_VERSION, Msr.X2APIC_PPR, Msr.X2APIC_LDR),
+    *(Msr.X2APIC_ISR0, Msr.X2APIC_TMR0, Msr.X2APIC_IRR0, Msr.X2APIC_CUR_COUNT),
+)
+
+
+def _write_in_l2(guest: Guest, msr: int, value: int) -> Outcome:
+    regs = {"rcx": msr, "rax": value & 0xFFFFFFFF, "rdx": value >> 32}
+    return guest.run(code.WRMSR, regs)
+
+
+@pytest.mark.needs(ProcCtl.USE_MSR_BITMAPS)
+@pytest.mark.sdm("x2APIC Register Address Space")
+def test_l2_writes_registers(l1: L1) -> None:
+    """WRMSR of L2 that does not exit reaches L1's APIC, register by register."""
+    Apic(l1)
+    guest = _guest(l1)
+    for msr, value in _WRITABLE.items():
+        assert _write_in_l2(guest, msr, value) == Succeed(), msr
+        assert l1.rdmsr(msr) == Succeed(value), msr
+    for msr in _WRITABLE:
+        assert guest.run(code.RDMSR, {"rcx": msr}).regs["rax"] == l1.rdmsr(msr).value, msr
+
+
+@pytest.mark.needs(ProcCtl.USE_MSR_BITMAPS)
+@pytest.mark.sdm("Reserved Bit Checking")
+def test_writes_that_fault_in_l2(l1: L1) -> None:
+    """Reserved bits, read-only registers and those that x2APIC mode lacks give #GP in L2."""
+    Apic(l1)
+    guest = _guest(l1)
+    for msr in _WRITABLE:
+        before = l1.rdmsr(msr)
+        assert _write_in_l2(guest, msr, before.value | 1 << 32) == GP, msr
+        assert l1.rdmsr(msr) == before, msr
+    for msr in _READ_ONLY:
+        assert _write_in_l2(guest, msr, 0) == GP, msr
+    # Destination format, upper half of the interrupt command.
+    for absent in (0x80E, 0x831):
+        assert _write_in_l2(guest, absent, 0) == GP, hex(absent)
+
+
+@pytest.mark.needs(ProcCtl.USE_MSR_BITMAPS)
+@pytest.mark.sdm("Reserved Bit Checking")
+@pytest.mark.parametrize("msr", [Msr.X2APIC_EOI, Msr.X2APIC_ESR], ids=["EOI", "ESR"])
+def test_register_that_takes_only_0(l1: L1, msr: int) -> None:
+    """WRMSR of any other value gives #GP in L2."""
+    Apic(l1)
+    guest = _guest(l1)
+    for value in (1, 1 << 31, 1 << 32):
+        assert _write_in_l2(guest, msr, value) == GP, hex(value)
+    assert _write_in_l2(guest, msr, 0) == Succeed()
 
 
 @pytest.mark.needs(ProcCtl.USE_MSR_BITMAPS)

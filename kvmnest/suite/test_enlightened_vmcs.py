@@ -18,6 +18,7 @@ from kvmnest.suite.support.bitmaps import set_io_bitmaps, set_msr_bitmap
 from kvmnest.suite.support.enlightened import (
     ALL_CLEAN,
     CLEAN_FIELDS,
+    ENLIGHTENMENTS,
     EnlightenedL1,
     EnlightenedVmcs,
 )
@@ -133,6 +134,34 @@ def test_a_change_of_a_group_that_is_not_clean_counts(hv: EnlightenedL1, group: 
         assert (seen.reason, seen.regs["rax"]) == (ExitReason.VMCALL, value)
     else:
         assert seen.reason == expected
+
+
+#: The enlightenment of the MSR bitmap, and its group of clean fields.
+_MSR_BITMAP = 1 << 1
+
+
+@pytest.mark.parametrize(
+    ("enlightened", "clean"),
+    [(0, ALL_CLEAN), (_MSR_BITMAP, ALL_CLEAN & ~_MSR_BITMAP)],
+    ids=["without-the-enlightenment", "not-clean"],
+)
+@pytest.mark.parametrize("exits", [True, False], ids=["bit-set", "bit-cleared"])
+@pytest.mark.sdm("MSR-Bitmap Address")
+def test_a_changed_msr_bitmap(hv: EnlightenedL1, enlightened: int, clean: int, exits: bool) -> None:
+    """A change of the bitmap counts at the next entry, unless the page says that there is none."""
+    accesses = [("read-high", Msr.GS_BASE)]
+    before, after = ([], accesses) if exits else (accesses, [])
+    guest = Guest(hv, ProcCtl.USE_MSR_BITMAPS)
+    page = _page(guest)
+    hv.write_int(page.address + ENLIGHTENMENTS, enlightened, 4)
+    read = guest.exit(ExitReason.RDMSR, 2)
+    regs = {"rcx": int(Msr.GS_BASE)}
+    set_msr_bitmap(hv, before)
+    assert guest.run(code.RDMSR, regs) == (Succeed() if exits else read)
+    page.flush()
+    page.clean = clean
+    set_msr_bitmap(hv, after)
+    assert guest.run(code.RDMSR, regs) == (read if exits else Succeed())
 
 
 @pytest.mark.sdm("Recording VM-Exit Information and Updating VM-entry Control Fields")

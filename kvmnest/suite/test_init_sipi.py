@@ -9,11 +9,11 @@ from collections.abc import Iterator
 import pytest
 
 from kvmnest.errors import HarnessError
-from kvmnest.kvm import Cap, KvmError, exits
-from kvmnest.l1 import L1, code
-from kvmnest.suite.support.apic import INIT, SIPI, TO_APIC_0, Apic
+from kvmnest.kvm import Cap, Kvm, KvmError, exits
+from kvmnest.l1 import L1, VmLost, code
+from kvmnest.suite.support.apic import ENABLED, INIT, SIPI, TO_APIC_0, X2APIC, Apic
 from kvmnest.suite.support.guest import Guest
-from kvmnest.vmx import ActivityState, ExitReason, Field, Misc, Rflags, Vector
+from kvmnest.vmx import ActivityState, Cr0, ExitReason, Field, Misc, Msr, Rflags, Vector
 from kvmnest.vmx.outcome import Exit, HostExit, Succeed
 
 pytestmark = [
@@ -23,6 +23,9 @@ pytestmark = [
 ]
 
 OUT_80 = code.out8(0x80)
+_RUNNABLE, _INIT_RECEIVED = 0, 2
+#: Of a command that never returns.
+_SECONDS = 0.5
 
 
 def _guest(l1: L1) -> Guest:
@@ -96,6 +99,35 @@ def test_init_is_blocked_in_root_operation(l1: L1) -> None:
         assert l1.cpuid(0) == Succeed()
     assert guest.run(code.NOP) == _exit(guest, ExitReason.INIT_SIGNAL, 0, 0)
     assert guest.go_on() == Succeed()
+
+
+@pytest.mark.sdm("VMXOFF - Leave VMX Operation")
+@pytest.mark.parametrize("index", [0, 1], ids=["bootstrap", "application"])
+def test_latched_init_is_taken_after_vmxoff(kvm: Kvm, index: int) -> None:
+    """INIT that waited in VMX root operation resets the processor when it leaves that.
+
+    The bootstrap processor begins at the reset vector; another waits for a start-up IPI.
+    """
+    with contextlib.closing(L1(kvm, budget=_SECONDS)) as l1:
+        while len(l1.cpus) <= index:
+            l1.add_cpu()
+        cpu = l1.cpus[index]
+        base = l1.rdmsr(Msr.APIC_BASE, cpu=cpu).value
+        for msr, value in ((Msr.APIC_BASE, base | X2APIC), (Msr.X2APIC_SIVR, ENABLED)):
+            assert l1.wrmsr(msr, value, cpu=cpu) == Succeed()
+        l1.enter_vmx(cpu)
+        assert l1.vm.signal_msi(TO_APIC_0 + (index << 12), INIT) == 1
+        assert l1.cpuid(0, cpu=cpu) == Succeed()
+        # Nothing of L1 is at the reset vector.
+        with pytest.raises(VmLost):
+            l1.vmxoff(cpu=cpu)
+        vcpu = cpu.vcpu
+        sregs, regs = vcpu.get_sregs(), vcpu.get_regs()
+        assert (sregs.cs.selector, sregs.cs.base, regs.rip) == (0xF000, 0xFFFF0000, 0xFFF0)
+        # RFLAGS.RF is of the fetch that failed.
+        assert (sregs.cr0, sregs.cr4, sregs.efer) == (Cr0.ET, 0, 0)
+        assert regs.rflags & ~Rflags.RF == 2
+        assert vcpu.get_mp_state() == (_INIT_RECEIVED if index else _RUNNABLE)
 
 
 def test_sipi_does_not_touch_an_active_l2(l1: L1) -> None:

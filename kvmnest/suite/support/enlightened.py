@@ -21,6 +21,8 @@ from kvmnest.vmx import Field
 
 VERSION = 1
 CLEAN_FIELDS = 0x338
+#: Enlightenments of the entry: bit 1 says that the MSR bitmap is as the clean fields tell.
+ENLIGHTENMENTS = 0x344
 #: All groups of fields are as they were at the last entry.
 ALL_CLEAN = 0xFFFF
 
