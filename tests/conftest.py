@@ -3,10 +3,18 @@
 import signal
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from kvmnest.lab import apts, debian, kernels
 from kvmnest.lab.machine import Lab
+
+
+# How long an example takes says how busy the machine is.
+hypothesis.settings.register_profile(
+    "kvmnest", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("kvmnest")
 
 
 def pytest_configure() -> None:

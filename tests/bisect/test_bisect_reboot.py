@@ -114,7 +114,6 @@ def test_a_kernel_that_was_not_chosen_yet_has_not_failed_to_boot(tmp_path):
 
 @settings(
     max_examples=60,
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(data=st.data())

@@ -28,7 +28,7 @@ JUDGE = Judge(FACTS, "lab")
 GENERATOR = Generator(JUDGE)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.randoms(use_true_random=False))
 def test_every_draw_is_judged(chance: random.Random) -> None:
     """The rules have an answer for every case, and a case survives JSON."""

@@ -55,7 +55,6 @@ def test_damaged_files(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[
 
     @settings(
         max_examples=max(1, TRIED // len(READERS)),
-        deadline=None,
         database=None,
         # The same ones each time in CI; others where many are tried.
         derandomize="KVMNEST_DAMAGED_FILES" not in os.environ,
