@@ -9,7 +9,6 @@ import pytest
 from kvmnest.lab import apts, debian, kernels
 from kvmnest.lab.machine import Lab
 
-
 # How long an example takes says how busy the machine is.
 hypothesis.settings.register_profile(
     "kvmnest", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
