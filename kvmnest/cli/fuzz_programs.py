@@ -15,6 +15,7 @@ from kvmnest.files import write_json, write_text
 if TYPE_CHECKING:
     from kvmnest.fuzz.programs.campaign import Campaign, Finding, Report
     from kvmnest.fuzz.programs.generate import ProgramGenerator
+    from kvmnest.fuzz.programs.journal import Journal
     from kvmnest.fuzz.programs.places import Place
     from kvmnest.fuzz.programs.program import Program
 
@@ -42,27 +43,52 @@ def run(options: argparse.Namespace, seed: int) -> int:
 
     if options.corpus and not options.corpus.is_dir():
         raise UsageError(f"{reading.shown(options.corpus)} is not a folder of programs")
-    for name in ("journal", "go_on", "jobs"):
-        if getattr(options, name):
-            raise UsageError(f"--{name.replace('go_on', 'continue')} is for entries only")
+    if options.jobs:
+        raise UsageError("--jobs is for entries only: programs run in one lab")
     against = options.against or REFERENCE
-    kvm, other = _places(options, against)
+    journal = _journal(options, seed, against)
+    kvm, other = _places(options, against, journal)
     assumed = _assumed(kvm, other)
     entries = known.load(str(assumed["kernel"]), against)
     try:
         generator = ProgramGenerator(Judge(assumed, kvm.name))
     except ValueError as error:
         raise HarnessError(f"{kvm.name}: {error}") from error
-    print(f"seed {seed}, {kvm.name} ({assumed['kernel']}) against {other.name}", flush=True)
-    campaign = Campaign(kvm, other, assumed, entries, _tell_batch)
-    report = campaign.run(_programs(options, generator, seed), options.seconds)
+    said = f"seed {seed}, {kvm.name} ({assumed['kernel']}) against {other.name}"
+    print(f"{said}, journal {journal.path}", flush=True)
+    campaign = Campaign(kvm, other, assumed, entries, _tell_batch, journal.add)
+    programs = _programs(options, generator, seed)
+    left = ((number, program) for number, program in programs if number not in journal.done)
+    report = campaign.run(left, options.seconds)
     _print(report)
     findings = [_told(options, campaign, finding) for finding in report.findings.values()]
     _write(options, report, findings, f"--seed {seed} on {assumed['kernel']} against {other.name}")
     return 1 if findings else 0
 
 
-def _places(options: argparse.Namespace, against: str) -> tuple[Place, Place]:
+def _journal(options: argparse.Namespace, seed: int, against: str) -> Journal:
+    """The run's journal; what it knows of an earlier part is told."""
+    from kvmnest.fuzz.programs.campaign import Verdict
+    from kvmnest.fuzz.programs.journal import Journal
+    from kvmnest.lab import cache
+
+    chosen = {"programs": seed, "against": against, "target": options.target}
+    chosen |= {"kernel": options.kernel, "kvm_modules": options.kvm_modules}
+    chosen |= {"kvm_params": options.kvm_param, "corpus": str(options.corpus or "")}
+    path = options.journal or cache.root() / "fuzz" / f"{cache.digest([chosen])[:16]}.jsonl"
+    if not options.go_on and not options.journal:
+        path.unlink(missing_ok=True)
+    journal = Journal(path, chosen, go_on=options.go_on)
+    if journal.crashed:
+        number, what = journal.crashed
+        journal.add(number, Verdict(crashed=what))
+    for number, line in journal.done.items():
+        if "shows" in line:
+            print(f"program {number}, before: {line['shows']}")
+    return journal
+
+
+def _places(options: argparse.Namespace, against: str, journal: Journal) -> tuple[Place, Place]:
     from kvmnest.fuzz.machines import LabMachine, LocalMachine
     from kvmnest.fuzz.programs.places import Place
     from kvmnest.reference.emulator import find
@@ -76,9 +102,10 @@ def _places(options: argparse.Namespace, against: str) -> tuple[Place, Place]:
             modules=options.kvm_modules,
             emulator=chosen,
         )
-    kvm = Place(machine.name, machine)
+    kvm = Place(machine.name, machine, journal=journal.steps)
     if against == MOVED:
-        return kvm, Place(f"{machine.name}, moved", machine, moved=True)
+        name = f"{machine.name}, moved"
+        return kvm, Place(name, machine, moved=True, journal=journal.steps)
     cpu = find(getattr(options, "bochs", None), getattr(options, "cpu_model", None))
     named = {"bochs": str(cpu.path), "model": cpu.model.name}
     return kvm, Place("the reference CPU", LocalMachine(), named)

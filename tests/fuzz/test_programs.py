@@ -7,12 +7,22 @@ from typing import Any
 import pytest
 
 from kvmnest.cli.main import main
-from kvmnest.errors import HarnessError, UsageError
+from kvmnest.errors import HarnessError, KvmnestError, UsageError
 from kvmnest.fuzz.judge import Judge
-from kvmnest.fuzz.programs import corpus, defined, known
-from kvmnest.fuzz.programs.campaign import AGREE, CRASHED, DISAGREE, KNOWN, Campaign, judge
+from kvmnest.fuzz.programs import corpus, defined, known, testfile
+from kvmnest.fuzz.programs.campaign import (
+    AGREE,
+    CRASHED,
+    DISAGREE,
+    KNOWN,
+    Campaign,
+    Finding,
+    Verdict,
+    judge,
+)
 from kvmnest.fuzz.programs.compare import Difference, differences
 from kvmnest.fuzz.programs.generate import ProgramGenerator
+from kvmnest.fuzz.programs.journal import Journal
 from kvmnest.fuzz.programs.places import Place, Ran, common
 from kvmnest.fuzz.programs.program import Program, problem
 from kvmnest.fuzz.programs.shrink import shrink
@@ -231,6 +241,49 @@ def test_a_lab_that_starts_nothing() -> None:
         place.run([(0, Program((NOTHING,)))], FACTS)
 
 
+def test_journal_of_a_run_that_goes_on(tmp_path: Path) -> None:
+    """What was judged is not run again; a cut line and the program that was running are known."""
+    path, run = tmp_path / "j", {"programs": 1}
+    journal = Journal(path, run, go_on=False)
+    journal.add(0, Verdict())
+    journal.add(1, Verdict(("KVM: x",), Difference(2, 0, "regs.rax", "Exit(HLT)", 1, 2)))
+    with path.open("a") as file:
+        file.write('{"program": 2, "ver')
+    events = [{"start": 0}, {"step": 0}, {"end": 0, "seen": []}, {"start": 3}, {"step": 4}]
+    journal.steps.write_text("".join(json.dumps(event) + "\n" for event in events))
+    again = Journal(path, run, go_on=True)
+    assert sorted(again.done) == [0, 1]
+    assert again.done[1]["shows"] == "step 2: regs.rax 0x1 or 0x2 (Exit(HLT))"
+    assert again.crashed == (3, "step 4: the host went down")
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ('{"schema": 1, "programs": 2}', "another run"),
+        ('{"schema": 2, "programs": 1}', "schema 2"),
+        ('{"schema": 1, "programs": 1}\n{"program": 1, "verdict": "fine"}', "line 2 is no journal"),
+        ("[", "is no journal"),
+    ],
+)
+def test_journal_that_is_another(tmp_path: Path, line: str, problem: str) -> None:
+    path = tmp_path / "j"
+    path.write_text(f"{line}\n")
+    with pytest.raises(KvmnestError, match=problem):
+        Journal(path, {"programs": 1}, go_on=True)
+    with pytest.raises(UsageError, match="--continue"):
+        Journal(path, {"programs": 1}, go_on=False)
+
+
+def test_a_finding_as_a_test() -> None:
+    """It compiles, and wants what the other machine gave."""
+    difference = Difference(2, 0, "regs.rax", "Exit(HLT)", 1, 0x77)
+    finding = Finding(5, Program((NOTHING, STEP)), Verdict((), difference))
+    source = testfile.write(finding, "--seed 1")
+    compile(source, "test", "exec")
+    assert "assert seen[2][0]['regs.rax'] == 119" in source
+
+
 def test_assumed_is_what_both_can() -> None:
     """A control must be 1 where one machine wants it, and may be where both allow it."""
     one = {"kernel": "x", "msrs": {"1155": 0xFF << 32 | 1, "1162": 8}, "cpuid": []}
@@ -239,7 +292,14 @@ def test_assumed_is_what_both_can() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--cases", "0"], ["--against", "nothing"], ["--corpus", "/nowhere"]]
+    "arguments",
+    [
+        ["--cases", "0"],
+        ["--against", "nothing"],
+        ["--corpus", "/nowhere"],
+        ["--jobs", "2"],
+        ["--continue", "--seed", "1", "--journal", "/nowhere/j"],
+    ],
 )
 def test_wrong_arguments(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fuzz", "programs", *arguments]) == 2

@@ -127,9 +127,10 @@ class Campaign:
         assumed: Mapping[str, Any],
         known: Sequence[Known],
         on_batch: Callable[[Report], None] = lambda report: None,
+        on_verdict: Callable[[int, Verdict], None] = lambda number, verdict: None,
     ) -> None:
         self.kvm, self.other, self.assumed, self.known = kvm, other, assumed, known
-        self._on_batch = on_batch
+        self._on_batch, self._on_verdict = on_batch, on_verdict
 
     def run(self, programs: Iterable[tuple[int, Program]], seconds: float | None = None) -> Report:
         """Run all programs, or as many as ``seconds`` allow."""
@@ -152,6 +153,7 @@ class Campaign:
         for number, program in batch:
             verdict = judge(ones[number], others[number], self.known)
             report.add(number, program, ones[number], verdict)
+            self._on_verdict(number, verdict)
         self._on_batch(report)
 
     def verdicts(self, programs: Sequence[Program]) -> list[Verdict]:

@@ -203,7 +203,7 @@ class _Draw:
         for label, content in base_memory().items():
             if label not in case.memory:
                 yield _memory(label, content)
-        yield self._fields(case.changes)
+        yield self._fields({f: v & _kept(f) for f, v in case.changes.items()})
         yield from self._enter()
         # What L1 needs must be right again before an entry that may succeed.
         host = any(field.kind is Kind.HOST for field in case.changes)
@@ -300,13 +300,15 @@ class _Draw:
         # Host state and what keeps L2 in L1's hands is left to the other kinds.
         if (known and known.kind not in (Kind.GUEST, Kind.EXIT_INFO)) or chance.random() < 0.5:
             return {"do": "vmread", "field": field}
-        return {"do": "vmwrite", "field": field, "value": l2code.value(chance)}
+        value = l2code.value(chance) & (_kept(known) if known else (1 << 64) - 1)
+        return {"do": "vmwrite", "field": field, "value": value}
 
 
 #: FNINIT; MOV DWORD [RDI], 1F80H; LDMXCSR [RDI].
 _FLOATS = b"\xdb\xe3\xc7\x07\x80\x1f\x00\x00\x0f\xae\x17"
 _ALONE = ("vmxoff", "vmptrst", "vmptrst", "vmfunc")
-_ADDRESSES = (0, 0xFFF, 1 << 31, 1 << 46, 1 << 63, (1 << 64) - 1, 0x3FF000)
+#: In memory, or beyond the physical-address width.
+_ADDRESSES = (0, 0xFFF, 1 << 52, 1 << 63, (1 << 64) - 1, 0x3FF000)
 
 
 def _wrmsr(index: int, value: int) -> tuple[bytes, tuple[tuple[str, int], ...]]:
@@ -339,6 +341,11 @@ _KINDS: tuple[tuple[Callable[[_Draw], Iterator[Step]], int], ...] = (
     (_Draw._other_vmcs, 4),
     (_Draw._l1_instructions, 5),
 )
+
+
+def _kept(field: Field) -> int:
+    """Bits of a field that every processor keeps: of access rights not the reserved ones."""
+    return 0x1F0FF if field.name.endswith("_ACCESS_RIGHTS") else field.width.mask
 
 
 def _memory(place: str, content: bytes, *, offset: int = 0, times: int = 1) -> Step:

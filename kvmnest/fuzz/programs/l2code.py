@@ -230,6 +230,9 @@ class Part:
         value = self._value()
         if index == Msr.IA32_EFER:
             value = self._chance.choice((0, 0x500, 0x501, 0xD00, 0xD01, 0xC00, 0x1D01, 2))
+        if index in (Msr.SYSENTER_ESP, Msr.SYSENTER_EIP):
+            # KVM makes them canonical, as it says itself, where a processor refuses them.
+            value &= (1 << 47) - 1
         if index == Msr.PAT:
             value = self._chance.choice((0x0007040600070406, 0, 2, 0x0606060606060606))
         return code + self._mov(0, value & 0xFFFFFFFF) + self._mov(2, value >> 32) + b"\x0f\x30"

@@ -112,7 +112,6 @@ SCHEMA: Schema = exactly(
     seed=COUNT,
     number=COUNT,
     shows=TEXT,
-    reached=COUNT,
 )
 
 
@@ -135,9 +134,3 @@ class Program:
 def problem(found: object) -> str:
     """Why this is not a program; "" if it is one."""
     return schema.problem(found, SCHEMA)
-
-
-def with_host_actions(program: Program) -> Program:
-    """The program, with the VM saved and restored into a new one before each step."""
-    move: Step = {"do": "host", "what": "new VM"}
-    return Program(tuple(each for step in program.steps for each in (move, step)))
