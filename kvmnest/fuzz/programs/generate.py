@@ -195,6 +195,9 @@ class _Draw:
         case = self._vmcss.draw(self._chance)
         if case.mode is not self._mode or _PERFORMANCE & case.changes.keys():
             return
+        targets = case.changes.get(Field.CR3_TARGET_COUNT, 0)
+        if self._caps.misc.cr3_targets < targets < 1 << 31:
+            return
         cr4 = case.changes.get(Field.GUEST_CR4, 0) | case.changes.get(Field.HOST_CR4, 0)
         if cr4 & 0xFFFFFFFF & ~(self._caps.cr4_fixed1 | l2code.CR4_RESERVED):
             return

@@ -137,9 +137,11 @@ class Watcher:
             seen |= {"memory": self._changed_memory()}
         return seen
 
-    def all_fields(self) -> Seen:
-        """See every field of the current VMCS."""
-        return {"guest": self._changed_fields(self._fields)}
+    def add_fields(self, seen: Seen) -> None:
+        """See every field of the current VMCS, beside those that ``seen`` has already."""
+        rest = self._changed_fields(self._fields)
+        if rest is not None and seen.get("guest") is not None:
+            seen["guest"] = {**seen["guest"], **rest}
 
     def _changed_fields(self, fields: tuple[Field, ...]) -> dict[str, int] | None:
         """Fields of the current VMCS with another value; None if VMREAD fails."""

@@ -146,7 +146,7 @@ class Doer:
             seen.append(self._watcher.entry(outcome))
         if len(seen) > 1 and not isinstance(outcome, HostExit):
             # What changes seldom is read once; each VMREAD may cost an exit to L0.
-            seen[-1] |= self._watcher.all_fields()
+            self._watcher.add_fields(seen[-1])
         return seen
 
     # --- the host ---
