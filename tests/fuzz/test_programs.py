@@ -72,7 +72,7 @@ def test_corpus(tmp_path: Path) -> None:
     program = GENERATOR.numbered(3, 0)
     assert corpus.save(folder, program, "x") == corpus.save(folder, program, "y")
     assert list(corpus.load(folder)) == [program]
-    with pytest.raises(UsageError, match="no folder"):
+    with pytest.raises(UsageError, match="not a folder"):
         list(corpus.load(tmp_path / "none"))
 
 
@@ -262,8 +262,11 @@ def test_journal_of_a_run_that_goes_on(tmp_path: Path) -> None:
     [
         ('{"schema": 1, "programs": 2}', "another run"),
         ('{"schema": 2, "programs": 1}', "schema 2"),
-        ('{"schema": 1, "programs": 1}\n{"program": 1, "verdict": "fine"}', "line 2 is no journal"),
-        ("[", "is no journal"),
+        (
+            '{"schema": 1, "programs": 1}\n{"program": 1, "verdict": "fine"}',
+            "line 2 is not a journal",
+        ),
+        ("[", "is not a journal"),
     ],
 )
 def test_journal_that_is_another(tmp_path: Path, line: str, problem: str) -> None:
