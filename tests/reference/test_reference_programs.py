@@ -40,3 +40,14 @@ def test_the_end_of_l1_is_the_last_thing_seen(bare: Kvm) -> None:
         seen = replay(l1, [*START, lost, enter, {"do": "alone", "name": "vmxoff"}])
     assert len(seen) == len(START) + 2
     assert seen[-1][-1]["end"] == ["lost", "triple fault"]
+
+
+def test_what_came_before_the_end_is_kept(bare: Kvm) -> None:
+    """A write to no memory: the exit before it in the same step is seen all the same."""
+    # CPUID; MOV [RDI], EAX, where no memory is
+    code = {"do": "code", "parts": ["0fa2", "8907"]}
+    enter = {"do": "enter", "name": "vmlaunch", "most": 8}
+    with L1(bare) as l1:
+        seen = replay(l1, [*START, code, {**enter, "regs": {"rdi": 0x10000000}}])
+    ends = [each["end"] for each in seen[-1]]
+    assert ends == [["Exit", 10], ["written"], ["host", "memory that is not there"]]

@@ -33,12 +33,15 @@ class Doer:
     ) -> None:
         self.l1, self.caps, self.host, self.moved = l1, caps, host, moved
         self._watcher = Watcher(l1, _watched(caps))
+        #: What was seen of a step so far, if it has several parts.
+        self.seen: list[Seen] = []
         self._parts: list[int] = []
         self._code_at = 0
         self._real = False
 
     def __call__(self, step: Step) -> list[Seen]:
         """Do one step. Raises VmLost, KvmError, NeedsHost and HarnessError."""
+        self.seen = []
         if self.moved:
             self.l1.round_trip()
         done = getattr(self, f"_{step['do']}")(step)
@@ -134,7 +137,7 @@ class Doer:
     # --- VM entries ---
 
     def _enter(self, step: Step) -> list[Seen]:
-        seen = []
+        seen = self.seen
         outcome = getattr(self.l1, step["name"])(regs=dict(step["regs"]))
         seen.append(self._watcher.entry(outcome, every=step["most"] == 1))
         while len(seen) < step["most"] and isinstance(outcome, Exit):
@@ -215,23 +218,23 @@ def run(program: Program, doer: Doer, before: Callable[[int], None]) -> Iterator
         before(number)
         try:
             seen = doer(step)
-        except VmLost as error:
-            # What hardware does not know is KVM's, and its detail says what it was.
-            detail = [] if error.kind in ("triple fault", "hang") else [error.detail]
-            yield [{"end": ["lost", error.kind, *detail]}]
-            return
-        except KvmError as error:
-            name = errno.errorcode.get(error.errno or 0, str(error.errno))
-            yield [{"end": ["lost", f"{error.ioctl} {name}"]}]
-            return
-        except NeedsHost as error:
-            yield [{"end": needs_host(error)}]
-            return
-        except HarnessError as error:
-            yield [{"end": ["other", str(error)]}]
+        except (VmLost, KvmError, NeedsHost, HarnessError) as error:
+            yield [*doer.seen, {"end": _last(error)}]
             return
         finally:
             doer.l1.budget.stop()
         yield seen
         if any(each.get("end", [""])[0] in ("host", "other") for each in seen):
             return
+
+
+def _last(error: Exception) -> list[Any]:
+    """The end of a step that was the end of L1 too."""
+    if isinstance(error, VmLost):
+        # What hardware does not know is KVM's, and its detail says what it was.
+        detail = [] if error.kind in ("triple fault", "hang") else [error.detail]
+        return ["lost", error.kind, *detail]
+    if isinstance(error, KvmError):
+        name = errno.errorcode.get(error.errno or 0, str(error.errno))
+        return ["lost", f"{error.ioctl} {name}"]
+    return needs_host(error) if isinstance(error, NeedsHost) else ["other", str(error)]
