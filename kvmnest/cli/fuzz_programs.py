@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from kvmnest.fuzz.programs.program import Program
 
 REFERENCE, MOVED = "reference", "moved"
+#: Number of the first program of the corpus, behind those that are drawn.
+_FIRST_OF_CORPUS = 1 << 32
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +33,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="compare KVM with the reference CPU (default), or with KVM whose VM is saved and"
         " restored into a new one before each step",
     )
-    group.add_argument("--corpus", type=Path, metavar="DIR", help="run the programs of a folder")
+    group.add_argument(
+        "--corpus",
+        type=Path,
+        metavar="DIR",
+        help="run the programs of a folder first, and put what is found into it",
+    )
 
 
 def run(options: argparse.Namespace, seed: int) -> int:
@@ -123,7 +130,7 @@ def _programs(
     if options.corpus:
         from kvmnest.fuzz.programs import corpus
 
-        yield from enumerate(corpus.load(options.corpus))
+        yield from enumerate(corpus.load(options.corpus), _FIRST_OF_CORPUS)
         if options.cases is None:
             return
     count = options.cases or (None if options.seconds else 1000)
@@ -161,10 +168,13 @@ def _told(options: argparse.Namespace, campaign: Campaign, finding: Finding) -> 
     from kvmnest.fuzz.programs.shrink import shrink
 
     signature = verdict.signature
-    small = shrink(
-        finding.program,
-        lambda programs: [v.signature == signature for v in campaign.verdicts(programs)],
-    )
+
+    def shows(programs: Sequence[Program]) -> list[bool]:
+        return [each.signature == signature for each in campaign.verdicts(programs)]
+
+    # What comes behind the difference has no part in it.
+    steps = finding.program.steps[: verdict.new.step + 1] if verdict.new else ()
+    small = shrink(replace(finding.program, steps=steps), shows)
     if small is None:
         print(f"program {finding.number} does not show it again")
         return finding
@@ -196,6 +206,11 @@ def _write(
     if options.json:
         report.findings = {f"{f.number}: {f.verdict.signature}": f for f in findings}
         write_json(options.json, report.document())
+    for finding in findings if options.corpus else ():
+        from kvmnest.fuzz.programs import corpus
+
+        said = str(finding.verdict.new or finding.verdict.crashed)
+        print(f"program: {corpus.save(options.corpus, finding.program, said)}")
     if options.tests:
         from kvmnest.fuzz.programs import testfile
 

@@ -1,11 +1,13 @@
 """Programs: drawing, comparing, what may differ, shrinking. Without a kernel."""
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from kvmnest.cli import fuzz_programs
 from kvmnest.cli.main import main
 from kvmnest.errors import HarnessError, KvmnestError, UsageError
 from kvmnest.fuzz.judge import Judge
@@ -17,6 +19,7 @@ from kvmnest.fuzz.programs.campaign import (
     KNOWN,
     Campaign,
     Finding,
+    Report,
     Verdict,
     judge,
 )
@@ -307,3 +310,23 @@ def test_assumed_is_what_both_can() -> None:
 def test_wrong_arguments(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fuzz", "programs", *arguments]) == 2
     assert len(capsys.readouterr().err.splitlines()) >= 1
+
+
+def test_corpus_and_drawn_programs_have_numbers_of_their_own(tmp_path: Path) -> None:
+    corpus.save(tmp_path, Program((NOTHING,)), "x")
+    options = argparse.Namespace(corpus=tmp_path, cases=2, seconds=None)
+    numbers = [number for number, _ in fuzz_programs._programs(options, GENERATOR, 1)]
+    assert len(set(numbers)) == 3
+    assert numbers[1:] == [0, 1]
+
+
+def test_a_finding_goes_to_the_corpus(tmp_path: Path) -> None:
+    """With what it shows, and as a test where tests are wanted."""
+    difference = Difference(0, 0, "regs.rax", "Exit(HLT)", 1, 2)
+    finding = Finding(5, Program((STEP,)), Verdict((), difference))
+    options = argparse.Namespace(corpus=tmp_path, json=None, tests=tmp_path)
+    fuzz_programs._write(options, Report(), [finding], "--seed 1")
+    (path,) = tmp_path.glob("*.json")
+    assert json.loads(path.read_text())["shows"] == str(difference)
+    assert list(corpus.load(tmp_path)) == [finding.program]
+    assert (tmp_path / "test_program_5.py").exists()
