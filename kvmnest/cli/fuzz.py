@@ -133,7 +133,8 @@ def _shrunk(fuzzer: Any, finding: Any) -> Any:
     for number, case in enumerate((*small.before, small.case)):
         changes = " ".join(f"{field.name}={value:#x}" for field, value in case.changes.items())
         what = f"smallest: case {small.number}" if not number else "then"
-        print(f"{what}: {case.mode.name} {changes or 'as it is'}")
+        mode = "VIRTUAL-8086" if case.v8086 else case.mode.name
+        print(f"{what}: {mode} {changes or 'as it is'}")
     print(f"ends in {small.verdict.text}")
     return small
 

@@ -64,7 +64,7 @@ class Executor:
         self._kvm = kvm
         self._l1: L1 | None = None
         self._launched = False
-        self._bases: dict[tuple[L2Mode, bool], dict[Field, int]] = {}
+        self._bases: dict[tuple[L2Mode, bool, bool], dict[Field, int]] = {}
         self._stale: set[Field] = set()
 
     def run(self, case: FuzzCase) -> Seen:
@@ -103,11 +103,11 @@ class Executor:
         return encode(outcome)
 
     def _base(self, case: FuzzCase) -> Mapping[Field, int]:
-        key = case.mode, case.bare
+        key = case.mode, case.bare, case.v8086
         if key not in self._bases:
             assert self._l1 is not None
             self._bases[key] = base_fields(
-                self._l1.caps, self._l1.payload, case.mode, bare=case.bare
+                self._l1.caps, self._l1.payload, case.mode, bare=case.bare, v8086=case.v8086
             )
         return self._bases[key]
 

@@ -105,7 +105,7 @@ class Generator:
         weights = [8 if mode is L2Mode.LONG else 2 for mode in self._modes]
         case = FuzzCase(chance.choices(self._modes, weights)[0])
         if case.mode in (L2Mode.PROTECTED, L2Mode.UNPAGED) and chance.random() < 0.25:
-            case = _v8086(case)
+            case = replace(case, v8086=True)
         kinds = [kind for _, kind in self._kinds]
         for _ in range(chance.choice((1, 1, 1, 1, 2, 2, 3, 4))):
             kind = chance.choices(kinds, [weight for weight, _ in self._kinds])[0]
@@ -345,15 +345,3 @@ class Generator:
         tamed = replace(case, changes=changes)
         # A change that was taken back may have been what another one needed.
         return tamed if changes == case.changes else self._tame(tamed)
-
-
-def _v8086(case: FuzzCase) -> FuzzCase:
-    """The base of virtual-8086 mode (SDM, "Checks on Guest Segment Registers")."""
-    changes = {**case.changes, F.GUEST_RFLAGS: int(Rflags.VM | Rflags.RESERVED1)}
-    for name in _SEGMENTS[:6]:
-        selector = 0x2000 if name != "SS" else 0x3000
-        changes[F[f"GUEST_{name}_SELECTOR"]] = selector
-        changes[F[f"GUEST_{name}_BASE"]] = selector << 4
-        changes[F[f"GUEST_{name}_LIMIT"]] = 0xFFFF
-        changes[F[f"GUEST_{name}_ACCESS_RIGHTS"]] = 0xF3
-    return replace(case, changes=changes)

@@ -89,13 +89,15 @@ class Judge:
         self.payload = payload_module.default()
         self.target = target
         self.known = [entry for entry in load() if entry.applies(target, self.kernel)]
-        self._bases: dict[tuple[L2Mode, bool], dict[Field, int]] = {}
+        self._bases: dict[tuple[L2Mode, bool, bool], dict[Field, int]] = {}
 
     def base(self, case: FuzzCase) -> Mapping[Field, int]:
         """The VMCS that a case changes."""
-        key = case.mode, case.bare
+        key = case.mode, case.bare, case.v8086
         if key not in self._bases:
-            self._bases[key] = base_fields(self.caps, self.payload, case.mode, bare=case.bare)
+            self._bases[key] = base_fields(
+                self.caps, self.payload, case.mode, bare=case.bare, v8086=case.v8086
+            )
         return self._bases[key]
 
     def predict(self, case: FuzzCase) -> Prediction:

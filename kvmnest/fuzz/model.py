@@ -8,7 +8,7 @@ from typing import Any
 
 from kvmnest.l1.baseline import L2Mode, baseline
 from kvmnest.l1.payload import Payload
-from kvmnest.vmx import Capabilities, Field, Msr, PinCtl
+from kvmnest.vmx import Capabilities, Field, Msr, PinCtl, Rflags
 
 #: Region of the VMCS that is entered.
 REGION = "vmcs_a"
@@ -22,7 +22,8 @@ class FuzzCase:
     """``changes`` against ``base_fields`` of ``mode``; ``memory`` maps payload labels to bytes.
 
     With ``bare`` the VMCS is the plain baseline of the suite instead, for a reproducer; with
-    ``fresh`` the case gets a new L1, so that nothing of earlier ones is left.
+    ``fresh`` the case gets a new L1, so that nothing of earlier ones is left. ``v8086``: the base
+    is that of virtual-8086 mode (in a mode with 32-bit code).
     """
 
     mode: L2Mode = L2Mode.LONG
@@ -30,6 +31,7 @@ class FuzzCase:
     memory: Mapping[str, bytes] = field(default_factory=dict)
     bare: bool = False
     fresh: bool = False
+    v8086: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Names and numbers only."""
@@ -39,6 +41,7 @@ class FuzzCase:
             "memory": {label: content.hex() for label, content in self.memory.items()},
             "bare": self.bare,
             "fresh": self.fresh,
+            "v8086": self.v8086,
         }
 
     @classmethod
@@ -50,6 +53,7 @@ class FuzzCase:
             {label: bytes.fromhex(content) for label, content in found["memory"].items()},
             bool(found["bare"]),
             bool(found["fresh"]),
+            bool(found["v8086"]),
         )
 
     def fields(self, base: Mapping[Field, int]) -> dict[Field, int]:
@@ -65,15 +69,23 @@ def base_memory() -> dict[str, bytes]:
 
 
 def base_fields(
-    caps: Capabilities, payload: Payload, mode: L2Mode, *, bare: bool = False
+    caps: Capabilities,
+    payload: Payload,
+    mode: L2Mode,
+    *,
+    bare: bool = False,
+    v8086: bool = False,
 ) -> dict[Field, int]:
     """The VMCS before changes: legal, and L2 cannot do anything in it.
 
     The VMX-preemption timer with value 0 ends L2 before its first instruction (SDM,
     "VMX-Preemption Timer"), every exception exits, and each address that a control could put
-    into use points at a page of its own. ``bare``: the suite's baseline.
+    into use points at a page of its own. ``bare``: the suite's baseline. ``v8086``: L2 is in
+    virtual-8086 mode.
     """
     fields = baseline(caps, payload, mode=mode)
+    if v8086:
+        fields |= _v8086()
     if bare:
         return fields
     more = {
@@ -103,6 +115,18 @@ def base_fields(
         more[Field.PIN_BASED_VM_EXEC_CONTROL] = pin | PinCtl.ACTIVATE_PREEMPTION_TIMER
         more[Field.VMX_PREEMPTION_TIMER_VALUE] = 0
     fields |= {field: int(value) for field, value in more.items() if caps.field_exists(field)}
+    return fields
+
+
+def _v8086() -> dict[Field, int]:
+    """The guest state of virtual-8086 mode (SDM, "Checks on Guest Segment Registers")."""
+    fields = {Field.GUEST_RFLAGS: int(Rflags.VM | Rflags.RESERVED1)}
+    for name in ("ES", "CS", "SS", "DS", "FS", "GS"):
+        selector = 0x2000 if name != "SS" else 0x3000
+        fields[Field[f"GUEST_{name}_SELECTOR"]] = selector
+        fields[Field[f"GUEST_{name}_BASE"]] = selector << 4
+        fields[Field[f"GUEST_{name}_LIMIT"]] = 0xFFFF
+        fields[Field[f"GUEST_{name}_ACCESS_RIGHTS"]] = 0xF3
     return fields
 
 

@@ -36,7 +36,9 @@ def smaller(judge: Judge, case: FuzzCase) -> Iterator[FuzzCase]:
     for label in case.memory:
         yield replace(case, memory={k: v for k, v in case.memory.items() if k != label})
     if case.mode is not L2Mode.LONG:
-        yield replace(case, mode=L2Mode.LONG)
+        yield replace(case, mode=L2Mode.LONG, v8086=False)
+    if case.v8086:
+        yield replace(case, v8086=False)
     for field, value in case.changes.items():
         differing = (value ^ base.get(field, 0)) & field.width.mask
         # A value with more other bits is another one altogether, not one with bits flipped.
@@ -59,7 +61,8 @@ def size(judge: Judge, case: FuzzCase) -> tuple[int, ...]:
         ((value ^ base.get(field, 0)) & field.width.mask).bit_count()
         for field, value in case.changes.items()
     )
-    return len(case.changes), len(case.memory), bits, case.mode is not L2Mode.LONG, not case.bare
+    base_of = case.v8086, case.mode is not L2Mode.LONG, not case.bare
+    return len(case.changes), len(case.memory), bits, *base_of
 
 
 def shorter(steps: Steps) -> Iterator[Steps]:

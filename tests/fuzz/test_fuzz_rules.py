@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,12 +90,12 @@ def test_damaged_list_of_disagreements(tmp_path: Path) -> None:
 
 
 class Broken:
-    """A machine whose VM entries ignore GUEST_RFLAGS, and die of ``deadly`` cases."""
+    """A machine whose VM entries ignore a field, and die of ``deadly`` cases."""
 
     name = "lab"
 
-    def __init__(self, deadly: int | None = None) -> None:
-        self.deadly = deadly
+    def __init__(self, deadly: int | None = None, ignored: Field = Field.GUEST_RFLAGS) -> None:
+        self.deadly, self.ignored = deadly, ignored
 
     def run(self, cases: Any, on_event: Any, journal: Any) -> str:
         on_event({"facts": FACTS})
@@ -102,8 +103,8 @@ class Broken:
             on_event({"start": number})
             if number == self.deadly:
                 return "kernel panic"
-            changes = {f: v for f, v in case.changes.items() if f is not Field.GUEST_RFLAGS}
-            fine = FuzzCase(case.mode, changes, case.memory, case.bare)
+            changes = {f: v for f, v in case.changes.items() if f is not self.ignored}
+            fine = replace(case, changes=changes)
             failures = JUDGE.predict(fine).failures
             seen: list[Any] = ["Exit", 52]
             if failures and isinstance(failures[0], VMfailValid):
@@ -138,6 +139,23 @@ def test_a_missed_check_is_found_shrunk_and_written(tmp_path: Path) -> None:
     compile(source, "test", "exec")
     assert "RFLAGS" in source
     assert "assert outcome == EntryFailure(ExitReason.INVALID_GUEST_STATE, 0)" in source
+
+
+def test_a_finding_in_virtual_8086_mode_shrinks_to_its_field() -> None:
+    """What makes the mode is no change; the test that is written states it."""
+    limit = Field.GUEST_FS_LIMIT
+    changes = {limit: 0xFFFFF, Field.EXCEPTION_BITMAP: 0, Field.GUEST_SS_BASE: 0x20000}
+    changes[Field.GUEST_SS_SELECTOR] = 0x2000
+    case = FuzzCase(L2Mode.PROTECTED, changes, v8086=True)
+    assert FuzzCase.from_json(case.to_json()) == case
+    machine = Broken(ignored=limit)
+    many = Finding(1, case, ["Exit", 52], JUDGE.verdict(case, ["Exit", 52]))
+    assert many.verdict.kind == DISAGREE
+    small = Shrinker(machine, JUDGE, many).run()
+    assert (set(small.case.changes), small.case.v8086) == ({limit}, True)
+    source = testfile.write(small, JUDGE, 5, "lab")
+    compile(source, "test", "exec")
+    assert "vmcs[Field.GUEST_RFLAGS] = 0x20002" in source
 
 
 def test_a_finding_that_does_not_show_again() -> None:
