@@ -27,6 +27,7 @@ KERNEL_PARAMETERS = (
     "console=ttyS0,115200 quiet nokaslr no_timer_check random.trust_cpu=on panic=-1 reboot=t "
     "cryptomgr.notests"
 )
+_USUAL = {"nested": "1"}
 GUEST_ENV = {
     "PATH": "/usr/bin:/bin",
     "HOME": "/root",
@@ -63,8 +64,8 @@ class Lab:
     raises LabSetupError, KernelSpecError or UsageError.
 
     With Bochs the first boot of a kernel is saved, and again with its KVM loaded; later runs
-    continue from there. With ``kvm_modules`` they continue from the first, since those change from
-    run to run. ``snapshots=False`` boots from cold each time.
+    continue from there. With ``kvm_modules`` or ``kvm_params``, which change from run to run, they
+    load KVM anew. ``snapshots=False`` boots from cold each time.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class Lab:
         # What can be wrong at once comes before a kernel that may have to be fetched.
         replaced = plan.replacements(Path(kvm_modules)) if kvm_modules is not None else []
         self.kernel = kernels.resolve(kernel)
-        self.params = {"nested": "1"} | dict(kvm_params or {})
+        self.params = _USUAL | dict(kvm_params or {})
         plan.require_built_for(self.kernel, replaced)
         files = {**self.kernel.modules, **{module.name: module.path for module in replaced}}
         self._modules, self._arguments = plan.plan(self.kernel, files, self.params)
@@ -95,7 +96,8 @@ class Lab:
         self._kvm = self._kvm_loading()
         size = sum(layer.path.stat().st_size for layer in self._layers)
         self._memory = image.memory_for(self.kernel.end, size)
-        self._saved = self._saved_boots(keep_kvm=not replaced) if snapshots else None
+        usual = not replaced and self.params == _USUAL
+        self._saved = self._saved_boots(keep_kvm=usual) if snapshots else None
         self._session: Session | None = None
         self._running: Running | None = None
         self._mailbox: list[int] = []

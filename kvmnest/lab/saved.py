@@ -18,17 +18,14 @@ from kvmnest.lab.session import Sink
 from kvmnest.lab.snapshot import SnapshotError
 
 _KEPT = 12  # of each kind, some 150 MB each: for a ladder of kernels, or clones that differ
-_FORMAT = 5
+_FORMAT = 6
 # And what runs cases, which stands above the lab.
 _PRELOAD = ("kvmnest.lab.preloaded", "kvmnest.light.rewrite", "kvmnest.light.standin")
 
 
 @dataclass(frozen=True)
 class _Step:
-    """A point at which the guest waits: where it is saved, and what it gets then.
-
-    ``kind`` is "" where it is not worth keeping.
-    """
+    """A point at which the guest waits: where it is saved, and what it gets then."""
 
     kind: str
     key: str
@@ -50,8 +47,7 @@ class _Saver:
             mailbox.extend(snapshot.take(pid, folder, mark, MAILBOX_PAGES))
 
         try:
-            if step.kind:
-                cache.entry(step.kind, step.key, build, keep=_KEPT)
+            cache.entry(step.kind, step.key, build, keep=_KEPT)
         except LabSetupError as e:  # this run can do without, and the next boots from cold
             print(f"kvmnest: this boot is not kept: {e}", file=sys.stderr, flush=True)
         if not mailbox:  # or another run of the same lab was faster
@@ -98,7 +94,7 @@ class SavedBoots:
             raise SnapshotError("the job is larger than the guest's mailbox")
         for number in reversed(range(len(steps))):
             step = steps[number]
-            saved = cache.existing(step.kind, step.key) if step.kind else None
+            saved = cache.existing(step.kind, step.key)
             if saved is None:
                 continue
             try:
@@ -119,26 +115,24 @@ class SavedBoots:
         snapshot.resume(process.pid, saved, mail)
 
     def _steps(self, kvm: dict[str, Any], job: dict[str, Any]) -> list[_Step]:
-        """The points at which the guest waits: after the boot, with KVM, with kvmnest loaded.
+        """The points at which the guest waits: after the boot, with kvmnest loaded, with KVM.
 
-        The last changes with each edit of kvmnest, but is made from the one before in no time.
-        A KVM that is not kept is loaded last.
+        The second changes with each edit of kvmnest, but is made from the first in no time. A KVM
+        that is not kept is loaded with the job.
         """
         load = {
             "files": self._tree.files,
             "mtimes": self._tree.mtimes,
             "preload": _PRELOAD,
         }
-        mails = [marshal.dumps(load), marshal.dumps(job)]
-        keys = [("booted", self._key)]
-        if self._keep_kvm:
-            mails.insert(0, marshal.dumps(kvm))
-            keys.append(("with-kvm", cache.digest([self._key, mails[0]])))
-        else:
-            mails.insert(1, marshal.dumps(kvm))
-        last = cache.digest([keys[-1][1], self._tree.key, *_PRELOAD])
-        keys += [("loaded", last), ("", "")][: len(mails) - len(keys)]
-        return [_Step(*key, mail) for key, mail in zip(keys, mails, strict=True)]
+        loaded = cache.digest([self._key, self._tree.key, *_PRELOAD])
+        steps = [_Step("booted", self._key, marshal.dumps(load))]
+        if not self._keep_kvm:
+            whole = {**kvm, **job, "files": kvm["files"] | job["files"]}
+            return [*steps, _Step("loaded", loaded, marshal.dumps(whole))]
+        mail = marshal.dumps(kvm)
+        steps += [_Step("loaded", loaded, mail)]
+        return [*steps, _Step("with-kvm", cache.digest([loaded, mail]), marshal.dumps(job))]
 
 
 def _host_cpu() -> str:

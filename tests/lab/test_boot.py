@@ -82,7 +82,7 @@ def test_a_run_continues_from_the_snapshot_and_a_bad_one_is_replaced():
     assert lab._saved is not None
     last = lab._saved._steps(lab._kvm, {})[-1]
     saved = cache.root() / last.kind / last.key
-    assert last.kind == "loaded"
+    assert last.kind == "with-kvm"
     state = marshal.loads((saved / "state").read_bytes())
     state["fixed"] = [(start, *rest[:-1], "other") for start, *rest in state["fixed"]]
     (saved / "state").write_bytes(marshal.dumps(state))
