@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from kvmnest.found import Defect
     from kvmnest.found.record import Shown
 
-_TEXTS = ("seen", "right", "loss", "fix", "limits", "witness")
+_TEXTS = ("seen", "right", "reach", "loss", "fix", "limits", "public", "witness")
 _WORDS = {
     "VULNERABLE": "seen on",
     "FIXED": "not seen on",
@@ -91,10 +91,16 @@ def run(options: argparse.Namespace) -> int:
         ]
         print(json.dumps(entries, indent=1))
         return 0
-    for defect in chosen:
-        _tell(defect, shown.get(defect.id, {}), in_full=bool(options.ids))
-    if not options.ids:
-        print(f"{len(defects)} defects; kvmnest found ID tells more of one")
+    if options.ids:
+        for defect in chosen:
+            _tell(defect, shown.get(defect.id, {}), in_full=True)
+        return 0
+    minor = [defect for defect in defects if defect.weight]
+    for defect in defects:
+        if defect in minor[:1]:
+            print("\nMinor: no software that keeps to the SDM is known to lose by these.\n")
+        _tell(defect, shown.get(defect.id, {}), in_full=False)
+    print(f"{len(defects)} defects, {len(minor)} of them minor; kvmnest found ID tells more of one")
     return 0
 
 
@@ -111,7 +117,7 @@ def _tell(defect: Defect, shown: Mapping[str, Shown], *, in_full: bool) -> None:
     if not in_full:
         _wrapped(f"loss: {defect.loss}")
         return
-    for name in _TEXTS:
+    for name in ("weight", *_TEXTS):
         if getattr(defect, name):
             _wrapped(f"{name}: {getattr(defect, name)}")
     places = [(release, each) for release, each in shown.items() if each.line]
@@ -120,7 +126,8 @@ def _tell(defect: Defect, shown: Mapping[str, Shown], *, in_full: bool) -> None:
         _wrapped(f"    {defect.line}")
         if each.alone:
             _wrapped(f"with the fix {short(release)} says {each.alone.verdict}")
-    print(f"    run: kvmnest repro {defect.id} --target lab --kernel newest")
+    model = f" --cpu-model {defect.cpu_model}" if defect.cpu_model else ""
+    print(f"    run: kvmnest repro {defect.id} --target lab --kernel newest{model}")
     print("    cases: " + " ".join(dict.fromkeys(map(_function, defect.cases))))
 
 

@@ -17,6 +17,7 @@ from kvmnest.kernel.edits import Edit
 from kvmnest.repro import corpus
 
 FILE = Path(__file__).parent.parent / "data" / "found.toml"
+MINOR = "minor"
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,10 @@ class Defect:
     ``line`` of ``function`` in ``file`` of the newest source is at fault, ``loss`` is what it
     costs a user, ``fix`` what would mend it, ``limits`` what the tried fix leaves out, ``witness``
     how a fault of the emulated CPU is ruled out, ``cases`` are those of ``known.toml`` that show
-    it.
+    it. ``reach`` says how a guest gets there if that takes something unusual, ``public`` what
+    reports, threads and comments of the source say about it. ``weight`` is MINOR for one by which
+    no software that keeps to the SDM is known to lose. ``cpu_model`` is the one of Bochs that shows
+    it, if the lab's usual one has not what it takes.
     """
 
     id: str
@@ -40,6 +44,10 @@ class Defect:
     witness: str
     cases: tuple[str, ...]
     limits: str = ""
+    reach: str = ""
+    public: str = ""
+    weight: str = ""
+    cpu_model: str = ""
 
     @property
     def reproducer(self) -> corpus.Reproducer:
@@ -70,9 +78,13 @@ class Defect:
 
 @cache
 def load() -> tuple[Defect, ...]:
-    """All defects, in the order of the file. Raises HarnessError if it is damaged."""
+    """All defects, in the order of the file: the worst first. Raises HarnessError if damaged."""
     try:
         entries = reading.toml(FILE)["defect"]
-        return tuple(Defect(**{**entry, "cases": tuple(entry["cases"])}) for entry in entries)
+        defects = tuple(Defect(**{**entry, "cases": tuple(entry["cases"])}) for entry in entries)
     except (ValueError, KeyError, TypeError) as error:
         raise HarnessError(f"{FILE} cannot be used: {error}") from error
+    wrong = [each.id for each in defects if each.weight not in ("", MINOR)]
+    if wrong:
+        raise HarnessError(f"{FILE} cannot be used: {wrong[0]}: weight is {MINOR} or left out")
+    return defects

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from kvmnest.found import Defect
@@ -81,8 +83,17 @@ def _fixed(defects: Sequence[Defect], verifier: Verifier) -> dict[str, Seen]:
 
 
 def _run(defects: Sequence[Defect], verifier: Verifier, modules: Path | None) -> dict[str, Seen]:
-    reproducers = [defect.reproducer for defect in defects]
-    return {
-        verdict.reproducer.id: Seen(verdict.verdict, verdict.evidence)
-        for verdict in check(reproducers, lambda params: verifier.target(params, modules))
-    }
+    seen: dict[str, Seen] = {}
+    for model in dict.fromkeys(defect.cpu_model for defect in defects):
+        reproducers = [each.reproducer for each in defects if each.cpu_model == model]
+        target = partial(_on(model, verifier).target, kvm_modules=modules)
+        for verdict in check(reproducers, target):
+            seen[verdict.reproducer.id] = Seen(verdict.verdict, verdict.evidence)
+    return seen
+
+
+def _on(cpu_model: str, verifier: Verifier) -> Verifier:
+    """The same with the CPU model that a defect needs, unless the user chose one."""
+    if not cpu_model or verifier.emulator.cpu_model:
+        return verifier
+    return replace(verifier, emulator=replace(verifier.emulator, cpu_model=cpu_model))

@@ -11,9 +11,11 @@ import kvmnest.suite
 from kvmnest import found
 from kvmnest.cli.main import main
 from kvmnest.errors import HarnessError
-from kvmnest.found import record
+from kvmnest.found import record, verify
+from kvmnest.lab.emulators import Choice
 from kvmnest.repro import corpus
 from kvmnest.repro.evidence import Seen
+from kvmnest.repro.verify import Verifier
 
 SUITE = Path(kvmnest.suite.__path__[0])
 DEFECTS = found.load()
@@ -74,6 +76,44 @@ def test_a_defect_was_shown(defect):
     assert re.fullmatch(rf"{re.escape(defect.file)}:\d+", newest.line), verify
 
 
+@ALL
+def test_a_defect_says_how_it_is_reached(defect):
+    """A parameter for tests is no guest: who reads of it has to know what else leads there."""
+    if defect.reproducer.params.get("force_emulation_prefix"):
+        assert defect.reach
+
+
+def test_minor_defects_come_last():
+    weights = [defect.weight for defect in DEFECTS]
+    assert weights == sorted(weights)
+    assert set(weights) == {"", found.MINOR}
+
+
+def test_a_weight_that_is_none(monkeypatch, tmp_path):
+    (tmp_path / "found.toml").write_text(
+        found.FILE.read_text().replace('weight = "minor"', 'weight = "small"', 1)
+    )
+    monkeypatch.setattr(found, "FILE", tmp_path / "found.toml")
+    found.load.cache_clear()
+    with pytest.raises(HarnessError, match="weight is minor or left out"):
+        found.load()
+    found.load.cache_clear()
+
+
+def test_a_defect_that_needs_another_cpu(monkeypatch):
+    """Its reproducer runs there, unless the user chose a CPU model; the others run on the usual."""
+    asked = []
+    monkeypatch.setattr(verify, "check", lambda scripts, target: asked.append(target({})) or [])
+    monkeypatch.setattr(Verifier, "target", lambda it, params, kvm_modules: it.emulator.cpu_model)
+    for chosen in (None, "broadwell_ult"):
+        asked.clear()
+        verifier = Verifier("newest", NEWEST, Choice(cpu_model=chosen))
+        verify._run(DEFECTS, verifier, None)
+        models = {each.cpu_model or None for each in DEFECTS}
+        assert set(asked) == ({chosen} if chosen else models)
+        assert len(models) == 2
+
+
 def test_every_script_is_a_defect():
     ids = [defect.id for defect in DEFECTS]
     assert len(set(ids)) == len(ids) >= 20
@@ -84,6 +124,10 @@ def test_the_verb(capsys):
     assert main(["found"]) == 0
     told = capsys.readouterr().out
     assert all(f"{each.id}: {each.reproducer.title}\n    seen on " in told for each in DEFECTS)
+    minor = told.partition("\nMinor: ")[2]
+    assert {each.id for each in DEFECTS if f"{each.id}: " in minor} == {
+        each.id for each in DEFECTS if each.weight
+    }
     assert main(["found", DEFECTS[0].id]) == 0
     told = " ".join(capsys.readouterr().out.split())
     assert f"source: {DEFECTS[0].file}:" in told

@@ -1,4 +1,4 @@
-"""An event that L2 cannot take in the HLT state is not refused."""
+"""What cannot be in the HLT state is not refused: events, blocking, SS.DPL."""
 
 import pytest
 

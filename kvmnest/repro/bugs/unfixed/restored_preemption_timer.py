@@ -1,4 +1,4 @@
-"""The VMX-preemption timer of a restored L2 never expires if its time was over."""
+"""The VMX-preemption timer of a restored L2 expires hours late if its time was over."""
 
 import pytest
 

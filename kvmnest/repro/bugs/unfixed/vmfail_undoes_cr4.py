@@ -1,4 +1,4 @@
-"""A VM entry that the processor refuses undoes an earlier MOV to CR4."""
+"""A VM entry that the processor refuses undoes an earlier MOV to CR0 or CR4."""
 
 import pytest
 
