@@ -74,6 +74,17 @@ def test_nmi_exit(l1: L1) -> None:
         assert guest.go_on() == Succeed()
 
 
+@pytest.mark.sdm("Architectural State Before a VM Exit")
+def test_exit_while_an_nmi_is_delivered(l1: L1) -> None:
+    """A fault in the delivery of an injected NMI exits with NMIs blocked already."""
+    guest = _guest(l1)
+    fields = {"GUEST_IDTR_LIMIT": 0, "EXCEPTION_BITMAP": 1 << Vector.GP}
+    seen = guest.run(code.NOP, VM_ENTRY_INTR_INFO_FIELD=NMI_INFO, **fields)
+    error = Vector.NMI << 3 | 0b11  # a gate of the IDT, an event from outside
+    assert seen == guest.exception(Vector.GP, error, idt_info=NMI_INFO)
+    assert _blocking(guest) == BLOCKED
+
+
 @VIRTUAL
 @pytest.mark.sdm("Virtual NMIs")
 def test_nmi_exit_with_virtual_nmis(l1: L1) -> None:

@@ -154,6 +154,9 @@ class Part:
             elif number == 4:
                 # What one machine has and the other has not is no difference to look for.
                 bit = self._chance.choice([b for b in range(32) if self._cr4 >> b & 1])
+            elif number == 3:
+                # Not another address: what would be L2's page tables there is not L2's.
+                bit = self._chance.choice((*range(12), 62, 63) if self._bits == 64 else range(12))
             elif self._bits == 64 and self._chance.random() < 0.1:
                 bit = self._chance.randrange(32, 64)
             rexw = b"\x48" if self._bits == 64 else (b"\x66" if self._bits == 16 else b"")
@@ -162,6 +165,8 @@ class Part:
         value = self._value()
         if number == 8:
             value &= 0xFF
+        if number == 3:
+            return read + rex + b"\x0f\x22" + modrm
         if number == 4:
             value &= self._cr4
         if number == 0:
