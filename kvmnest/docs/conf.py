@@ -20,7 +20,6 @@ extensions = [
     "sphinx_argparse_cli",
     "documented_modules",
     "documented_formats",
-    "other_pages",
     "public_bugs",
 ]
 exclude_patterns = ["extension"]

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import ast
 import importlib
-import inspect
 import pkgutil
 from collections.abc import Iterator
-from types import ModuleType
 from typing import Any
 
 from docutils import nodes
@@ -33,23 +30,6 @@ def public_modules(package: str) -> Iterator[str]:
             yield name
 
 
-def complete_annotations(module: ModuleType) -> None:
-    """Import what a module imports for the type checker only, so that annotations can be linked.
-
-    Otherwise autodoc finds them by their bare names, which two modules may share.
-    """
-    for node in ast.parse(inspect.getsource(module)).body:
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            for part in node.body:
-                if isinstance(part, ast.ImportFrom) and part.module and not part.level:
-                    home = importlib.import_module(part.module)
-                    for name in part.names:
-                        if name.name != "*" and hasattr(home, name.name):
-                            vars(module).setdefault(
-                                name.asname or name.name, getattr(home, name.name)
-                            )
-
-
 class PublicModules(SphinxDirective):
     """``public-modules:: PACKAGE``: a section for each module that has something to show."""
 
@@ -60,7 +40,6 @@ class PublicModules(SphinxDirective):
         lines: list[str] = []
         for name in public_modules(self.arguments[0]):
             module = importlib.import_module(name)
-            complete_annotations(module)
             is_package = hasattr(module, "__path__")
             # A package names again what its modules define: its own text says enough.
             members = [] if is_package else ["   :members:", "   :show-inheritance:"]
