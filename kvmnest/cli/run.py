@@ -100,6 +100,19 @@ def run(options: argparse.Namespace, lab: MakeLab = LabTarget) -> int:
         maxfail=options.maxfail,
     )
     signal.signal(signal.SIGTERM, _terminated)
+    _run_all(chosen, target, selection, report, options, lab)
+    return _finish(report, options)
+
+
+def _run_all(
+    chosen: Sequence[settings.Setting],
+    target: Target,
+    selection: Selection,
+    report: Report,
+    options: argparse.Namespace,
+    lab: MakeLab,
+) -> None:
+    """Run the cases; whatever ends that, the reports are whole and what failed is remembered."""
     try:
         if chosen:
             _run_under(chosen, target, selection, report, options, lab)
@@ -115,13 +128,17 @@ def run(options: argparse.Namespace, lab: MakeLab = LabTarget) -> int:
         raise
     finally:
         last_failed.remember(report.run)
+
+
+def _finish(report: Report, options: argparse.Namespace) -> int:
+    """Write what is written at the end; returns the exit code."""
     if not (report.run.planned or report.run.problems):
         report.finish(summary=False)
         raise names.nothing(options.selected, options.keyword, options.marks)
     status = report.finish()
     if options.durations:
         for line in slowest(report.run, options.durations):
-            progress.line(line)
+            report.note(line)
     if options.html or options.ktap:
         from kvmnest.reports import pages
 

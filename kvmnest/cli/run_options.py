@@ -18,6 +18,13 @@ from kvmnest.known import REFERENCE
 
 def add_options(parser: Any) -> None:
     """What to run, in which lab, how, and the reports."""
+    _add_selection(parser)
+    _add_lab(parser.add_argument_group("lab"))
+    _add_manner(parser.add_argument_group("how"))
+    _add_reports(parser.add_argument_group("reports"))
+
+
+def _add_selection(parser: Any) -> None:
     parser.add_argument("selected", nargs="*", metavar="CASE|PATH", help="ids or files to run")
     parser.add_argument("-k", dest="keyword", default="", metavar="EXPR", help="as in pytest")
     parser.add_argument("-m", dest="marks", default="", metavar="EXPR", help="as in pytest")
@@ -39,7 +46,9 @@ def add_options(parser: Any) -> None:
         help="stop at the first failure",
     )
     parser.add_argument("--maxfail", type=int, metavar="N", help="stop after N failures")
-    lab = parser.add_argument_group("lab")
+
+
+def _add_lab(lab: Any) -> None:
     add_lab_options(lab)
     lab.add_argument(
         "-j",
@@ -63,7 +72,9 @@ def add_options(parser: Any) -> None:
         action="store_true",
         help="with --settings: run all cases again under each setting",
     )
-    how = parser.add_argument_group("how")
+
+
+def _add_manner(how: Any) -> None:
     how.add_argument(
         "--nested-roundtrip",
         action="store_true",
@@ -90,7 +101,9 @@ def add_options(parser: Any) -> None:
         action="store_true",
         help="exit 1 when a known deviation no longer happens",
     )
-    out = parser.add_argument_group("reports")
+
+
+def _add_reports(out: Any) -> None:
     out.add_argument("--json", type=Path, metavar="FILE", help="results, whole after each case")
     out.add_argument("--junit", type=Path, metavar="FILE", help="JUnit XML")
     out.add_argument("--html", type=Path, metavar="FILE", help="a page, at the end of the run")

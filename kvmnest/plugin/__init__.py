@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from kvmnest.kmsg import LEVELS, WARNING
-from kvmnest.plugin import policy
+from kvmnest.plugin import options, policy
 from kvmnest.plugin.fixtures import OFFER, kvm, l1, l1_pool, vm
 from kvmnest.plugin.outcomes import judge
 
@@ -32,80 +31,7 @@ OURS: pytest.StashKey[bool] = pytest.StashKey()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the options of ``kvmnest run`` that act inside the pytest process."""
-    group = parser.getgroup("kvmnest", "nested VMX under KVM")
-    group.addoption(
-        "--nested-roundtrip",
-        action="store_true",
-        help="save, destroy, rebuild and restore the VM between the commands of every case",
-    )
-    group.addoption(
-        "--fresh-vm",
-        action="store_true",
-        help="make a new VM for each case instead of resetting the one before",
-    )
-    group.addoption(
-        "--kvmnest-budget",
-        type=float,
-        default=5.0,
-        metavar="SECONDS",
-        help="time after which a vCPU that does not come back counts as hung (default: 5)",
-    )
-    group.addoption(
-        "--kvmnest-trace",
-        action="store_true",
-        help="with --kvmnest-events: send every command of L1 as an event",
-    )
-    group.addoption(
-        "--kvmnest-shuffle", type=int, metavar="SEED", help="run the cases in a seeded random order"
-    )
-    group.addoption(
-        "--require-kvm", action="store_true", help="an error, not a skip, without /dev/kvm"
-    )
-    group.addoption(
-        "--kvmnest-target",
-        default="kvm",
-        metavar="NAME",
-        help="kvm, lab or qemu, for known deviations, or reference, which has no /dev/kvm",
-    )
-    group.addoption("--kvmnest-bochs", metavar="PATH", help="the Bochs of the reference target")
-    group.addoption(
-        "--kvmnest-cpu-model", metavar="NAME", help="the CPU model of the reference target"
-    )
-    group.addoption(
-        "--kvmnest-part",
-        metavar="K/N",
-        help="keep every Nth case only, from case K on (from 0)",
-    )
-    group.addoption(
-        "--kernel-log",
-        choices=LEVELS[WARNING:],
-        default=LEVELS[WARNING],
-        help="with --kvmnest-events: kernel messages to keep with each case, of this level and"
-        " more severe ones (default: warning)",
-    )
-    group.addoption(
-        "--kvmnest-events", metavar="PATH", help="write events as JSON lines to PATH or fd:N"
-    )
-    group.addoption(
-        "--kvmnest-list", action="store_true", help="with --kvmnest-events: say what cases need"
-    )
-    group.addoption(
-        "--kvmnest-deselect",
-        action="append",
-        default=[],
-        metavar="ID",
-        help="leave out cases whose id begins so",
-    )
-    group.addoption(
-        "--kvmnest-only",
-        action="append",
-        default=[],
-        metavar="ID",
-        help="of the cases that ship with kvmnest, leave out those with other ids",
-    )
-    group.addoption(
-        "--kvmnest-from", type=int, default=0, metavar="N", help="leave out the first N cases"
-    )
+    options.add(parser)
 
 
 @pytest.hookimpl(trylast=True)
