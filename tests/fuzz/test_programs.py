@@ -157,6 +157,24 @@ def test_known_difference(end: str, one: Any, other: Any, explained: bool) -> No
     assert ENTRY.explains(difference) is explained
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "explained"),
+    [
+        (["EntryFailure", 33, 0], ["EntryFailure", 33, 4], True),
+        (["VMfailValid", 7], ["VMfailValid", 8], True),
+        (["EntryFailure", 33, 0], ["EntryFailure", 34, 1], False),
+        (["VMfailValid", 7], ["EntryFailure", 33, 0], False),
+        (["Exit", 10], ["EntryFailure", 33, 0], False),
+    ],
+)
+def test_checks_of_one_stage_have_no_order(
+    one: list[Any], other: list[Any], explained: bool
+) -> None:
+    difference = Difference(1, 0, "end", "", one, other)
+    entries = known.load("7.3.4", "reference")
+    assert any(entry.explains(difference) for entry in entries) is explained
+
+
 def test_a_difference_that_follows_from_another() -> None:
     """It is explained behind the other one only."""
     entry = known.Known("memory.*", "KVM", "x", follows="guest.GUEST_RFLAGS")
