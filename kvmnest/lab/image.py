@@ -5,11 +5,15 @@ kernel. Sources: Documentation/arch/x86/boot.rst and zero-page.rst ("64-bit Boot
 the ACPI specification's "MADT" section.
 """
 
+import io
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from elftools.elf.elffile import ELFFile
+
+from kvmnest import reading
 from kvmnest.lab.errors import KernelSpecError
 
 INFO = 0xFE0000  # LAB_INFO in lab_boot.s
@@ -21,9 +25,6 @@ MAGIC = 0x4E4D564B
 MIB = 1 << 20
 
 _CMDLINE, _ACPI, _PML4, _MARK = 0x1000, 0x2000, 0x3000, 0x9000
-_PT_LOAD = 1
-_X86_64 = (62).to_bytes(2, "little")
-_HEADER, _PROGRAM_HEADER = 64, 56  # bytes
 _HIGHEST = 1 << 30
 _RAM, _RESERVED = 1, 2
 
@@ -60,21 +61,17 @@ def flatten(vmlinux: bytes, setup: bytes) -> KernelImage:
 
     Raises KernelSpecError if it is not an x86-64 ELF file or does not lie above LAB_INFO.
     """
-    if len(vmlinux) < _HEADER or vmlinux[:5] != b"\x7fELF\x02" or vmlinux[18:20] != _X86_64:
+    try:
+        elf = ELFFile(io.BytesIO(vmlinux))
+        right, entry = elf.get_machine_arch() == "x64", elf["e_entry"]
+        segments = [each.header for each in elf.iter_segments("PT_LOAD") if each["p_memsz"]]
+    except Exception as e:  # of a damaged file pyelftools raises what it runs into
+        raise KernelSpecError(f"the kernel image is not an ELF file ({reading.one_line(e)})") from e
+    if not right:
         raise KernelSpecError("the kernel image is not an x86-64 ELF vmlinux")
-    entry, phoff = struct.unpack_from("<QQ", vmlinux, 24)
-    size, count = struct.unpack_from("<HH", vmlinux, 54)
-    if size < _PROGRAM_HEADER or phoff + size * count > len(vmlinux):
-        raise KernelSpecError("the kernel image is damaged: program headers outside of the file")
-    loads = []
-    for i in range(count):
-        kind, _, offset, _, paddr, filesz, memsz, _ = struct.unpack_from(
-            "<IIQQQQQQ", vmlinux, phoff + size * i
-        )
-        if kind == _PT_LOAD and memsz:
-            if offset + filesz > len(vmlinux) or filesz > memsz:
-                raise KernelSpecError("the kernel image is damaged: a segment outside of the file")
-            loads.append((paddr, offset, filesz, memsz))
+    loads = [(s.p_paddr, s.p_offset, s.p_filesz, s.p_memsz) for s in segments]
+    if any(o + f > len(vmlinux) or f > m for _, o, f, m in loads):
+        raise KernelSpecError("the kernel image is damaged: a segment outside of the file")
     base = min((p for p, *_ in loads), default=0)
     if base < INFO + BLOCK or base % BLOCK:
         raise KernelSpecError(f"the kernel is linked to run at {base:#x}, the lab loads at 16 MiB")

@@ -100,5 +100,5 @@ def test_a_dirty_tree_and_wrong_revisions(tmp_path):
         repository.commit("nowhere")
     with pytest.raises(UsageError, match="swapped"):
         repository.start("HEAD", "HEAD~1")
-    with pytest.raises(UsageError, match="no git work tree"):
+    with pytest.raises(UsageError, match="not a git work tree"):
         Repository(tmp_path.parent)

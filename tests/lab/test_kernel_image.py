@@ -143,5 +143,5 @@ def test_constants_are_those_of_the_assembly():
 def test_what_is_no_module_is_refused(tmp_path):
     for content in (b"text", _elf()):
         (tmp_path / "kvm.ko").write_bytes(content)
-        with pytest.raises(KernelSpecError, match="no kernel module"):
+        with pytest.raises(KernelSpecError, match="not a kernel module"):
             modules.read(tmp_path / "kvm.ko")

@@ -35,7 +35,7 @@ def test_flags() -> None:
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("test_vmxon.py", "no single case"),
+        ("test_vmxon.py", "is not one case"),
         ("test_vmxon.py::test_nothing", "no such case"),
         ("nothing.py::test_x", "no such case"),
     ],
