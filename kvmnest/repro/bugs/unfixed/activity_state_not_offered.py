@@ -14,12 +14,16 @@ BUG = Bug(
         {
             "file": "arch/x86/kvm/vmx/nested.c",
             "function": "nested_vmx_check_guest_state",
-            "expression": "if (nested_check_guest_non_reg_state(vmcs12))",
+            "expression": "*entry_failure_code = ENTRY_FAIL_DEFAULT;",
+            # L2 gets into the HLT state by itself, too: a restored one may be in it.
             "replacement": """
-                if (nested_check_guest_non_reg_state(vmcs12) ||
-                    CC(vmcs12->guest_activity_state &&
-                       !(to_vmx(vcpu)->nested.msrs.misc_low &
-                         BIT(5 + vmcs12->guest_activity_state))))""",
+                *entry_failure_code = ENTRY_FAIL_DEFAULT;
+                if (vcpu->arch.nested_run_pending &&
+                    (vmcs12->guest_activity_state == GUEST_ACTIVITY_HLT ||
+                     vmcs12->guest_activity_state == GUEST_ACTIVITY_WAIT_SIPI) &&
+                    CC(!(to_vmx(vcpu)->nested.msrs.misc_low &
+                         BIT(5 + vmcs12->guest_activity_state))))
+                    return -EINVAL;""",
         },
     ),
 )

@@ -17,7 +17,10 @@ BUG = Bug(
             "expression": "sync_vmcs02_to_vmcs12(vcpu, vmcs12);",
             "replacement": """
                 if (vm_exit_reason == -1 || !(vm_exit_reason & VMX_EXIT_REASONS_FAILED_VMENTRY))
-                    sync_vmcs02_to_vmcs12(vcpu, vmcs12);""",
+                    sync_vmcs02_to_vmcs12(vcpu, vmcs12);
+                else
+                    vmcs_read_cet_state(vcpu, &vmcs12->guest_s_cet, &vmcs12->guest_ssp,
+                                        &vmcs12->guest_ssp_tbl);""",
         },
     ),
 )

@@ -13,10 +13,12 @@ BUG = Bug(
     fix=(
         {
             "file": "arch/x86/kvm/vmx/nested.c",
-            "function": "nested_check_guest_non_reg_state",
-            "expression": "return 0;",
+            "function": "nested_vmx_check_guest_state",
+            "expression": "if (nested_check_guest_non_reg_state(vmcs12))",
+            # The field still has the event that L1 injected when L2, restored, halts by itself.
             "replacement": """
-                if (vmcs12->guest_activity_state == GUEST_ACTIVITY_HLT) {
+                if (vcpu->arch.nested_run_pending &&
+                    vmcs12->guest_activity_state == GUEST_ACTIVITY_HLT) {
                     u32 event = vmcs12->vm_entry_intr_info_field;
                     u32 type = event & INTR_INFO_INTR_TYPE_MASK;
                     u32 vector = event & INTR_INFO_VECTOR_MASK;
@@ -32,7 +34,7 @@ BUG = Bug(
                              (vector == DB_VECTOR || vector == MC_VECTOR))))
                         return -EINVAL;
                 }
-                return 0;""",
+                if (nested_check_guest_non_reg_state(vmcs12))""",
         },
     ),
 )

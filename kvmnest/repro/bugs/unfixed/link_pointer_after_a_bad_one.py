@@ -12,10 +12,14 @@ BUG = Bug(
     correct="VM entry succeeds with the good link pointer again",
     fix=(
         {
-            "file": "virt/kvm/kvm_main.c",
-            "function": "__kvm_gfn_to_hva_cache_init",
-            "expression": "return -EFAULT;",
-            "replacement": "{ ghc->gpa = INVALID_GPA; return -EFAULT; }",
+            "file": "arch/x86/kvm/vmx/nested.c",
+            "function": "nested_vmx_check_vmcs_link_ptr",
+            "expression": "vmcs12->vmcs_link_pointer, VMCS12_SIZE))) return -EINVAL;",
+            "replacement": """
+                vmcs12->vmcs_link_pointer, VMCS12_SIZE))) {
+                    ghc->gpa = INVALID_GPA;
+                    return -EINVAL;
+                }""",
         },
     ),
 )

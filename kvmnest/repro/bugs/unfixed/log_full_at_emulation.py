@@ -18,6 +18,14 @@ BUG = Bug(
                 WARN_ON_ONCE(vmx->vt.exit_reason.basic != EXIT_REASON_EPT_VIOLATION);""",
             "replacement": "",
         },
+        {
+            "file": "arch/x86/kvm/vmx/nested.c",
+            "function": "nested_ept_inject_page_fault",
+            "expression": "exit_qualification = vmx_get_exit_qual(vcpu) & INTR_INFO_UNBLOCK_NMI;",
+            "replacement": """
+                exit_qualification = from_hardware ?
+                                     vmx_get_exit_qual(vcpu) & INTR_INFO_UNBLOCK_NMI : 0;""",
+        },
     ),
 )
 
