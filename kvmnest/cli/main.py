@@ -12,7 +12,7 @@ import tempfile
 import traceback
 from collections.abc import Sequence
 from importlib import import_module
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import kvmnest
 from kvmnest import cli
@@ -33,7 +33,22 @@ def verbs() -> list[str]:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Tells a wrong argument in one line, without the usage of all others."""
+    """Tells a wrong argument in one line, without the usage of all others.
+
+    Ids and files may stand before, between and behind the options of a verb.
+    """
+
+    _mixing = False
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Take positional arguments wherever they stand, which argparse does not by itself."""
+        if self._mixing or self._subparsers is not None:
+            return super().parse_known_args(args, namespace)
+        self._mixing = True  # what follows calls this method itself
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._mixing = False
 
     def error(self, message: str) -> NoReturn:
         """Raise UsageError."""

@@ -87,6 +87,17 @@ def test_bad_arguments_are_one_line(argv, code, own_cache, tmp_path):
     assert not (own_cache / "archive").exists()  # nothing was fetched before that was seen
 
 
+def test_options_may_stand_between_ids(capsys):
+    """As whoever adds an id to a line that ends in options types it."""
+    assert main(["repro", "show", "vmx-cpl", "vpid-zero"]) == 0
+    expected = capsys.readouterr().out
+    for words in (["--json", "vmx-cpl", "vpid-zero"], ["vmx-cpl", "--json", "vpid-zero"]):
+        assert main(["repro", "show", *words]) == 0
+        assert capsys.readouterr().out == expected
+    assert main(["repro", "show", "vmx-cpl", "--jsn", "vpid-zero"]) == 2
+    assert "unrecognized arguments: --jsn" in capsys.readouterr().err
+
+
 def test_a_loop_of_links(own_cache, tmp_path):
     (tmp_path / "loop").symlink_to("loop")
     for argv in (["run", "loop"], ["run", "--kernel", "./loop"], ["diff", "loop", "loop"]):
