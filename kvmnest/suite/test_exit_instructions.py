@@ -5,12 +5,14 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from kvmnest.kvm import Kvm
+from kvmnest.kvm import Kvm, exits
 from kvmnest.kvm.cpuid import leaf
 from kvmnest.l1 import L1, code
 from kvmnest.suite.support.guest import Guest, Masked
 from kvmnest.vmx import (
+    Cr0,
     Cr4,
+    Efer,
     ExitReason,
     Field,
     Msr,
@@ -226,6 +228,22 @@ def test_invpcid_executes(l1: L1) -> None:
     # Type 4 does not exist.
     seen = guest.run(INVPCID, regs | {"rax": 4})
     assert seen == Fault(Vector.GP, error_code=0, rip=0)
+
+
+@pytest.mark.sdm("INVPCID-Invalidate Process-Context Identifier")
+@pytest.mark.parametrize("kind", range(4))
+def test_invpcid_without_paging(l1: L1, kind: int) -> None:
+    """A vCPU in protected mode executes INVPCID of each type; there is nothing to invalidate."""
+    page = l1.alloc()
+    l1.write(page, INVPCID + code.out8(0x80))
+    sregs, regs = l1.vcpu.get_sregs(), l1.vcpu.get_regs()
+    sregs.cr0 &= ~Cr0.PG
+    sregs.efer &= ~(Efer.LME | Efer.LMA)
+    sregs.cs.l, sregs.cs.db = 0, 1
+    l1.vcpu.set_sregs(sregs)
+    regs.rip, regs.rax, regs.rdi, regs.rflags = page, kind, page + 256, 2
+    l1.vcpu.set_regs(regs)
+    assert isinstance(l1.vcpu.run(), exits.IoExit)
 
 
 @pytest.mark.needs(Proc2Ctl.PAUSE_LOOP_EXITING)

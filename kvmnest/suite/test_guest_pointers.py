@@ -160,6 +160,20 @@ def test_ept_tables_in_no_memory(l1: L1) -> None:
     assert l1.vmresume() == Exit(ExitReason.VMCALL)
 
 
+@pytest.mark.needs(Proc2Ctl.VIRTUALIZE_APIC_ACCESSES)
+@pytest.mark.sdm("Virtualizing Memory-Mapped APIC Accesses")
+@pytest.mark.parametrize("address", NOWHERE, ids=hex)
+def test_apic_access_page_in_no_memory(l1: L1, address: int) -> None:
+    """L2 never runs without the page: KVM, which cannot make one up, gives the entry up.
+
+    A processor needs no memory there. Without the control L2's accesses would reach L1's devices.
+    """
+    guest = Guest(l1, Proc2Ctl.VIRTUALIZE_APIC_ACCESSES)
+    guest.vmcs[Field.APIC_ACCESS_ADDR] = address
+    with pytest.raises(VmLost, match="internal error"):
+        guest.run(code.NOP)
+
+
 # --- the VMXON region and the current VMCS ---
 
 

@@ -12,7 +12,7 @@ import pytest
 from kvmnest.kvm import Cap, exits
 from kvmnest.l1 import L1, code
 from kvmnest.suite.support.guest import NOT_VALID, Guest
-from kvmnest.vmx import ExitReason, Field, IntrType, ProcCtl, Vector, intr_info
+from kvmnest.vmx import Cr4, ExitReason, Field, IntrType, ProcCtl, Vector, intr_info
 from kvmnest.vmx.outcome import Exit, Fault, HostExit, Succeed
 
 pytestmark = [pytest.mark.series(24), pytest.mark.sdm("VMX Non-Root Operation")]
@@ -21,6 +21,8 @@ OUT_80 = code.out8(0x80)
 #: kvm_vcpu_events.flags
 PAYLOAD, TRIPLE_FAULT = 0x10, 0x20
 GUEST_MODE = 1
+#: Status of a machine-check bank: valid, overflow, uncorrected, processor context corrupt.
+FATAL = 0xE2 << 56
 #: Spin until the doubleword at RDI is not 0: CMP [RDI], 0; JE.
 SPIN = b"\x83\x3f\x00\x74\xfb"
 
@@ -180,6 +182,23 @@ def test_triple_fault(l1: L1) -> None:
         # L1 goes on, and L2 too.
         assert guest.run(code.NOP) == Succeed()
         assert l1.vmxoff() == Succeed()
+
+
+@pytest.mark.needs(Cap.X86_TRIPLE_FAULT_EVENT, Cap.MCE)
+@pytest.mark.sdm("Machine-Check Architecture")
+@pytest.mark.parametrize("moved", [False, True], ids=["", "moved"])
+def test_machine_check_that_shuts_down(l1: L1, moved: bool) -> None:
+    """An uncorrected machine check of an L2 without CR4.MCE: a triple fault, moved or not."""
+    l1.enable_cap(Cap.X86_TRIPLE_FAULT_EVENT)
+    l1.vcpu.setup_mce(1)
+    guest = _stopped(l1)
+    assert not l1.vcpu.get_sregs().cr4 & Cr4.MCE
+    l1.vcpu.set_mce(0, FATAL)
+    assert l1.vcpu.get_vcpu_events().triple_fault.pending == 1
+    if moved:
+        l1.round_trip()
+    assert guest.resume() == Exit(ExitReason.TRIPLE_FAULT, qualification=0)
+    assert guest.run(code.NOP) == Succeed()
 
 
 def test_injected_interrupt_and_nmi(l1: L1) -> None:

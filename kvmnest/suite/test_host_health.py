@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from kvmnest.kvm import SealedMemory, exits
+from kvmnest.kvm import Cap, SealedMemory, exits
 from kvmnest.l1 import L1, code
 from kvmnest.suite.support.bitmaps import set_msr_bitmap
 from kvmnest.suite.support.guest import Guest
@@ -135,6 +135,26 @@ def test_file_descriptors(l1: L1) -> None:
         l1.round_trip()
     assert len(os.listdir("/proc/self/fd")) == before
     assert guest.resume() == Succeed()
+
+
+@pytest.mark.needs(Cap.MCE, Cap.NESTED_STATE)
+@pytest.mark.sdm("Machine-Check Architecture")
+@pytest.mark.parametrize("way", ["nested-state", "close"])
+def test_kernel_log_of_a_lost_triple_fault(l1: L1, way: str) -> None:
+    """Userspace may leave an L2 for which a triple fault is pending: the kernel does not warn.
+
+    A message of the kernel that reports a defect fails the case in which it comes.
+    """
+    outside = l1.vcpu.get_nested_state()
+    l1.vcpu.setup_mce(1)
+    guest = Guest(l1)
+    assert isinstance(guest.run(code.out8(0x80)), HostExit)
+    l1.vcpu.set_mce(0, 0xE2 << 56)  # valid, overflow, uncorrected, processor context corrupt
+    if way == "close":
+        l1.close()
+        return
+    l1.vcpu.set_nested_state(outside)
+    assert l1.vcpu.get_nested_state() == outside
 
 
 def test_statistics(l1: L1) -> None:

@@ -145,6 +145,26 @@ def test_delivered_in_l2(l1: L1) -> None:
         apic.end()
 
 
+@pytest.mark.sdm("EOI Virtualization")
+@pytest.mark.parametrize("taken_by", ["L1", "L2"])
+def test_l2_acknowledges(l1: L1, taken_by: str) -> None:
+    """L2, which has L1's APIC, writes its EOI: L1 and L2 get the next interrupt of that class."""
+    apic, guest = Apic(l1), _guest(l1, exiting=False)
+    l1.write_int(l1.cpu.block + l1.sym("CPU_EOI"), 0)  # L1's handler leaves it in service
+    eoi = {"rcx": Msr.X2APIC_EOI, "rax": 0, "rdx": 0}
+    for _ in range(2):
+        for vector in (VECTOR, VECTOR - 1):
+            apic.send(vector)
+            if taken_by == "L1":
+                assert apic.open_window() == [vector]
+            else:
+                seen = guest.run(code.NOP, GUEST_RFLAGS=0x202)
+                assert seen == Fault(vector, error_code=0, rip=0)
+            assert apic.in_service() == [vector]
+            assert guest.run(code.WRMSR, eoi, GUEST_RFLAGS=0x2) == Succeed()
+            assert (apic.requested(), apic.in_service()) == ([], [])
+
+
 def test_l2_opens_its_window(l1: L1) -> None:
     """STI lets an interrupt in after the following instruction, POPF and MOV SS as usual."""
     apic, guest = Apic(l1), _guest(l1, exiting=False)

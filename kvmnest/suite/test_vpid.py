@@ -8,8 +8,8 @@ from kvmnest.l1 import L1, code
 from kvmnest.suite.support.entries import EPT_OR_NOT
 from kvmnest.suite.support.ept import poke
 from kvmnest.suite.support.guest import Guest
-from kvmnest.vmx import Cr4, EptVpidCap, Field, Proc2Ctl, Vector
-from kvmnest.vmx.outcome import Fault, Succeed
+from kvmnest.vmx import Cr4, EptVpidCap, ExitReason, Field, Proc2Ctl, Vector
+from kvmnest.vmx.outcome import EntryFailure, Fault, Succeed
 
 pytestmark = [pytest.mark.series(19), pytest.mark.sdm("Operations that Invalidate Cached Mappings")]
 
@@ -114,6 +114,29 @@ def test_new_vpid(l1: L1, ept: bool) -> None:
     for vpid in (1, 2, 0x100, 0x101, 0x8000, 0xFFFF, 3):
         guest.vmcs[Field.VIRTUAL_PROCESSOR_ID] = vpid
         value = mapping.point(vpid % 4)
+        assert _load(guest) == value, hex(vpid)
+
+
+@EPT_OR_NOT
+@pytest.mark.needs(_VPID)
+@pytest.mark.parametrize("failure", ["MSR-area", "guest-state"])
+def test_new_vpid_after_a_failed_entry(l1: L1, ept: bool, failure: str) -> None:
+    """The first entry with a VPID fails: the next one finds no translations all the same."""
+    guest, mapping = _guest(l1, ept, vpid=1)
+    area, cr3 = l1.alloc(), guest.vmcs[Field.GUEST_CR3]
+    l1.write_int(area, 0x801)  # an MSR of the x2APIC, which no area can load
+    guest.vmcs[Field.VM_ENTRY_MSR_LOAD_ADDR] = area
+    assert _load(guest) == mapping.first
+    for vpid in (2, 0x101, 0x8003, 0xFFFC):
+        guest.vmcs[Field.VIRTUAL_PROCESSOR_ID] = vpid
+        value = mapping.point(vpid % 4)
+        if failure == "MSR-area":
+            seen = guest.run(code.NOP, VM_ENTRY_MSR_LOAD_COUNT=1)
+            assert seen == EntryFailure(ExitReason.MSR_LOAD_FAIL, qualification=1)
+        else:
+            seen = guest.run(code.NOP, GUEST_CR3=cr3 | 1 << 63)
+            assert seen == EntryFailure(ExitReason.INVALID_GUEST_STATE, qualification=0)
+        guest.vmcs[Field.VM_ENTRY_MSR_LOAD_COUNT], guest.vmcs[Field.GUEST_CR3] = 0, cr3
         assert _load(guest) == value, hex(vpid)
 
 
