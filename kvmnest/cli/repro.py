@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from kvmnest.repro.check import Verdict
     from kvmnest.repro.corpus import Reproducer
     from kvmnest.repro.evidence import Shown
+    from kvmnest.repro.ladder import Ladder
 
 _USAGE = """kvmnest repro [options] ID... (ids, CVE numbers, files of yours, all, or unfixed)
        kvmnest repro [options] ID... --kernels SPEC... [--html FILE] [--record FILE]
@@ -176,30 +177,46 @@ def _upstream(each: Reproducer) -> str:
 
 
 def _list(reproducers: tuple[Reproducer, ...], *, as_json: bool) -> None:
-    from kvmnest.repro import corpus, evidence
+    from kvmnest.repro import corpus, evidence, ladder
 
-    record = evidence.load()
+    record, asked = evidence.load(), ladder.load()
     if as_json:
         print(json.dumps([_entry(each, record.get(each.id, ())) for each in reproducers], indent=1))
         return
     for each in reproducers:
-        bug, shown = each.bug, record.get(each.id, [])
+        shown = record.get(each.id, [])
         print(f"{each.id}: {each.title}")
         print(f"    {_upstream(each)}")
-        since, fixed = bug.since or "unknown", bug.fixed or "unknown"
-        print(f"    since {since}, fixed in {fixed}{_needs(each)}")
-        if not shown:
-            print("    not shown yet: kvmnest repro verify", each.id)
+        fixed = each.bug.fixed or "unknown"
+        print(f"    since {_since(each, asked)}, fixed in {fixed}{_needs(each)}")
         for seen in shown:
             for kernel, what in (
                 (seen.kernel, seen.stock),
                 (f"{seen.kernel} with the bug put back", seen.put_back),
             ):
                 print(f"    {kernel}: {what.verdict}: {what.evidence}")
-    unfixed = len(corpus.load(corpus.UNFIXED))
-    both = sum(any(seen.both_ways for seen in record.get(each.id, ())) for each in reproducers)
-    print(f"{len(reproducers)} bugs, {both} of them shown both ways (kvmnest repro verify)")
-    print(f"{unfixed} more are not fixed upstream (kvmnest found)")
+        bad, good = asked.seen(each.id)
+        if bad:
+            print(f"    VULNERABLE as Debian built it: {', '.join(bad)}")
+        if bad and good:
+            print(f"    FIXED as Debian built it: {', '.join(good)}")
+        if not shown and not (bad and good):
+            print("    not shown yet: kvmnest repro verify", each.id)
+    by_edit = sum(any(seen.both_ways for seen in record.get(each.id, ())) for each in reproducers)
+    by_kernels = sum(all(asked.seen(each.id)) for each in reproducers)
+    known = sum(bool(each.bug.since) for each in reproducers)
+    print(f"{len(reproducers)} bugs, of {known} it is known since when")
+    print(f"{by_edit} shown both ways with the bug put back (kvmnest repro verify)")
+    print(f"{by_kernels} shown both ways by kernels of Debian (kvmnest repro all --kernels)")
+    print(f"{len(corpus.load(corpus.UNFIXED))} more are not fixed upstream (kvmnest found)")
+
+
+def _since(each: Reproducer, asked: Ladder) -> str:
+    """Since when a bug is there, and how that is known."""
+    if each.bug.since:
+        return f"{each.bug.since} (by {each.bug.since_by})"
+    seen = asked.since(each.id)
+    return f"{seen} (by kernels of Debian)" if seen else "unknown"
 
 
 def _needs(each: Reproducer) -> str:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+#: How the release that brought a bug is known.
+SINCE_BY = ("Fixes", "message", "source")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Bug:
@@ -14,7 +17,10 @@ class Bug:
         subject: subject of the upstream commit that fixed it; "" if none has.
         hash: that commit, as far as it is known for sure.
         cve: "CVE-YEAR-NUMBER".
-        since: version, or commit, that brought the bug; "" unless it is known for sure.
+        since: release, or commit and release, that brought the bug; "" unless it is known.
+        since_by: how that is known: "Fixes" (tag of the commit that fixed it), "message" (what a
+            commit to the same code says), "source" (the release has the code at fault; the one
+            before it has not, or has no nested VMX).
         fixed: first version without it.
         vulnerable: what is seen on a kernel with the bug.
         correct: what is seen on one without.
@@ -34,6 +40,7 @@ class Bug:
     hash: str = ""
     cve: str = ""
     since: str = ""
+    since_by: str = ""
     fixed: str = ""
     vulnerable: str
     correct: str

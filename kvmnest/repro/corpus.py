@@ -27,7 +27,7 @@ from pathlib import Path
 from kvmnest import reading
 from kvmnest.errors import HarnessError, UsageError
 from kvmnest.kernel.edits import Edit, Newer, newer_texts, series_of, text_for
-from kvmnest.repro.bug import Bug
+from kvmnest.repro.bug import SINCE_BY, Bug
 
 PACKAGE = "kvmnest.repro.bugs"
 UNFIXED = f"{PACKAGE}.unfixed"
@@ -205,6 +205,8 @@ def _reproducer(module: types.ModuleType, path: Path, source: str, case: str) ->
         raise UsageError(f"{path}: edit: {error}") from error
     if bug.edit_since and not re.fullmatch(r"\d+\.\d+", bug.edit_since):
         raise UsageError(f'{path}: edit_since is a version, as "6.15", not {bug.edit_since!r}')
+    if bool(bug.since) != bool(bug.since_by) or bug.since_by not in ("", *SINCE_BY):
+        raise UsageError(f"{path}: since needs since_by, one of {', '.join(SINCE_BY)}")
     if not all(map(_is_text, [*bug.params, *bug.params.values()])):
         raise UsageError(f'{path}: params are texts, as {{"ept": "0"}}')
     return Reproducer(

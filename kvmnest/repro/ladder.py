@@ -48,6 +48,15 @@ class Ladder:
         releases = sorted(row, key=kernel_version)
         return [(each, row[each]) for each in releases if row[each] in (FIXED, VULNERABLE)]
 
+    def seen(self, bug_id: str) -> tuple[list[str], list[str]]:
+        """The kernels on which a bug was seen to be there, and to be gone, oldest first."""
+        answers = self._answers(bug_id)
+        bad, good = (
+            [short(release) for release, verdict in answers if verdict == wanted]
+            for wanted in (VULNERABLE, FIXED)
+        )
+        return bad, good
+
     def first_fixed(self, bug_id: str, release: str) -> str:
         """Since which kernel of the release's series a bug is gone, as far as it was asked.
 

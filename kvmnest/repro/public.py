@@ -21,9 +21,7 @@ from pathlib import Path
 
 from kvmnest import reading
 from kvmnest.errors import HarnessError
-from kvmnest.known import kernel_version
 from kvmnest.repro import evidence, ladder
-from kvmnest.repro.check import FIXED, VULNERABLE
 
 FILE = Path(__file__).parent.parent / "data" / "public-bugs.toml"
 _TEXTS = ("title", "cve", "repro", "predicted", "happened", "left")
@@ -74,13 +72,7 @@ def seen(
 
     ``kernels`` and ``edits`` are the records of both.
     """
-    fails, passes = [], []
-    row = kernels.verdicts.get(bug.repro, {})
-    for release in sorted(row, key=kernel_version):
-        if row[release] == VULNERABLE:
-            fails.append(ladder.short(release))
-        elif row[release] == FIXED:
-            passes.append(ladder.short(release))
+    fails, passes = kernels.seen(bug.repro)
     for shown in edits.get(bug.repro, ()):
         if shown.both_ways:
             fails.append(f"{ladder.short(shown.kernel)} with the bug put back")

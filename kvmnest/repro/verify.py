@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from kvmnest.kernel import source
 from kvmnest.kernel.build import BuildError, build_modules
 from kvmnest.kernel.edits import EditError
 from kvmnest.lab.emulators import Choice
@@ -74,7 +75,12 @@ def _edited(reproducer: Reproducer, verifier: Verifier) -> Seen:
         return Seen(NO_VERDICT, "the script has no edit that brings the bug back, and no fix")
     try:
         modules = build_modules(edits, verifier.release)
-    except (EditError, BuildError) as error:
+    except EditError as error:
+        # Whoever writes an edit wants to read what it is to match.
+        tree = source.prepare(verifier.release).tree
+        said = f"the edit does not fit {verifier.release}: {error} (its source is in {tree})"
+        return Seen(NO_VERDICT, said)
+    except BuildError as error:
         return Seen(NO_VERDICT, f"the edit does not fit {verifier.release}: {error}")
     (verdict,) = check([reproducer], lambda params: verifier.target(params, modules))
     return _seen(verdict)

@@ -153,6 +153,10 @@ def test_list(capsys):
     text = capsys.readouterr().out
     assert text.count("\n    since ") == len(found)
     assert "CVE-2018-12904" in text
+    # Those of which no edit tells were seen on kernels of Debian.
+    assert "not shown yet" not in text
+    assert "VULNERABLE as Debian built it: 6.1.0-47" in text
+    assert "since v3.1 (by source)" in text
     assert f"{len(corpus.load(corpus.UNFIXED))} more are not fixed upstream" in text
 
 

@@ -40,6 +40,11 @@ def test_the_corpus_is_large():
     assert {"CVE-2018-12904", "CVE-2016-9588", "CVE-2014-3645", "CVE-2014-3646"} <= cves
 
 
+def test_the_corpus_is_large_and_knows_since_when():
+    assert len(corpus.load()) >= 75
+    assert sum(bool(each.bug.since) for each in corpus.load()) >= 50
+
+
 def test_every_real_bug_that_the_suite_notices_has_a_script():
     """A mutant with an upstream commit either is a script or is one that nothing can show here."""
     scores = json.loads((ROOT / "mutants-detected.json").read_text())["mutants"]
@@ -171,6 +176,9 @@ def test_a_script_of_the_user(tmp_path):
         (SCRIPT.encode().replace(b'"b"', b'"b", edit={"file": "a"}'), "edit needs the texts"),
         (SCRIPT.encode().replace(b'"b"', b'"b", fix=[{"file": "a"}]'), "edit needs the texts"),
         (SCRIPT.encode().replace(b'"b"', b'"b", params={"ept": 0}'), "params are texts"),
+        (SCRIPT.encode().replace(b'"b"', b'"b", since="v5.0"'), "since needs since_by"),
+        (SCRIPT.encode().replace(b'"b"', b'"b", since_by="Fixes"'), "since needs since_by"),
+        (SCRIPT.encode().replace(b'"b"', b'"b", since="v5", since_by="me"'), "one of Fixes"),
         (SCRIPT.encode().replace(b', vulnerable="a"', b""), "missing 1 required keyword-only"),
     ],
 )

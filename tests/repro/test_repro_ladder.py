@@ -46,6 +46,11 @@ def test_what_the_record_says(bug, fixed, since):
     assert found.since(bug) == since
 
 
+def test_where_it_was_seen():
+    assert Ladder(ROWS).seen("came-back") == (["6.1.0-50"], ["6.1.0-47", "6.1.0-51"])
+    assert Ladder(ROWS).seen("not-asked") == Ladder(ROWS).seen("unknown") == ([], [])
+
+
 def test_another_series_says_nothing():
     assert Ladder(ROWS).first_fixed("fixed-in-51", NEWEST) == ""
     assert Ladder(ROWS).first_fixed("new-bug", NEWEST) == ""

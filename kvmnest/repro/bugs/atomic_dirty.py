@@ -12,6 +12,8 @@ from kvmnest.vmx.outcome import Exit
 BUG = Bug(
     subject="KVM: x86: Mark target gfn of emulated atomic instruction as dirty",
     cve="CVE-2024-35804",
+    since="1c2361f667f3 (v5.19)",
+    since_by="Fixes",
     fixed="v6.9, v6.1.85",
     vulnerable="KVM_GET_DIRTY_LOG lacks the page that LOCK CMPXCHG of L2 wrote",
     correct="KVM_GET_DIRTY_LOG has the page",

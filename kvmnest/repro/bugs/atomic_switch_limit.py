@@ -9,6 +9,8 @@ from kvmnest.vmx.outcome import EntryFailure, VMfailValid
 
 BUG = Bug(
     subject="kvm: nvmx: limit atomic switch MSRs",
+    since="v4.0",
+    since_by="source",
     fixed="v5.4-rc1",
     vulnerable="KVM works through a longer MSR-load area and L2 runs",
     correct="VM entry fails, at the first entry beyond the limit or before it loads any",

@@ -9,6 +9,8 @@ from kvmnest.vmx import Msr, PinCtl
 BUG = Bug(
     subject="KVM: nVMX: Let userspace set nVMX MSR to any _host_ supported value",
     hash="f8ae08f9789a",
+    since="62cc6b9dc61e (v4.10)",
+    since_by="Fixes",
     fixed="v6.0-rc1",
     vulnerable="KVM_SET_MSRS refuses the value that KVM itself reported",
     correct="KVM_SET_MSRS takes the value back",

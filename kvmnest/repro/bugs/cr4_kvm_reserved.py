@@ -11,6 +11,8 @@ from kvmnest.vmx.outcome import Succeed, VMfailValid
 BUG = Bug(
     subject="KVM: nVMX: Account for KVM reserved CR4 bits in consistency checks",
     hash="ca58f3aa53d1",
+    since="3899152ccbf4 (v4.10)",
+    since_by="Fixes",
     fixed="v6.0-rc1",
     vulnerable="the exit loads CR4.SMXE, and KVM_RUN ends with a failed entry",
     correct="VM entry fails with error 8, an invalid host-state field",

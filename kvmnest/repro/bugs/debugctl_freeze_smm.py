@@ -9,6 +9,8 @@ from kvmnest.vmx.outcome import Exit
 
 BUG = Bug(
     subject="KVM: x86: Introduce KVM_X86_QUIRK_VMCS12_ALLOW_FREEZE_IN_SMM",
+    since="095686e6fcb4 (v6.17)",
+    since_by="Fixes",
     fixed="v7.0, v6.12.85",
     vulnerable="VM entry fails for bit 14 of IA32_DEBUGCTL",
     correct="L2 runs",

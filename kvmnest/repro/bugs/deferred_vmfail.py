@@ -14,6 +14,8 @@ from kvmnest.vmx.outcome import VMfailValid
 BUG = Bug(
     subject="kvm: nVMX: Handle deferred early VMLAUNCH/VMRESUME failure properly",
     hash="4f350c6dbcb9",
+    since="v3.1",
+    since_by="source",
     fixed="v4.14",
     vulnerable="VMLAUNCH fails with error 8, an invalid host-state field",
     correct="VMLAUNCH fails with error 7, an invalid control field",

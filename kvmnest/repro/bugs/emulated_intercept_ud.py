@@ -11,6 +11,8 @@ from kvmnest.vmx.outcome import Exit
 
 BUG = Bug(
     subject="KVM: nVMX: Synthesize nested VM-Exit for supported emulation intercepts",
+    since="07721feee46b (v5.6)",
+    since_by="message",
     fixed="v6.15",
     vulnerable="SGDT is #UD",
     correct="SGDT exits",

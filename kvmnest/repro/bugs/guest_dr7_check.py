@@ -10,6 +10,8 @@ from kvmnest.vmx.outcome import EntryFailure
 BUG = Bug(
     subject="KVM: nVMX: Check GUEST_DR7 on vmentry of nested guests",
     hash="ecb697d10f70",
+    since="v3.10",
+    since_by="source",
     fixed="v5.6-rc1",
     vulnerable="L2 runs with bit 32 of GUEST_DR7 set",
     correct="VM entry fails: invalid guest state",

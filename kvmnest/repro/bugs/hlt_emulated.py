@@ -11,6 +11,8 @@ from kvmnest.vmx.outcome import Exit
 
 BUG = Bug(
     subject="KVM: nVMX: Emulate HLT in L2 if it's not intercepted",
+    since="07721feee46b (v5.6)",
+    since_by="message",
     fixed="v6.15",
     vulnerable="HLT is #UD",
     correct="L2 gets behind HLT",

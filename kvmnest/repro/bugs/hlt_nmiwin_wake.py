@@ -10,6 +10,7 @@ from kvmnest.vmx.outcome import Exit
 BUG = Bug(
     subject="kvm: nVMX: NMI-window and interrupt-window exiting should wake L2 from HLT",
     since="6dfacadd5858",
+    since_by="Fixes",
     fixed="v5.0-rc1",
     vulnerable="L2 sleeps: no exit comes",
     correct="the NMI-window exit comes at once",

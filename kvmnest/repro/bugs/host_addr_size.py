@@ -9,6 +9,8 @@ from kvmnest.vmx.outcome import VMfailValid
 
 BUG = Bug(
     subject="KVM: nVMX: Check Host Address Space Size on vmentry of nested guests",
+    since="v3.1",
+    since_by="source",
     fixed="v5.4-rc1",
     vulnerable="L1 goes on in 32-bit mode after the exit, and triple-faults",
     correct="VM entry fails with error 8, an invalid host-state field",

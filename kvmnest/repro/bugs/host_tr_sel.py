@@ -11,6 +11,8 @@ BUG = Bug(
     subject=(
         "KVM nVMX: Check Host Segment Registers and Descriptor Tables on vmentry of nested guests"
     ),
+    since="v3.1",
+    since_by="source",
     fixed="v5.3-rc1",
     vulnerable="L2 runs with a null selector in HOST_TR_SELECTOR",
     correct="VM entry fails with error 8, an invalid host-state field",

@@ -10,6 +10,8 @@ from kvmnest.vmx import ExitReason, Vector
 BUG = Bug(
     subject="KVM: nVMX: Clear IDT vectoring on nested VM-Exit for double/triple fault",
     hash="9bd1f0efa859",
+    since="4704d0befb07 (v3.1)",
+    since_by="Fixes",
     fixed="v5.19-rc1",
     vulnerable="the IDT-vectoring information of a triple-fault exit is valid",
     correct="the IDT-vectoring information of a triple-fault exit is not valid",

@@ -9,6 +9,9 @@ from kvmnest.vmx.outcome import Exit
 
 BUG = Bug(
     subject="KVM: x86: Don't (re)check L1 intercepts when completing userspace I/O",
+    cve="CVE-2025-40026",
+    since="8a76d7f25f8f (v3.0)",
+    since_by="Fixes",
     fixed="v6.18, v6.1.158, v6.12.57",
     vulnerable="INSB that began exits, or is #UD, when userspace answers",
     correct="INSB that began ends without exit",

@@ -15,6 +15,8 @@ from kvmnest.vmx.outcome import (
 BUG = Bug(
     subject="KVM: VMX: Properly handle kvm_read/write_guest_virt*() result",
     hash="7a35e515a705",
+    since="v3.1",
+    since_by="source",
     fixed="v5.8-rc1",
     vulnerable="VMPTRLD is a page fault, although its operand is mapped",
     correct="VMPTRLD fails, or KVM_RUN ends with an internal error",

@@ -10,6 +10,8 @@ from kvmnest.vmx.outcome import Fault
 BUG = Bug(
     subject="KVM: nVMX: VMX instructions: add checks for #GP/#SS exceptions",
     hash="f9eb4af67c9d",
+    since="v3.1",
+    since_by="source",
     fixed="v4.1",
     vulnerable="VMCLEAR reads its operand from somewhere else",
     correct="VMCLEAR is #GP(0)",

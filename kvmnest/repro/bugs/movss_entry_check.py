@@ -12,6 +12,8 @@ from kvmnest.vmx.outcome import VMfailValid
 
 BUG = Bug(
     subject="KVM: nVMX: MOV-SS blocking check on VMLAUNCH/VMRESUME",
+    since="v3.1",
+    since_by="source",
     vulnerable="VMLAUNCH behind MOV SS enters L2",
     correct="VMLAUNCH behind MOV SS fails with error 26",
     edit={

@@ -11,6 +11,8 @@ from kvmnest.vmx.outcome import Exit
 
 BUG = Bug(
     subject="KVM: nVMX: Check PAUSE_EXITING, not BUS_LOCK_DETECTION, on PAUSE emulation",
+    since="4984563823f0 (v6.4)",
+    since_by="Fixes",
     fixed="v6.15",
     vulnerable="PAUSE completes",
     correct="PAUSE exits",

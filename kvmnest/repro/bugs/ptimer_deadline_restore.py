@@ -10,6 +10,8 @@ from kvmnest.vmx import Field, PinCtl
 BUG = Bug(
     subject="KVM: nVMX: Fix VMX preemption timer migration",
     hash="850448f35aaf",
+    since="v4.19",
+    since_by="source",
     fixed="v5.8-rc1",
     vulnerable="the restored deadline is another one",
     correct="the deadline is the same after the restore",

@@ -10,6 +10,7 @@ from kvmnest.vmx.outcome import VMfailValid
 BUG = Bug(
     subject="KVM: nVMX: Restore a preemption timer consistency check",
     since="461b4ba4c7ad (v5.0-rc1)",
+    since_by="Fixes",
     fixed="v5.0",
     vulnerable='L2 runs with "save VMX-preemption timer value" and no timer',
     correct="VM entry fails with error 7, an invalid control field",

@@ -11,6 +11,8 @@ from kvmnest.vmx.outcome import HostExit
 BUG = Bug(
     subject="KVM: x86/mmu: Drop/zap existing present SPTE even when creating an MMIO SPTE",
     cve="CVE-2026-23401",
+    since="a54aa15c6bda (v5.16)",
+    since_by="Fixes",
     fixed="v6.1.170, v6.12.85",
     vulnerable="the kernel warns: the entry for memory is still there",
     correct="L2's write is an access to MMIO, and the kernel is silent",

@@ -9,6 +9,8 @@ from kvmnest.vmx import Field, ProcCtl
 
 BUG = Bug(
     subject="KVM: nVMX: Clear nested_run_pending if setting nested state fails",
+    since="v4.19",
+    since_by="source",
     fixed="v5.2",
     vulnerable="KVM_RUN fails with EIO: the VM is dead",
     correct="L1 runs on",

@@ -9,6 +9,8 @@ from kvmnest.repro import Bug
 BUG = Bug(
     subject="KVM: x86: Forcibly leave nested virt when SMM state is toggled",
     cve="CVE-2022-48763",
+    since="v4.2",
+    since_by="source",
     fixed="v5.17",
     vulnerable="the vCPU is in SMM and in L2 at once",
     correct="the vCPU has left VMX operation",

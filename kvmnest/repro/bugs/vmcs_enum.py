@@ -10,6 +10,8 @@ from kvmnest.vmx.outcome import Succeed
 BUG = Bug(
     subject="KVM: nVMX: Dynamically compute max VMCS index for vmcs12",
     hash="ba1f82456ba8",
+    since="v3.1",
+    since_by="source",
     fixed="v5.14-rc1",
     vulnerable="IA32_VMX_VMCS_ENUM is below the index of fields that L1 can read",
     correct="no field has a higher index than IA32_VMX_VMCS_ENUM says",

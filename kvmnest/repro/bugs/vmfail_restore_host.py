@@ -11,6 +11,7 @@ BUG = Bug(
     subject="KVM: nVMX: restore host state in nested_vmx_vmexit for VMFail",
     hash="bd18bffca353",
     since="4f350c6dbcb9 (v4.14)",
+    since_by="Fixes",
     fixed="v4.19 or v4.20",
     vulnerable="KVM takes L2's CR4 for L1's after VMLAUNCH failed, or L1 is lost",
     correct="VMLAUNCH fails and L1 has the CR4 that it had",

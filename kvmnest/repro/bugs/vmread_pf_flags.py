@@ -10,6 +10,8 @@ from kvmnest.vmx.outcome import Fault
 BUG = Bug(
     subject="KVM: nVMX: vmread should not set rflags to specify success in case of #PF",
     hash="a4d956b93904",
+    since="v3.1",
+    since_by="source",
     fixed="v5.6-rc1",
     vulnerable="the page fault is reported behind the VMREAD",
     correct="the page fault is reported at the VMREAD",

@@ -10,6 +10,7 @@ BUG = Bug(
     subject="kvm: nVMX: VMWRITE checks VMCS-link pointer before VMCS field",
     hash="dd2d6042b7f4",
     since="6d894f498f5d",
+    since_by="Fixes",
     fixed="v5.6-rc1",
     vulnerable="VMWRITE in L2 of a field that does not exist is VMfailValid",
     correct="VMWRITE in L2 is VMfailInvalid",

@@ -11,6 +11,7 @@ BUG = Bug(
     subject="kvm: nVMX: VMWRITE checks unsupported field before read-only field",
     hash="693e02cc2409",
     since="49f705c5324a (v3.1)",
+    since_by="Fixes",
     fixed="v5.6-rc1",
     vulnerable="VMWRITE fails with error 13, a read-only field",
     correct="VMWRITE fails with error 12, an unsupported field",

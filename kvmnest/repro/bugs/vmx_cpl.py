@@ -11,6 +11,7 @@ BUG = Bug(
     hash="727ba748e110",
     cve="CVE-2018-12904",
     since="70f3aac964ae",
+    since_by="Fixes",
     fixed="v4.18-rc1",
     vulnerable="VMCLEAR executes at CPL 3 of L1",
     correct="VMCLEAR at CPL 3 faults",

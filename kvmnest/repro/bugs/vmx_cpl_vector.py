@@ -10,6 +10,7 @@ from kvmnest.vmx.outcome import Fault
 BUG = Bug(
     subject="kvm: nVMX: Fix fault vector for VMX operation at CPL > 0",
     since="727ba748e110 (v4.18-rc1)",
+    since_by="Fixes",
     fixed="v4.19",
     vulnerable="VMCLEAR at CPL 3 of L1 is #UD",
     correct="VMCLEAR at CPL 3 is #GP(0)",

@@ -11,6 +11,7 @@ BUG = Bug(
     subject='KVM: nVMX: Inject #GP, not #UD, if "generic" VMXON CR0/CR4 check fails',
     hash="9cc409325ddd",
     since="c7d855c2aff2 (v6.0-rc1)",
+    since_by="Fixes",
     fixed="v6.2-rc1, v6.1.4",
     vulnerable="VMXON with CR0.NE 0 is #UD",
     correct="VMXON with CR0.NE 0 is #GP(0)",

@@ -11,6 +11,8 @@ from kvmnest.vmx.outcome import (
 BUG = Bug(
     subject="KVM: nVMX: additional checks on vmxon region",
     hash="3573e22cfeca",
+    since="v3.1",
+    since_by="source",
     fixed="v3.16",
     vulnerable="VMXON takes a region with a wrong revision identifier",
     correct="VMXON is VMfailInvalid",

@@ -9,6 +9,8 @@ from kvmnest.vmx.outcome import VMfailValid
 
 BUG = Bug(
     subject="nVMX x86: Check VPID value on vmentry of L2 guests",
+    since="v4.4",
+    since_by="source",
     fixed="v4.19-rc5",
     vulnerable="L2 runs with VPID 0",
     correct="VM entry fails with error 7, an invalid control field",
