@@ -20,36 +20,30 @@ ALL = "all"
 class Model:
     """One model, for the versions of Bochs that ``bochs`` names (">=3", "any").
 
-    ``clearcpuid`` are the features that the kernel must not use there, by Linux's bit number.
+    ``clearcpuid`` are the features that the kernel must not use there, by Linux's bit number;
+    ``default`` is true for the one that the lab uses unless told otherwise.
     """
 
     name: str
     clearcpuid: tuple[int, ...] = ()
     bochs: str = "any"
-
-
-@dataclass(frozen=True)
-class _Data:
-    models: tuple[Model, ...]
-    preferred: tuple[str, ...]
+    default: bool = False
 
 
 @once
-def _data() -> _Data:
+def _models() -> tuple[Model, ...]:
     try:
-        found = reading.toml(MODELS_FILE)
-        models = tuple(
-            Model(m["name"], tuple(m.get("clearcpuid", ())), m.get("bochs", "any"))
-            for m in found["model"]
+        return tuple(
+            Model(**{**entry, "clearcpuid": tuple(entry.get("clearcpuid", ()))})
+            for entry in reading.toml(MODELS_FILE)["model"]
         )
-        return _Data(models, tuple(found["preferred"]))
     except (ValueError, KeyError, TypeError) as error:
         raise HarnessError(f"{MODELS_FILE} cannot be used: {error}") from error
 
 
 def names() -> list[str]:
     """Names of all models with VMX, oldest first."""
-    return list(dict.fromkeys(model.name for model in _data().models))
+    return list(dict.fromkeys(model.name for model in _models()))
 
 
 def usable(version: str, has: Iterable[str]) -> list[Model]:
@@ -57,7 +51,7 @@ def usable(version: str, has: Iterable[str]) -> list[Model]:
     offered = set(has)
     return [
         model
-        for model in _data().models
+        for model in _models()
         if model.name in offered and kernel_in_range(version, model.bochs)
     ]
 
@@ -71,7 +65,8 @@ def choose(wanted: str | None, version: str, has: Iterable[str]) -> Model:
     if not found:
         raise LabSetupError(f"Bochs {version} has no CPU model with VMX")
     if wanted is None:
-        return next(found[n] for n in (*_data().preferred, *reversed(found)) if n in found)
+        defaults = [model for model in found.values() if model.default]
+        return (defaults or [*found.values()])[-1]
     if wanted not in found:
         why = "has no VMX" if wanted in set(has) else f"Bochs {version} has no such model"
         raise UsageError(f"--cpu-model {wanted}: {why}; there are {', '.join(found)}")

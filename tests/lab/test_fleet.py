@@ -33,8 +33,12 @@ def test_the_users_own_comes_first() -> None:
         fleet.emulators("/bin/true")
 
 
-def test_every_preferred_model_is_described() -> None:
-    assert set(cpu_models._data().preferred) <= set(cpu_models.names())
+@pytest.mark.parametrize(
+    ("version", "model"),
+    [("2.7", "corei7_skylake_x"), ("3.0", "tigerlake"), ("3.1", "tigerlake")],
+)
+def test_the_default_model(version: str, model: str) -> None:
+    assert cpu_models.choose(None, version, cpu_models.names()).name == model
 
 
 @pytest.mark.parametrize("version", ["2.7", "3.0", "3.1"])
