@@ -4,8 +4,7 @@ import pytest
 
 from kvmnest.l1 import L1, code
 from kvmnest.repro import Bug
-from kvmnest.vmx import ExitReason, Field, IntrType, Vector, intr_info
-from kvmnest.vmx.controls import ProcCtl
+from kvmnest.vmx import ExitReason, Field, IntrType, ProcCtl, Vector, intr_info
 from kvmnest.vmx.outcome import Exit
 
 BUG = Bug(
