@@ -42,7 +42,8 @@ class _Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Take positional arguments wherever they stand, which argparse does not by itself."""
-        if self._mixing or self._subparsers is not None:
+        # Behind "--" stands a command, whose own options are none of ours.
+        if self._mixing or self._subparsers is not None or "--" in (args or ()):
             return super().parse_known_args(args, namespace)
         self._mixing = True  # what follows calls this method itself
         try:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from kvmnest.cli import list as list_verb
-from kvmnest.cli.main import main, verbs
+from kvmnest.cli.main import main, parser, verbs
 
 KVMNEST = [sys.executable, "-m", "kvmnest"]
 
@@ -179,3 +179,12 @@ def test_every_verb_can_be_run() -> None:
         module = import_module(f"kvmnest.cli.{verb}")
         assert callable(module.add_parser), verb
         assert callable(module.run), verb
+
+
+@pytest.mark.parametrize(
+    "words", [["lab", "run", "--cpus", "2"], ["coverage", "command", "--kernel", "6.1"]]
+)
+def test_a_command_behind_two_dashes_keeps_its_options(words):
+    command = ["python3", "-c", "print(1)", "--kernel", "x"]
+    options = parser(words).parse_args([*words, "--", *command])
+    assert options.command[-len(command) :] == command
