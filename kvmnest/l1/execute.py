@@ -81,7 +81,7 @@ class Executor:
         """The command for instruction ``name``, or for a snippet of code, and its vCPU."""
         if not how:
             cpu = self.machine.cpus[0]
-            return cpu, Command(cpu.frames.usual(name), inputs, operand, code)
+            return cpu, Command(cpu.frames.usual(name), dict(inputs), operand, code)
         cpu = how.get("cpu", self.machine.cpu)
         frame = cpu.frames.get(
             name,
