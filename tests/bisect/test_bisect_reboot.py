@@ -316,7 +316,7 @@ def test_given_up_before_a_restart_that_was_arranged(tmp_path):
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"schema": 0}', '{"schema": 1}'])
 def test_a_damaged_state(tmp_path, content):
     (tmp_path / "state.json").write_text(content)
-    with pytest.raises(HarnessError, match=r"no state of kvmnest bisect"):
+    with pytest.raises(HarnessError, match=r"not a state of kvmnest bisect"):
         state.load(tmp_path)
 
 

@@ -42,6 +42,7 @@ def without_kvm(cpus: int = 1) -> Lab:
     """A kernel that does not load KVM, which it could not here."""
     lab = Lab(cpus=cpus, emulator=TCG)
     lab._modules.clear()
+    lab._kvm = lab._kvm_loading()
     return lab
 
 

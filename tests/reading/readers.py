@@ -388,7 +388,7 @@ READERS = {
     ),
     "found.toml": Reader(toml("found.toml"), of_module(found, "FILE", found.load)),
     "models": Reader(
-        toml("cpu-models.toml"), of_module(cpu_models, "MODELS_FILE", cpu_models._data)
+        toml("cpu-models.toml"), of_module(cpu_models, "MODELS_FILE", cpu_models._models)
     ),
     "repairs": Reader(
         toml("bochs-repairs.toml"), of_module(bochs_source, "REPAIRS_FILE", bochs_source.source)
