@@ -114,6 +114,7 @@ from kvmnest.lab.machine import Lab
 signal.signal(signal.SIGINT, signal.default_int_handler)
 lab = Lab(emulator={TCG!r})
 lab._modules.clear()
+lab._kvm = lab._kvm_loading()
 lab.run(["python3", "-uc", "print('up')\\nwhile True: pass"])
 """
 
