@@ -1,19 +1,23 @@
 """For all tests of the harness."""
 
+import contextlib
 import signal
 from pathlib import Path
 
-import hypothesis
 import pytest
 
 from kvmnest.lab import apts, debian, kernels
 from kvmnest.lab.machine import Lab
 
-# How long an example takes says how busy the machine is.
-hypothesis.settings.register_profile(
-    "kvmnest", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
-)
-hypothesis.settings.load_profile("kvmnest")
+# How long an example takes says how busy the machine is. A run of the suite reads this file too,
+# where only what users need is installed.
+with contextlib.suppress(ImportError):
+    import hypothesis
+
+    hypothesis.settings.register_profile(
+        "kvmnest", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+    )
+    hypothesis.settings.load_profile("kvmnest")
 
 
 def pytest_configure() -> None:
