@@ -298,7 +298,12 @@ READERS = {
     ),
     "fuzz events": Reader(
         fuzz_journal,
-        refused(lambda p: [machines._event(line) for line in p.read_bytes().splitlines()[1:]]),
+        refused(
+            lambda p: [
+                machines._event(machines.EVENT_SCHEMA, line)
+                for line in p.read_bytes().splitlines()[1:]
+            ]
+        ),
     ),
     "events of cases": Reader(report_events, refused(take_events)),
     "mutants": Reader(
