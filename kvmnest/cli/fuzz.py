@@ -10,8 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvmnest.cli import fuzz_programs
-from kvmnest.cli.lab import add_options, emulator, parameters, use_host
+from kvmnest.cli import fuzz_common, fuzz_programs
+from kvmnest.cli.lab import add_options
 from kvmnest.cli.numbers import seconds
 from kvmnest.errors import UsageError
 from kvmnest.files import require_writable, write_json, write_text
@@ -62,9 +62,7 @@ def add_fuzz_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, lab: Callable[..., FuzzMachine] | None = None) -> int:
     """Run the verb; ``lab`` makes the machine that boots the lab, usually LabMachine."""
     from kvmnest.fuzz.journal import Journal
-    from kvmnest.fuzz.machines import LabMachine, LocalMachine
     from kvmnest.fuzz.run import Fuzzer
-    from kvmnest.lab import cache
 
     for name in ("cases", "seconds", "jobs"):
         value = getattr(options, name)
@@ -76,19 +74,10 @@ def run(options: argparse.Namespace, lab: Callable[..., FuzzMachine] | None = No
     require_writable(options.json, options.tests and options.tests / "test_fuzz.py")
     if getattr(options, "what", "entries") == "programs":
         return fuzz_programs.run(options, seed)
-    machine: FuzzMachine = LocalMachine()
-    if not use_host(options):
-        machine = (lab or LabMachine)(
-            kernel=options.kernel,
-            params=parameters(options.kvm_param),
-            modules=options.kvm_modules,
-            emulator=emulator(options),
-        )
+    machine: FuzzMachine = fuzz_common.machine(options, lab)
     chosen = {"seed": seed, "target": machine.name, "kernel": options.kernel}
     chosen |= {"kvm_modules": options.kvm_modules, "kvm_params": options.kvm_param}
-    path = options.journal or cache.root() / "fuzz" / f"{cache.digest([chosen])[:16]}.jsonl"
-    if not options.go_on and not options.journal:
-        path.unlink(missing_ok=True)
+    path = fuzz_common.journal_path(options, chosen)
     journal = Journal(path, chosen, go_on=options.go_on)
     print(f"seed {seed}, journal {path}", flush=True)
     fuzzer = Fuzzer(machine, journal, seed, lambda line: print(line, flush=True))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvmnest import reading
-from kvmnest.cli.lab import emulator, parameters, use_host
+from kvmnest.cli import fuzz_common
 from kvmnest.errors import HarnessError, UsageError
 from kvmnest.files import write_json, write_text
 
@@ -77,14 +77,11 @@ def _journal(options: argparse.Namespace, seed: int, against: str) -> Journal:
     """The run's journal; what it knows of an earlier part is told."""
     from kvmnest.fuzz.programs.campaign import Verdict
     from kvmnest.fuzz.programs.journal import Journal
-    from kvmnest.lab import cache
 
     chosen = {"programs": seed, "against": against, "target": options.target}
     chosen |= {"kernel": options.kernel, "kvm_modules": options.kvm_modules}
     chosen |= {"kvm_params": options.kvm_param, "corpus": str(options.corpus or "")}
-    path = options.journal or cache.root() / "fuzz" / f"{cache.digest([chosen])[:16]}.jsonl"
-    if not options.go_on and not options.journal:
-        path.unlink(missing_ok=True)
+    path = fuzz_common.journal_path(options, chosen)
     journal = Journal(path, chosen, go_on=options.go_on)
     if journal.crashed:
         number, what = journal.crashed
@@ -96,19 +93,11 @@ def _journal(options: argparse.Namespace, seed: int, against: str) -> Journal:
 
 
 def _places(options: argparse.Namespace, against: str, journal: Journal) -> tuple[Place, Place]:
-    from kvmnest.fuzz.machines import LabMachine, LocalMachine
+    from kvmnest.fuzz.machines import LocalMachine
     from kvmnest.fuzz.programs.places import Place
     from kvmnest.reference.emulator import find
 
-    machine: Any = LocalMachine()
-    chosen = emulator(options) if not use_host(options) else None
-    if chosen:
-        machine = LabMachine(
-            kernel=options.kernel,
-            params=parameters(options.kvm_param),
-            modules=options.kvm_modules,
-            emulator=chosen,
-        )
+    machine: Any = fuzz_common.machine(options)  # both do other tasks than entries, too
     kvm = Place(machine.name, machine, journal=journal.steps)
     if against == MOVED:
         name = f"{machine.name}, moved"

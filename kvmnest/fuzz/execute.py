@@ -36,7 +36,7 @@ from kvmnest.vmx.outcome import (
 #: Seconds after which an L2 that does not come back counts as entered and hung.
 BUDGET = 1.0
 #: Leaves of CPUID that the rules look at.
-_LEAVES = ((1, 0), (7, 0), (7, 1), (0xA, 0), (0x80000001, 0), (0x80000008, 0))
+LEAVES = ((1, 0), (7, 0), (7, 1), (0xA, 0), (0x80000001, 0), (0x80000008, 0))
 
 Seen = list[Any]
 """An outcome as JSON: its name, then its numbers."""
@@ -122,7 +122,7 @@ class Executor:
         """What the rules need to know of this machine, and what it is."""
         l1 = self._ready()
         leaves = []
-        for leaf, subleaf in _LEAVES:
+        for leaf, subleaf in LEAVES:
             leaves.append([leaf, subleaf, *l1.cpuid(leaf, subleaf).value])
         l1.budget.stop()
         return {

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
 import threading
 from pathlib import Path
 from typing import Any
 
-from kvmnest import reading
-from kvmnest.errors import HarnessError, UsageError
+from kvmnest.fuzz import lines
 from kvmnest.fuzz.execute import Seen
 from kvmnest.schema import COUNT, TEXT, Schema, by_name, exactly
 
-SCHEMA = 1
 CRASHED = "crashed"
 
 
@@ -70,13 +66,6 @@ EVENT_SCHEMA = {
 }
 
 
-def _schema(number: int) -> Schema:
-    """Of the line with this number: first what the run is."""
-    if number > 1:
-        return EVENT_SCHEMA
-    return {"type": "object", "required": ["schema"], "properties": {"schema": {"const": SCHEMA}}}
-
-
 class Journal:
     """A file of JSON lines: first what the run is, then the executor's events.
 
@@ -91,35 +80,10 @@ class Journal:
         self.outcomes: dict[int, Seen] = {}
         self._lock = threading.Lock()
         self._running: set[int] = set()
-        head = {"schema": SCHEMA, **run}
-        try:
-            if path.exists() and not path.is_file():
-                raise UsageError(f"{path} is not a regular file, which a journal has to be")
-            if path.exists() and path.stat().st_size:
-                if not go_on:
-                    raise UsageError(f"{path} exists: --continue goes on with it, or name another")
-                self._read(head)
-            elif go_on:
-                raise UsageError(f"no journal {path} to continue")
-            else:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-                os.close(descriptor)
-                self._append(head)
-        except OSError as error:
-            raise HarnessError(f"cannot use {path}: {error.strerror or error}") from error
+        for event in lines.begin(path, "journal of kvmnest fuzz", EVENT_SCHEMA, run, go_on=go_on):
+            self._note(event)
         for number in sorted(self._running):
             self.add({"end": number, "outcome": [CRASHED]})
-
-    def _read(self, head: dict[str, Any]) -> None:
-        lines, whole = reading.lines(self.path, "journal of kvmnest fuzz", _schema)
-        if lines[0] != head:
-            raise UsageError(f"{self.path} belongs to another run: {json.dumps(lines[0]):.200}")
-        for event in lines[1:]:
-            self._note(event)
-        if whole != self.path.stat().st_size:
-            os.truncate(self.path, whole)
-            reading.tell_cut(self.path)
 
     def _note(self, event: dict[str, Any]) -> None:
         if "facts" in event:
@@ -132,22 +96,12 @@ class Journal:
             self._running.discard(event["end"])
             self.outcomes[event["end"]] = event["outcome"]
 
-    def _append(self, event: dict[str, Any]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(event) + "\n")
-            if "start" not in event:
-                return
-            file.flush()
-
     def add(self, event: dict[str, Any], *, written: bool = False) -> None:
         """Take an event of the executor; ``written`` if that has put it into the file itself."""
         with self._lock:
             self._note(event)
             if not written and "kernel" not in event:
-                try:
-                    self._append(event)
-                except OSError as error:
-                    raise HarnessError(f"cannot write {self.path}: {error.strerror}") from error
+                lines.add(self.path, event)
 
     def stop(self) -> None:
         """Note that the run is stopped in order: what was running did not crash anything."""

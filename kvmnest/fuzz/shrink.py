@@ -6,8 +6,9 @@ some of those too: a sequence of cases, of which the last is the finding.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 from kvmnest.fuzz.execute import Seen
 from kvmnest.fuzz.judge import DISAGREE, Judge
@@ -19,6 +20,7 @@ from kvmnest.l1.baseline import L2Mode
 _MOST_BITS = 32
 
 Steps = tuple[FuzzCase, ...]
+Item = TypeVar("Item")
 
 
 class NotAgain(Exception):
@@ -65,14 +67,19 @@ def size(judge: Judge, case: FuzzCase) -> tuple[int, ...]:
     return len(case.changes), len(case.memory), bits, *base_of
 
 
-def shorter(steps: Steps) -> Iterator[Steps]:
-    """Without half, a quarter... of the cases before the last, down to one at a time."""
-    before, last = steps[:-1], steps[-1:]
-    part = (len(before) + 1) // 2
+def without(items: Sequence[Item]) -> Iterator[tuple[Item, ...]]:
+    """Without half, a quarter... of the items, down to one at a time."""
+    part = (len(items) + 1) // 2
     while part:
-        for start in range(0, len(before), part):
-            yield before[:start] + before[start + part :] + last
+        for start in range(0, len(items), part):
+            yield (*items[:start], *items[start + part :])
         part = part // 2 if part > 1 else 0
+
+
+def shorter(steps: Steps) -> Iterator[Steps]:
+    """Without some of the cases before the last."""
+    for before in without(steps[:-1]):
+        yield (*before, steps[-1])
 
 
 def simpler(judge: Judge, steps: Steps) -> Iterator[Steps]:

@@ -23,6 +23,7 @@ from typing import Any
 from kvmnest import host
 from kvmnest.cases import covered
 from kvmnest.errors import KvmnestError
+from kvmnest.fuzz.execute import LEAVES
 from kvmnest.fuzz.programs.program import Program
 from kvmnest.fuzz.programs.steps import Doer, run
 from kvmnest.kvm import Kvm
@@ -33,8 +34,6 @@ from kvmnest.vmx.capinfo import CpuFeatures
 
 #: Seconds after which a step that does not come back counts as hung.
 BUDGET = 1.0
-#: Leaves of CPUID that decide over what is generated.
-LEAVES = ((1, 0), (7, 0), (7, 1), (0xA, 0), (0x80000001, 0), (0x80000008, 0))
 
 
 def capabilities(msrs: dict[str, int], cpuid: list[list[int]]) -> Capabilities:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 from typing import Any
 
 from kvmnest import reading
-from kvmnest.errors import HarnessError, UsageError
+from kvmnest.errors import HarnessError
+from kvmnest.fuzz import lines
 from kvmnest.fuzz.programs.campaign import AGREE, CRASHED, DISAGREE, KNOWN, Verdict
 from kvmnest.fuzz.programs.places import EVENT_SCHEMA
 from kvmnest.schema import COUNT, TEXT, TEXTS, Schema, exactly
 
-SCHEMA = 1
 _WHAT = "journal of kvmnest fuzz programs"
 _LINE: Schema = exactly(
     ["program", "verdict"],
@@ -22,12 +20,6 @@ _LINE: Schema = exactly(
     shows=TEXT,
     reasons=TEXTS,
 )
-
-
-def _schema(number: int) -> Schema:
-    if number > 1:
-        return _LINE
-    return {"type": "object", "required": ["schema"], "properties": {"schema": {"const": SCHEMA}}}
 
 
 class Journal:
@@ -41,29 +33,18 @@ class Journal:
 
     def __init__(self, path: Path, run: dict[str, Any], *, go_on: bool) -> None:
         self.path, self.steps = path, path.with_name(f"{path.name}.steps")
-        self.done: dict[int, dict[str, Any]] = {}
         self.crashed: tuple[int, str] | None = None
-        head = {"schema": SCHEMA, **run}
+        before = lines.begin(path, _WHAT, _LINE, run, go_on=go_on)
+        self.done = {line["program"]: line for line in before}
         if go_on:
-            self._read(head)
+            self._find_crashed()
             return
-        if path.exists() and path.stat().st_size:
-            raise UsageError(f"{path} exists: --continue goes on with it, or name another")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             self.steps.unlink(missing_ok=True)
         except OSError as error:
-            raise HarnessError(f"cannot use {path}: {error.strerror or error}") from error
-        self._append(head)
+            raise HarnessError(f"cannot use {self.steps}: {error.strerror or error}") from error
 
-    def _read(self, head: dict[str, Any]) -> None:
-        lines, whole = reading.lines(self.path, _WHAT, _schema)
-        if lines[0] != head:
-            raise UsageError(f"{self.path} belongs to another run: {json.dumps(lines[0]):.200}")
-        self.done = {line["program"]: line for line in lines[1:]}
-        if whole != self.path.stat().st_size:
-            os.truncate(self.path, whole)
-            reading.tell_cut(self.path)
+    def _find_crashed(self) -> None:
         if not self.steps.exists() or not self.steps.stat().st_size:
             return
         events, _ = reading.lines(self.steps, "file of steps", lambda number: EVENT_SCHEMA)
@@ -84,11 +65,4 @@ class Journal:
         if verdict.new or verdict.crashed:
             line["shows"] = str(verdict.new or verdict.crashed)
         self.done[number] = line
-        self._append(line)
-
-    def _append(self, line: dict[str, Any]) -> None:
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-        except OSError as error:
-            raise HarnessError(f"cannot write {self.path}: {error.strerror or error}") from error
+        lines.add(self.path, line)

@@ -7,6 +7,7 @@ import zlib
 from typing import Any
 
 from kvmnest.errors import NeedsHost
+from kvmnest.fuzz.execute import encode
 from kvmnest.kvm import exits
 from kvmnest.l1 import L1
 from kvmnest.l1.command import GPRS
@@ -19,8 +20,6 @@ from kvmnest.vmx.outcome import (
     HostExit,
     Outcome,
     Succeed,
-    VMfailInvalid,
-    VMfailValid,
     WrongFlags,
 )
 
@@ -70,23 +69,15 @@ def watched(caps: Capabilities) -> tuple[Field, ...]:
 
 def end(outcome: Outcome) -> list[Any]:
     """An outcome's name and numbers: ["Exit", reason], ["VMfailValid", error], ["Succeed"]..."""
-    if isinstance(outcome, Exit):
-        return ["Exit", int(outcome.reason)]
-    if isinstance(outcome, VMfailValid):
-        return ["VMfailValid", int(outcome.error)]
-    if isinstance(outcome, EntryFailure):
-        return ["EntryFailure", int(outcome.reason), int(outcome.qualification)]
     if isinstance(outcome, Fault):
         return ["Fault", int(outcome.vector), int(outcome.error_code)]
     if isinstance(outcome, Succeed):
         return ["Succeed"]
-    if isinstance(outcome, VMfailInvalid):
-        return ["VMfailInvalid"]
     if isinstance(outcome, WrongFlags):
         return ["WrongFlags", int(outcome.rflags)]
     if isinstance(outcome, HostExit):
         return ["host", _host(outcome.exit)]
-    return ["other", repr(outcome)]
+    return encode(outcome)
 
 
 def _host(seen: exits.Exit) -> str:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 from kvmnest.fuzz.programs.program import Program, Step
+from kvmnest.fuzz.shrink import without
 
 #: Programs that are tried at once, in one boot.
 _ROUND = 40
@@ -13,23 +13,14 @@ _ROUND = 40
 Shows = Callable[[Sequence[Program]], list[bool]]
 
 
-def _without(items: Sequence[Any]) -> Iterator[list[Any]]:
-    """Without half, a quarter... down to one of the items."""
-    size = (len(items) + 1) // 2
-    while size:
-        for start in range(0, len(items), size):
-            yield [*items[:start], *items[start + size :]]
-        size = size // 2 if size > 1 else 0
-
-
 def _smaller_steps(step: Step) -> Iterator[Step]:
     """A step, a little simpler."""
     for name in ("fields", "regs"):
         names = [*step.get(name, ())]
-        for kept in _without(names):
+        for kept in without(names):
             yield {**step, name: {each: step[name][each] for each in kept}}
-    for parts in _without(step.get("parts", ())):
-        yield {**step, "parts": parts}
+    for parts in without(step.get("parts", ())):
+        yield {**step, "parts": [*parts]}
     if step.get("most", 1) > 1:
         yield {**step, "most": 1}
     if step["do"] == "base" and step["mode"] != "LONG":
@@ -39,9 +30,9 @@ def _smaller_steps(step: Step) -> Iterator[Step]:
 def smaller(program: Program) -> Iterator[Program]:
     """Programs a little simpler, the biggest cuts first."""
     steps = program.steps
-    for kept in _without(steps):
+    for kept in without(steps):
         if kept:
-            yield Program(tuple(kept))
+            yield Program(kept)
     for number, step in enumerate(steps):
         for other in _smaller_steps(step):
             yield Program((*steps[:number], other, *steps[number + 1 :]))
