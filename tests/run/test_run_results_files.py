@@ -5,7 +5,7 @@ import os
 import resource
 
 import pytest
-from results_run import run
+from file_runs import run
 
 from kvmnest.errors import HarnessError, KvmnestError
 from kvmnest.reports import jsonfile

@@ -6,7 +6,7 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
-from results_run import run
+from file_runs import run
 
 from kvmnest.reports import html, jsonfile, ktap
 

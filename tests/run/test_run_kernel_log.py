@@ -3,8 +3,8 @@
 import contextlib
 import os
 
+import file_runs
 import pytest
-import results_run
 
 from kvmnest import kmsg, known
 from kvmnest.kernel_reports import reports, told
@@ -255,7 +255,7 @@ def test_teardown(late): assert 1
 def test_last(say): assert say
 """
     )
-    code, run = results_run.run(tmp_path / "out", str(file))
+    code, run = file_runs.run(tmp_path / "out", str(file))
     assert code == 1
     assert {case.id.rpartition("::")[2]: case.outcome for case in run.cases} == {
         "test_quiet": "passed",

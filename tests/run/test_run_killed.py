@@ -16,7 +16,7 @@ from kvmnest.reports.model import Case, Run
 from kvmnest.reports.progress import Progress
 from kvmnest.run.report import Report
 
-SCRIPT = str(Path(__file__).with_name("results_run.py"))
+SCRIPT = str(Path(__file__).with_name("file_runs.py"))
 
 
 def _start(tmp_path, name):

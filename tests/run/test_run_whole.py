@@ -5,7 +5,7 @@ import os
 import xml.etree.ElementTree as ET
 
 import pytest
-from results_run import run
+from file_runs import run
 
 from kvmnest import known
 from kvmnest.bisect import probe

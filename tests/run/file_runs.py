@@ -1,4 +1,4 @@
-"""Run test files through the real child process and report: results_run.py OUT FILE..."""
+"""Run test files through the real child process and report: file_runs.py OUT FILE..."""
 
 import signal
 import sys
