@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from kvmnest import scratch
-from kvmnest.errors import HarnessError, UsageError, first_line
+from kvmnest.errors import HarnessError
 from kvmnest.lab import cache
 from kvmnest.light.plan import options as plan_options
 from kvmnest.light.plan import why_not
 from kvmnest.run.names import nothing
+from kvmnest.run.pytest_errors import refusal, why_broken
 from kvmnest.run.targets import Ended, LocalTarget
 
 _USAGE, _NOTHING = 4, 5  # of pytest.ExitCode
@@ -56,11 +57,7 @@ class Collected:
             raise HarnessError(f"cannot collect {broken['where']}: {why_broken(broken['detail'])}")
         if self.count:
             return
-        lines = self.ended.output.splitlines()
-        errors = [line for line in lines if line.startswith("ERROR: ")]
-        if errors:
-            raise UsageError(errors[-1].removeprefix("ERROR: "))
-        raise nothing(selected, keyword, marks)
+        raise refusal(self.ended.output) or nothing(selected, keyword, marks)
 
     def split(self, parts: int) -> list[Collected]:
         """Deal the cases out to as many plans; just this one if the light runner cannot run it."""
@@ -73,13 +70,6 @@ class Collected:
             for cases in dealt
             if cases
         ]
-
-
-def why_broken(text: str) -> str:
-    """The line of what pytest says of a file that it cannot collect that tells why."""
-    # pytest ends a traceback with lines that start with E.
-    lines = [line[2:].strip() for line in text.splitlines() if line.startswith("E ")]
-    return lines[-1] if lines else first_line(text.strip())
 
 
 def collect(arguments: Sequence[str]) -> Collected:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kvmnest.errors import HarnessError, UsageError
+from kvmnest.errors import HarnessError
+from kvmnest.run.pytest_errors import last_error, refusal, why_broken
 from kvmnest.run.selection import Selection, pytest_arguments, split_selection
 from kvmnest.run.targets import LocalTarget
 
@@ -35,12 +36,12 @@ def cases(selected: Sequence[str], keyword: str = "") -> list[Listed]:
     ended = LocalTarget().run([*arguments, "--collect-only", "--kvmnest-list"], events.append)
     broken = next((event for event in events if event["e"] == "broken"), None)
     if broken:
-        raise HarnessError(f"cannot collect {broken['where']}: {broken['detail'][-200:]}")
-    errors = [line for line in ended.output.splitlines() if line.startswith("ERROR: ")]
-    if errors:
-        raise UsageError(errors[-1].removeprefix("ERROR: "))
+        raise HarnessError(f"cannot collect {broken['where']}: {why_broken(broken['detail'])}")
+    refused = refusal(ended.output)
+    if refused:
+        raise refused
     if ended.status not in (0, 5):  # 5: no case was collected
-        raise HarnessError(f"cannot collect the suite: {ended.output.strip()[-200:]}")
+        raise HarnessError(f"cannot collect the suite: {last_error(ended.output)}")
     found = [event for event in events if event["e"] == "listed"]
     return [
         Listed(one["id"], one["series"], one["sdm"], one["needs"], one["skip"]) for one in found

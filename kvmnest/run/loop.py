@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from kvmnest.cases.events import DamagedEvent, Event
 from kvmnest.errors import HarnessError, KvmnestError, UsageError, first_line
 from kvmnest.reports.model import Run
-from kvmnest.run.collect import why_broken
 from kvmnest.run.judge import Enough, Judge
+from kvmnest.run.pytest_errors import last_error, refusal, why_broken
 from kvmnest.run.selection import Selection, pytest_arguments, split_selection
 from kvmnest.run.targets import Ended, Stuck, Target
 
@@ -91,9 +91,9 @@ def _check_end(judge: Judge, ended: Ended) -> None:
         where, text = judge.broken[0]
         raise HarnessError(f"cannot collect {where}: {why_broken(text)}")
     if judge.ended == 4:
-        raise UsageError(_last_error(ended.output))
+        raise refusal(ended.output) or UsageError(last_error(ended.output))
     if judge.ended == 3:
-        why = judge.why_ended or _last_error(ended.output)
+        why = judge.why_ended or last_error(ended.output)
         raise HarnessError(f"pytest broke down: {why}")
     if judge.ended == _INTERRUPTED:
         why = judge.why_ended or "interrupted"
@@ -107,15 +107,9 @@ def _check_end(judge: Judge, ended: Ended) -> None:
 
 def _no_start(ended: Ended) -> KvmnestError:
     if ended.status == 4:
-        return UsageError(_last_error(ended.output))
+        return refusal(ended.output) or UsageError(last_error(ended.output))
     reason = ended.why or f"exit status {ended.status}"
-    return HarnessError(f"the cases' process did not start ({reason}): {_last_error(ended.output)}")
-
-
-def _last_error(output: str) -> str:
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
-    errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
-    return errors[-1] if errors else lines[-1] if lines else "it said nothing"
+    return HarnessError(f"the cases' process did not start ({reason}): {last_error(ended.output)}")
 
 
 def _why(ended: Ended) -> str:

@@ -115,3 +115,17 @@ def test_the_name_of_a_script_that_lies_there(tmp_path, monkeypatch, capsys):
     assert "kvmnest repro ./my_bug.py" in capsys.readouterr().err
     assert main(["repro", "vmx-cp"]) == 2
     assert "did you mean vmx-cpl?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["import no_such_module", "def (:"])
+@pytest.mark.parametrize(
+    "arguments", [["list"], ["list", "-k", "vmxon"], ["run", "--target", "lab", "-k", "vmxon"]]
+)
+def test_a_conftest_that_cannot_be_loaded(arguments, text, tmp_path, monkeypatch, capsys):
+    """pytest also loads the conftest.py of a folder tests: that it cannot is no empty selection."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "conftest.py").write_text(text)
+    assert main(arguments) == 3
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert re.match(r"kvmnest: cannot load .*tests/conftest\.py: (Module|Syntax)\w*Error: ", said)
