@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -15,6 +16,7 @@ from kvmnest import settings
 from kvmnest.cli.lab import add_emulator_options, emulator, parameters
 from kvmnest.errors import UsageError
 from kvmnest.lab import DEFAULT_KERNEL
+from kvmnest.lab.emulators import BOCHS, Choice
 
 
 def add_parser(subparsers: Any) -> None:
@@ -119,7 +121,7 @@ def _run(options: argparse.Namespace) -> int:
         out.line,
         options.parts,
     )
-    cells = _cells(options.kernels, [settings.DEFAULT, *chosen], models, out)
+    cells = _cells(options.kernels, [settings.DEFAULT, *chosen], models, emulator(options), out)
     documents = matrix.run(cells, engine)
     if options.json:
         write_json(options.json, as_json(documents))
@@ -154,27 +156,34 @@ def _cells(
     kernels: Sequence[str],
     chosen: Sequence[settings.Setting],
     models: Sequence[str],
+    choice: Choice,
     out: _Out,
 ) -> list[Any]:
     from kvmnest.matrix.cell import Cell
 
     cells = []
     for model in models:
+        here = replace(choice, cpu_model=model) if model else choice
         for setting in chosen:
             for kernel in kernels:
                 cell = Cell(kernel, tuple(setting.params.items()), model)
-                if _exists_on(setting, kernel):
-                    cells.append(cell)
+                why = _why_left_out(setting, kernel, here)
+                if why:
+                    out.line(f"{cell.name}: left out, {why}")
                 else:
-                    out.line(f"{cell.name}: left out, this kernel has no such parameter")
+                    cells.append(cell)
     return cells
 
 
-def _exists_on(setting: settings.Setting, kernel: str) -> bool:
-    from kvmnest.lab import kernels
+def _why_left_out(setting: settings.Setting, kernel: str, choice: Choice) -> str:
+    from kvmnest.lab import fleet, kernels
 
     # A setting of any kernel does not need the kernel: one that cannot be had is told later.
-    return setting.kernels == "any" or setting.exists_on(kernels.resolve(kernel).release)
+    if setting.kernels == "any" and not setting.cpu_lacks:
+        return ""
+    release = kernels.resolve(kernel).release
+    asked = setting.cpu_lacks and setting.exists_on(release) and choice.boot == BOCHS.boot
+    return setting.why_left_out(release, fleet.cpu_flags(choice, kernel) if asked else "")
 
 
 def _models(options: argparse.Namespace) -> list[str]:

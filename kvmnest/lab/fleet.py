@@ -114,6 +114,15 @@ def offers(emulator: bochs.Emulator, kernel: str | None = None) -> Iterator[Offe
         )
 
 
+def cpu_flags(choice: Choice, kernel: str | None = None) -> str:
+    """Flags of the CPU that ``choice`` gives, as far as ``offers`` knows them; a boot, once.
+
+    Raises LabRunError, LabSetupError, KernelSpecError.
+    """
+    told = _offered(bochs.locate(choice.program, choice.cpu_model), kernel)
+    return " ".join([*told["vmx_flags"], *told["features"]])
+
+
 def _offered(emulator: bochs.Emulator, kernel: str | None) -> dict[str, Any]:
     """What the guest says of its CPU, from the cache if it was asked before."""
     key = cache.digest([

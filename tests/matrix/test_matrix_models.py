@@ -1,6 +1,7 @@
 """``kvmnest matrix --cpu-models``: cells on several CPUs of Bochs."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -63,3 +64,14 @@ def test_a_case_on_two_cpus(tmp_path: Path) -> None:
     (without,), (with_ept,) = (columns[name]["cases"] for name in columns)
     assert (without["outcome"], with_ept["outcome"]) == ("skipped", "passed")
     assert "Proc2Ctl.ENABLE_EPT" in without["detail"]
+
+
+def test_a_setting_that_is_of_no_use_on_a_cpu(tmp_path: Path) -> None:
+    """It is left out with the flag that makes it so; the default is run."""
+    done = matrix(
+        "test_vmxon.py", "--kernels", "6.12", "--settings", "early-check", "--state", str(tmp_path)
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    left_out, ran = done.stdout.splitlines()[:2]
+    assert left_out.startswith("6.12 nested_early_check=1: left out, of no use on a CPU with tsc_")
+    assert re.fullmatch(r"6\.12: \d+ passed", ran)
