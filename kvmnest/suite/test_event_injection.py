@@ -115,6 +115,7 @@ def _touch(guest: Guest) -> None:
         pytest.param(SOFTWARE, (0, 3, 0x20, 0x80, 0xFF), id="INT-n"),
         pytest.param(IntrType.PRIVILEGED_SOFTWARE_EXCEPTION, (1,), id="INT1"),
         pytest.param(IntrType.SOFTWARE_EXCEPTION, (3, 4), id="INT3-INTO"),
+        pytest.param(IntrType.SOFTWARE_EXCEPTION, (0, 5, 31, 0x20, 0xFF), id="software-exception"),
     ],
 )
 def test_software_events(l1: L1, kind: IntrType, vectors: tuple[int, ...]) -> None:
@@ -146,6 +147,26 @@ def test_int1_over_a_fault_of_the_host(l1: L1) -> None:
     info = intr_info(1, IntrType.PRIVILEGED_SOFTWARE_EXCEPTION)
     seen = _inject(guest, info, length=1, GUEST_RSP=stack + 0x800)
     assert seen == Fault(1, error_code=0, rip=1)
+
+
+@pytest.mark.parametrize(
+    "vector",
+    [
+        pytest.param(Vector.BP, id="INT3"),
+        pytest.param(Vector.OF, id="INTO"),
+        *(pytest.param(other, id=f"vector-{other}") for other in (5, 6, 31, 0x20, 0x40, 0xFF)),
+    ],
+)
+def test_software_exception_over_a_fault_of_the_host(l1: L1, vector: int) -> None:
+    """A software exception of any vector, whose delivery the host's hypervisor has to restart.
+
+    The SDM names no vectors for the type. What begins again is the same event: it returns behind
+    the instruction, and is still checked like a software exception.
+    """
+    guest = Guest(l1)
+    info = intr_info(vector, IntrType.SOFTWARE_EXCEPTION)
+    seen = _inject(guest, info, length=1, GUEST_RSP=l1.alloc() + 0x800)
+    assert seen == Fault(vector, error_code=0, rip=1)
 
 
 def test_length_is_ignored_for_the_others(l1: L1) -> None:
