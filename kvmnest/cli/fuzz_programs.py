@@ -1,14 +1,17 @@
-"""``kvmnest fuzz programs``: sequences of VMX instructions on KVM and on the reference CPU."""
+"""``kvmnest fuzz programs``: sequences of VMX instructions on KVM and on other machines."""
 
 from __future__ import annotations
 
 import argparse
+import functools
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvmnest import reading
 from kvmnest.cli import fuzz_common
+from kvmnest.cli.lab import emulator, parameters
 from kvmnest.errors import HarnessError, UsageError
 from kvmnest.files import write_json, write_text
 
@@ -19,7 +22,7 @@ if TYPE_CHECKING:
     from kvmnest.fuzz.programs.places import Place
     from kvmnest.fuzz.programs.program import Program
 
-REFERENCE, MOVED = "reference", "moved"
+REFERENCE, MOVED, QUIET = "reference", "moved", "quiet"
 #: Number of the first program of the corpus, behind those that are drawn.
 _FIRST_OF_CORPUS = 1 << 32
 
@@ -29,9 +32,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("programs")
     group.add_argument(
         "--against",
-        choices=(REFERENCE, MOVED),
-        help="compare KVM with the reference CPU (default), or with KVM whose VM is saved and"
-        " restored into a new one before each step",
+        action="append",
+        metavar="MACHINE",
+        help="compare KVM with this one (repeatable): reference, the reference CPU (default);"
+        " moved, KVM whose VM is saved and restored into a new one before each step; quiet, KVM"
+        " whose host does nothing between steps; NAME=VALUE, the lab's KVM with a module parameter,"
+        " as ept=0; RELEASE, another kernel in the lab",
     )
     group.add_argument(
         "--corpus",
@@ -45,40 +51,48 @@ def run(options: argparse.Namespace, seed: int) -> int:
     """Run the verb."""
     from kvmnest.fuzz.judge import Judge
     from kvmnest.fuzz.programs import known
-    from kvmnest.fuzz.programs.campaign import Campaign
+    from kvmnest.fuzz.programs.campaign import Campaign, Oracle
     from kvmnest.fuzz.programs.generate import ProgramGenerator
+    from kvmnest.fuzz.programs.places import Place, common
 
     if options.corpus and not options.corpus.is_dir():
         raise UsageError(f"{reading.shown(options.corpus)} is not a folder of programs")
     if options.jobs:
         raise UsageError("--jobs is for entries only: programs run in one lab")
-    against = options.against or REFERENCE
-    journal = _journal(options, seed, against)
-    kvm, other = _places(options, against, journal)
-    assumed = _assumed(kvm, other)
-    entries = known.load(str(assumed["kernel"]), against)
+    wanted = [*dict.fromkeys(options.against or [REFERENCE])]
+    for name in wanted if options.target == "kvm" else ():
+        if name not in (REFERENCE, MOVED, QUIET):
+            raise UsageError(f"--against {name}: other kernels and parameters are for the lab")
+    journal = _journal(options, seed, wanted)
+    machine: Any = fuzz_common.machine(options)  # it does other tasks than entries, too
+    kvm = Place(machine.name, machine, journal=journal.steps)
+    others = {name: _other(options, name, machine, journal) for name in wanted}
+    assumed = functools.reduce(common, (each.ask() for each in others.values()), kvm.ask())
+    kernel = str(assumed["kernel"])
+    oracles = [Oracle(name, place, known.load(kernel, name)) for name, place in others.items()]
     try:
-        generator = ProgramGenerator(Judge(assumed, kvm.name))
+        generator = ProgramGenerator(Judge(assumed, kvm.name), host=REFERENCE not in wanted)
     except ValueError as error:
         raise HarnessError(f"{kvm.name}: {error}") from error
-    said = f"seed {seed}, {kvm.name} ({assumed['kernel']}) against {other.name}"
-    print(f"{said}, journal {journal.path}", flush=True)
-    campaign = Campaign(kvm, other, assumed, entries, _tell_batch, journal.add)
+    against = ", ".join(place.name for place in others.values())
+    print(f"seed {seed}, {kvm.name} ({kernel}) against {against}, journal {journal.path}")
+    sys.stdout.flush()
+    campaign = Campaign(kvm, oracles, assumed, _tell_batch, journal.add)
     programs = _programs(options, generator, seed)
     left = ((number, program) for number, program in programs if number not in journal.done)
     report = campaign.run(left, options.seconds)
     _print(report)
     findings = [_told(options, campaign, finding) for finding in report.findings.values()]
-    _write(options, report, findings, f"--seed {seed} on {assumed['kernel']} against {other.name}")
+    _write(options, report, findings, f"--seed {seed} on {kernel} against {against}")
     return 1 if findings else 0
 
 
-def _journal(options: argparse.Namespace, seed: int, against: str) -> Journal:
+def _journal(options: argparse.Namespace, seed: int, against: list[str]) -> Journal:
     """The run's journal; what it knows of an earlier part is told."""
     from kvmnest.fuzz.programs.campaign import Verdict
     from kvmnest.fuzz.programs.journal import Journal
 
-    chosen = {"programs": seed, "against": against, "target": options.target}
+    chosen = {"programs": seed, "against": ", ".join(against), "target": options.target}
     chosen |= {"kernel": options.kernel, "kvm_modules": options.kvm_modules}
     chosen |= {"kvm_params": options.kvm_param, "corpus": str(options.corpus or "")}
     path = fuzz_common.journal_path(options, chosen)
@@ -92,25 +106,33 @@ def _journal(options: argparse.Namespace, seed: int, against: str) -> Journal:
     return journal
 
 
-def _places(options: argparse.Namespace, against: str, journal: Journal) -> tuple[Place, Place]:
-    from kvmnest.fuzz.machines import LocalMachine
+def _other(options: argparse.Namespace, name: str, machine: Any, journal: Journal) -> Place:
+    """The machine that ``--against`` names."""
+    from kvmnest.fuzz.machines import LabMachine, LocalMachine
     from kvmnest.fuzz.programs.places import Place
-    from kvmnest.reference.emulator import find
 
-    machine: Any = fuzz_common.machine(options)  # both do other tasks than entries, too
-    kvm = Place(machine.name, machine, journal=journal.steps)
-    if against == MOVED:
-        name = f"{machine.name}, moved"
-        return kvm, Place(name, machine, moved=True, journal=journal.steps)
-    cpu = find(getattr(options, "bochs", None), getattr(options, "cpu_model", None))
-    named = {"bochs": str(cpu.path), "model": cpu.model.name}
-    return kvm, Place("the reference CPU", LocalMachine(), named)
+    if name in (MOVED, QUIET):
+        moved = name == MOVED
+        called = f"{machine.name}, {name}"
+        return Place(called, machine, moved=moved, quiet=not moved, journal=journal.steps)
+    if name == REFERENCE:
+        from kvmnest.reference.emulator import find
 
-
-def _assumed(kvm: Place, other: Place) -> Mapping[str, Any]:
-    from kvmnest.fuzz.programs.places import common
-
-    return common(kvm.ask(), other.ask())
+        cpu = find(getattr(options, "bochs", None), getattr(options, "cpu_model", None))
+        named = {"bochs": str(cpu.path), "model": cpu.model.name}
+        return Place("the reference CPU", LocalMachine(), named)
+    if machine.name == LocalMachine.name:
+        raise UsageError(f"--against {name}: other kernels and parameters are for the lab")
+    params = {**(parameters(options.kvm_param) or {})}
+    kernel = options.kernel
+    if "=" in name:
+        params |= parameters([name]) or {}
+    else:
+        kernel = name
+        if options.kvm_modules:
+            raise UsageError(f"--against {name}: --kvm-modules are of one kernel")
+    lab = LabMachine(kernel, params, options.kvm_modules, emulator(options))
+    return Place(f"{lab.name} with {name}", lab)
 
 
 def _programs(
@@ -139,6 +161,9 @@ def _tell_batch(report: Report) -> None:
 
 
 def _print(report: Report) -> None:
+    for name, each in report.by.items():
+        said = ", ".join(f"{count} {kind}" for kind, count in each.most_common())
+        print(f"against {name}: {said}")
     ends = ", ".join(f"{count} {name}" for name, count in report.ends.most_common(12))
     print(f"ends: {ends}")
     for reason, count in report.known.most_common():
@@ -148,8 +173,7 @@ def _print(report: Report) -> None:
 def _told(options: argparse.Namespace, campaign: Campaign, finding: Finding) -> Finding:
     """Say what a finding is, shrunk if that is wanted."""
     verdict = finding.verdict
-    said = verdict.new or verdict.crashed
-    print(f"program {finding.number} ({finding.count} like it): {said}", flush=True)
+    print(f"program {finding.number} ({finding.count} like it): {verdict}", flush=True)
     if options.no_shrink or verdict.crashed:
         return finding
     from dataclasses import replace
@@ -159,7 +183,10 @@ def _told(options: argparse.Namespace, campaign: Campaign, finding: Finding) -> 
     signature = verdict.signature
 
     def shows(programs: Sequence[Program]) -> list[bool]:
-        return [each.signature == signature for each in campaign.verdicts(programs)]
+        return [
+            any(each.signature == signature for each in verdicts)
+            for verdicts in campaign.verdicts(programs)
+        ]
 
     # What comes behind the difference has no part in it.
     steps = finding.program.steps[: verdict.new.step + 1] if verdict.new else ()
@@ -167,7 +194,8 @@ def _told(options: argparse.Namespace, campaign: Campaign, finding: Finding) -> 
     if small is None:
         print(f"program {finding.number} does not show it again")
         return finding
-    (again,) = campaign.verdicts([small])
+    (verdicts,) = campaign.verdicts([small])
+    again = next(each for each in verdicts if each.signature == signature)
     for step in small.steps:
         print(f"    {_step(step)}")
     print(f"  {again.new}", flush=True)
@@ -198,7 +226,7 @@ def _write(
     for finding in findings if options.corpus else ():
         from kvmnest.fuzz.programs import corpus
 
-        said = str(finding.verdict.new or finding.verdict.crashed)
+        said = str(finding.verdict)
         print(f"program: {corpus.save(options.corpus, finding.program, said)}")
     if options.tests:
         from kvmnest.fuzz.programs import testfile

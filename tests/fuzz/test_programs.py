@@ -19,17 +19,21 @@ from kvmnest.fuzz.programs.campaign import (
     KNOWN,
     Campaign,
     Finding,
+    Oracle,
     Report,
     Verdict,
     judge,
+    worst,
 )
 from kvmnest.fuzz.programs.compare import Difference, differences
 from kvmnest.fuzz.programs.generate import ProgramGenerator
 from kvmnest.fuzz.programs.journal import Journal
 from kvmnest.fuzz.programs.places import Place, Ran, common
-from kvmnest.fuzz.programs.program import Program, problem
+from kvmnest.fuzz.programs.program import HOST_ACTIONS, Program, problem
 from kvmnest.fuzz.programs.shrink import shrink
 from kvmnest.vmx import ExitReason
+
+NOTHING = {"do": "alone", "name": "vmxoff"}
 
 # A processor as the lab's: KVM's VMX MSRs of an L1 on Linux 6.1, and the CPUID leaves.
 FACTS: dict[str, Any] = json.loads((Path(__file__).parent / "facts.json").read_text())
@@ -60,6 +64,15 @@ def test_programs_belong_to_their_seed_and_are_programs() -> None:
         {"schema": 1, "steps": [{"do": "fields", "fields": {"GUEST_NOTHING": 1}}]},
         {"schema": 1, "steps": [{"do": "vmread", "field": 1 << 64}]},
         {"schema": 1, "steps": [{"do": "host", "what": "reboot"}]},
+        {"schema": 1, "steps": [{"do": "event", "what": "NMI", "vector": 3}]},
+        {"schema": 1, "steps": [{"do": "cpu", "index": 2}]},
+        {"schema": 1, "steps": [{"do": "nested", "offset": 0}]},
+        {
+            "schema": 1,
+            "steps": [
+                {"do": "enter", "name": "vmlaunch", "regs": {}, "most": 1, "pauses": [NOTHING]}
+            ],
+        },
     ],
 )
 def test_what_is_no_program(document: dict[str, Any], tmp_path: Path) -> None:
@@ -223,11 +236,10 @@ class Machine:
 def campaign(deadly: int = -1) -> Campaign:
     kvm = Place("lab", Machine("lab", "VMfailInvalid", deadly))
     other = Place("reference", Machine("reference", "Succeed"))
-    return Campaign(kvm, other, common(kvm.ask(), other.ask()), [])
+    return Campaign(kvm, [Oracle("reference", other, [])], common(kvm.ask(), other.ask()))
 
 
 STEP = {"do": "l1", "code": "90", "regs": {"rax": 1, "rbx": 2}}
-NOTHING = {"do": "alone", "name": "vmxoff"}
 
 
 def test_a_campaign_groups_and_shrinks() -> None:
@@ -239,9 +251,38 @@ def test_a_campaign_groups_and_shrinks() -> None:
     (finding,) = report.findings.values()
     assert (finding.number, finding.count) == (1, 2)
     signature = finding.verdict.signature
-    small = shrink(bad, lambda ps: [v.signature == signature for v in tried.verdicts(ps)])
+    small = shrink(bad, lambda ps: [v.signature == signature for (v,) in tried.verdicts(ps)])
     assert small == Program(({**STEP, "regs": {}},))
     assert shrink(good, lambda ps: [False for _ in ps]) is None
+
+
+def test_what_several_machines_say_is_told_apart() -> None:
+    """Each has its verdict and its findings; the worst verdict is that of the program."""
+    places = {name: Place(name, Machine(name, outcome)) for name, outcome in SAID.items()}
+    oracles = [Oracle(name, place, []) for name, place in places.items() if name != "lab"]
+    report = Campaign(places["lab"], oracles, FACTS).run([(0, Program((STEP,)))])
+    assert report.kinds == {DISAGREE: 1}
+    assert report.by == {"ept=0": {DISAGREE: 1}, "moved": {AGREE: 1}, "6.1": {DISAGREE: 1}}
+    assert sorted(f.verdict.against for f in report.findings.values()) == ["6.1", "ept=0"]
+    assert report.document()["findings"][0]["against"] == "ept=0"
+    verdicts = [Verdict(("a",)), Verdict(("b",)), Verdict()]
+    assert worst(verdicts) == Verdict(("a", "b"))
+    assert worst([*verdicts, Verdict(crashed="dead")]).kind == CRASHED
+
+
+SAID = {"lab": "Succeed", "ept=0": "VMfailInvalid", "moved": "Succeed", "6.1": "VMfailInvalid"}
+
+
+@pytest.mark.parametrize("host", [False, True])
+def test_what_a_host_does(host: bool) -> None:
+    """L2 waits for a host, and L1 has a second CPU, only where all machines are KVM."""
+    generator = ProgramGenerator(Judge(FACTS, "lab"), host=host)
+    drawn = [step for n in range(150) for step in generator.numbered(1, n).steps]
+    kinds = {step["do"] for step in drawn}
+    assert kinds >= {"event", "nested", "host"}
+    assert ("cpu" in kinds) is host
+    assert any(step.get("pauses") for step in drawn) is host
+    assert {step["what"] for step in drawn if step["do"] == "host"} == {*HOST_ACTIONS}
 
 
 def test_a_program_that_kills_the_lab_is_a_finding_and_the_rest_runs() -> None:
@@ -267,14 +308,18 @@ def test_journal_of_a_run_that_goes_on(tmp_path: Path) -> None:
     path, run = tmp_path / "j", {"programs": 1}
     journal = Journal(path, run, go_on=False)
     journal.add(0, Verdict())
-    journal.add(1, Verdict(("KVM: x",), Difference(2, 0, "regs.rax", "Exit(HLT)", 1, 2)))
+    journal.add(
+        1,
+        Verdict(("KVM: x",), Difference(2, 0, "regs.rax", "Exit(HLT)", 1, 2), against="reference"),
+    )
     with path.open("a") as file:
         file.write('{"program": 2, "ver')
     events = [{"start": 0}, {"step": 0}, {"end": 0, "seen": []}, {"start": 3}, {"step": 4}]
     journal.steps.write_text("".join(json.dumps(event) + "\n" for event in events))
     again = Journal(path, run, go_on=True)
     assert sorted(again.done) == [0, 1]
-    assert again.done[1]["shows"] == "step 2: regs.rax 0x1 or 0x2 (Exit(HLT))"
+    shows = "against reference: step 2: regs.rax 0x1 or 0x2 (Exit(HLT))"
+    assert again.done[1]["shows"] == shows
     assert again.crashed == (3, "step 4: the host went down")
 
 
@@ -319,7 +364,10 @@ def test_assumed_is_what_both_can() -> None:
     "arguments",
     [
         ["--cases", "0"],
-        ["--against", "nothing"],
+        ["--target", "lab", "--against", "nothing"],
+        ["--target", "lab", "--against", "ept="],
+        ["--target", "kvm", "--against", "ept=0"],
+        ["--target", "kvm", "--against", "6.1"],
         ["--corpus", "/nowhere"],
         ["--jobs", "2"],
         ["--continue", "--seed", "1", "--journal", "/nowhere/j"],
@@ -341,10 +389,10 @@ def test_corpus_and_drawn_programs_have_numbers_of_their_own(tmp_path: Path) -> 
 def test_a_finding_goes_to_the_corpus(tmp_path: Path) -> None:
     """With what it shows, and as a test where tests are wanted."""
     difference = Difference(0, 0, "regs.rax", "Exit(HLT)", 1, 2)
-    finding = Finding(5, Program((STEP,)), Verdict((), difference))
+    finding = Finding(5, Program((STEP,)), Verdict((), difference, against="reference"))
     options = argparse.Namespace(corpus=tmp_path, json=None, tests=tmp_path)
     fuzz_programs._write(options, Report(), [finding], "--seed 1")
     (path,) = tmp_path.glob("*.json")
-    assert json.loads(path.read_text())["shows"] == str(difference)
+    assert json.loads(path.read_text())["shows"] == f"against reference: {difference}"
     assert list(corpus.load(tmp_path)) == [finding.program]
     assert (tmp_path / "test_program_5.py").exists()

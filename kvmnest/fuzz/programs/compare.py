@@ -76,7 +76,7 @@ class _State:
             parts = defined.parts(ended[1], seen.get("parts", {}))
             found |= {f"parts.{name}": value for name, value in parts.items()}
         found |= {f"regs.{name}": value for name, value in seen.get("regs", {}).items()}
-        for name in ("cr2", "value", "failed"):
+        for name in ("cr2", "value", "failed", "taken"):
             if name in seen:
                 found[name] = seen[name]
         found |= {f"host.{n}": value for n, value in enumerate(seen.get("host", ()))}

@@ -4,7 +4,8 @@
 
 * "programs": pairs of a number and a program;
 * "msrs" and "cpuid": the capabilities that the programs assume;
-* "steps": whether to tell each step; "moved": whether to move the VM before each step;
+* "steps": whether to tell each step; "moved": whether to move the VM before each step; "quiet":
+  whether the host does nothing that L1 may not see;
 * "bochs" and "model": which CPU; absent, it is KVM's.
 
 EVENTS is where lines of JSON go: what this machine is, {"start": n} before each program, {"step":
@@ -79,10 +80,13 @@ class Executor:
             self._caps = capabilities(self._work["msrs"], self._work["cpuid"])
         l1 = self._pool.take()
         bare = "bochs" in self._work
-        doer = Doer(l1, self._caps, host=not bare, moved=bool(self._work.get("moved")))
+        how = {name: bool(self._work.get(name)) for name in ("quiet", "moved")}
+        doer = Doer(l1, self._caps, bare=bare, **how)
         seen = list(run(program, doer, lambda number: say(step=number) if steps else None))
         last = seen[-1][-1].get("end", [""]) if seen and seen[-1] else [""]
-        self._pool.give_back(l1, reuse=last[0] not in ("lost", "host", "other"))
+        lost = last[0] in ("lost", "host", "other")
+        doer.host.finish(lost=lost)
+        self._pool.give_back(l1, reuse=not lost)
         return seen
 
     def close(self) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+import struct
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from kvmnest.fuzz.generate import Generator
@@ -11,9 +13,9 @@ from kvmnest.fuzz.judge import Judge
 from kvmnest.fuzz.model import base_memory, modes
 from kvmnest.fuzz.programs import l2code
 from kvmnest.fuzz.programs.base import base_vmcs
-from kvmnest.fuzz.programs.program import HOST_ACTIONS, Program, Step
+from kvmnest.fuzz.programs.program import HOST_ACTIONS, PAUSE_PORT, Program, Step
 from kvmnest.l1.baseline import L2Mode
-from kvmnest.vmx import EntryCtl, ExitCtl, Field, Proc2Ctl, ProcCtl
+from kvmnest.vmx import EntryCtl, EptVpidCap, ExitCtl, Field, PinCtl, Proc2Ctl, ProcCtl
 from kvmnest.vmx.fields import Kind
 
 REGIONS = ("vmcs_a", "vmcs_b", "vmcs_c")
@@ -34,7 +36,9 @@ _FREE_PROC2 = (
     *(Proc2Ctl.DESCRIPTOR_TABLE_EXITING, Proc2Ctl.ENABLE_RDTSCP, Proc2Ctl.ENABLE_VPID),
     *(Proc2Ctl.WBINVD_EXITING, Proc2Ctl.ENABLE_INVPCID, Proc2Ctl.UNRESTRICTED_GUEST),
 )
+_FREE_PIN = (PinCtl.EXTERNAL_INTERRUPT_EXITING, PinCtl.NMI_EXITING, PinCtl.VIRTUAL_NMIS)
 _FREE_EXIT = (
+    ExitCtl.ACKNOWLEDGE_INTERRUPT_ON_EXIT,
     *(ExitCtl.SAVE_DEBUG_CONTROLS, ExitCtl.SAVE_PAT, ExitCtl.LOAD_PAT, ExitCtl.SAVE_EFER),
     ExitCtl.LOAD_EFER,
 )
@@ -50,10 +54,15 @@ _REGS = ("rax", "rcx", "rdx", "rbx", "rbp", "rsi", "rdi", "r8", "r15")
 
 
 class ProgramGenerator:
-    """Draws programs for a machine with these capabilities, all chance from the seed."""
+    """Draws programs for a machine with these capabilities, all chance from the seed.
 
-    def __init__(self, judge: Judge) -> None:
+    ``host``: wherever they run there is KVM, so that L2 may wait for its host, and L1 may have a
+    second vCPU.
+    """
+
+    def __init__(self, judge: Judge, *, host: bool = False) -> None:
         self._judge, self._caps, self._payload = judge, judge.caps, judge.payload
+        self.host = host
         self._vmcss = Generator(judge)
         self._modes = tuple(modes(judge.caps, judge.payload))
 
@@ -76,20 +85,44 @@ class _Draw:
         self._caps, self._payload = generator._caps, generator._payload
         self._vmcss = generator._vmcss
         self._base = base_vmcs(self._caps, self._payload, mode)
-        self._machine = l2code.Machine.of(self._payload, _BITS.get(mode, 32), self._caps.cr4_fixed1)
+        self._apic = chance.random() < 0.25
+        self._host = generator.host
+        of_bits = l2code.Machine.of(self._payload, _BITS.get(mode, 32), self._caps.cr4_fixed1)
+        self._machine = replace(of_bits, apic=self._apic, pauses=self._host)
         self._launched = False
         self._region = "vmcs_a"
 
     def steps(self) -> Iterator[Step]:
+        second = self._host and self._chance.random() < 0.1
         for step in self._drawn():
             if self._chance.random() < 0.08:
-                yield {"do": "host", "what": self._chance.choice((*HOST_ACTIONS, "new VM"))}
+                yield self._pause()
+            if second and self._chance.random() < 0.1:
+                yield {"do": "cpu", "index": self._chance.choice((0, 1))}
             yield step
+
+    def _pause(self) -> Step:
+        """Something that a host does."""
+        chance = self._chance
+        what = chance.random()
+        if what < 0.1:
+            bits = 1 << chance.randrange(64) if chance.random() < 0.7 else chance.getrandbits(64)
+            # The header, or anything; a region of nested state holds the VMCS behind it.
+            offset = chance.choice((chance.randrange(0x80), chance.randrange(0x2080)))
+            return {"do": "nested", "offset": offset, "bits": bits}
+        if self._apic and what < 0.4:
+            kind = chance.choice(("interrupt", "interrupt", "NMI"))
+            return {"do": "event", "what": kind, "vector": chance.choice((0x31, 0x51, 0xF1))}
+        return {"do": "host", "what": chance.choice((*HOST_ACTIONS, "new VM"))}
 
     def _drawn(self) -> Iterator[Step]:
         chance = self._chance
         if chance.random() < 0.12:
             yield from self._l1_instructions(chance.randint(1, 5))
+        if self._apic:
+            for msr, number in _X2APIC:
+                code, regs = _wrmsr(msr, number)
+                yield {"do": "l1", "code": code.hex(), "regs": dict(regs)}
         # KVM makes a vCPU with the x87 FPU of FNINIT, a processor that was reset has another.
         floats = {"code": _FLOATS.hex(), "regs": {"rdi": self._payload["l2_data"]}}
         yield {"do": "l1", **floats}
@@ -132,7 +165,15 @@ class _Draw:
         wrong = "vmlaunch" if self._launched else "vmresume"
         regs = {name: l2code.value(chance) for name in _REGS if chance.random() < 0.2}
         name = wrong if chance.random() < 0.04 else right
-        yield {"do": "enter", "name": name, "regs": regs, "most": chance.choice((1, 8, 8, 8))}
+        step: dict[str, Any] = {
+            "do": "enter",
+            "name": name,
+            "regs": regs,
+            "most": chance.choice((1, 8, 8, 8)),
+        }
+        if self._host:
+            step["pauses"] = [self._pause() for _ in range(chance.randint(0, 4))]
+        yield step
         self._launched = True
 
     def _flags(self, flags: tuple[Any, ...], likely: float) -> int:
@@ -148,12 +189,15 @@ class _Draw:
         fields: dict[Field, int] = {}
         proc = base[Field.CPU_BASED_VM_EXEC_CONTROL] | self._flags(_FREE_PROC, 0.35)
         proc |= self._flags(_RARE_PROC, 0.04)
-        if chance.random() < 0.4:
+        if chance.random() < (0.85 if self._host else 0.4):
             proc |= ProcCtl.USE_IO_BITMAPS.value & self._caps.may_be_one(ProcCtl)
             for place in ("io_bitmap_a", "io_bitmap_b"):
                 yield _memory(place, b"\xff", times=4096)
                 if chance.random() < 0.1:
                     yield _memory(place, b"\xfe", offset=chance.randrange(4096))
+            if self._host:
+                byte = 0xFF ^ 1 << PAUSE_PORT % 8
+                yield _memory("io_bitmap_a", bytes([byte]), offset=PAUSE_PORT // 8)
         if proc & ProcCtl.USE_MSR_BITMAPS:
             yield _memory("msr_bitmap", bytes([chance.choice((0, 0, 0x55, 0xFF))]), times=4096)
         if Field.SECONDARY_VM_EXEC_CONTROL in base:
@@ -161,6 +205,10 @@ class _Draw:
             second = base[Field.SECONDARY_VM_EXEC_CONTROL] | self._flags(_FREE_PROC2, 0.3)
             fields[Field.SECONDARY_VM_EXEC_CONTROL] = second
         fields[Field.CPU_BASED_VM_EXEC_CONTROL] = proc
+        if self._apic or chance.random() < 0.1:
+            pin = base[Field.PIN_BASED_VM_EXEC_CONTROL] | self._flags(_FREE_PIN, 0.6)
+            fields[Field.PIN_BASED_VM_EXEC_CONTROL] = pin
+            fields[Field.GUEST_RFLAGS] = chance.choice((2, 0x202))
         fields[Field.VM_EXIT_CONTROLS] = base[Field.VM_EXIT_CONTROLS] | self._flags(_FREE_EXIT, 0.3)
         entry = base[Field.VM_ENTRY_CONTROLS] | self._flags(_FREE_ENTRY, 0.3)
         fields[Field.VM_ENTRY_CONTROLS] = entry
@@ -214,6 +262,48 @@ class _Draw:
         if host or areas or self._chance.random() < 0.7:
             yield self._fields({field: self._base.get(field, 0) for field in case.changes})
             yield from self._enter()
+
+    def _ept(self) -> Iterator[Step]:
+        """EPT, with another entry for a page that L2 uses; L1 invalidates what is cached."""
+        if not self._caps.supports(Proc2Ctl.ENABLE_EPT):
+            return
+        chance, payload = self._chance, self._payload
+        yield {"do": "base", "mode": self._mode.name}
+        proc = self._base[Field.CPU_BASED_VM_EXEC_CONTROL] | ProcCtl.ACTIVATE_SECONDARY_CONTROLS
+        second = self._base.get(Field.SECONDARY_VM_EXEC_CONTROL, 0) | Proc2Ctl.ENABLE_EPT
+        accessed = 0x40 if self._caps.supports(EptVpidCap.ACCESSED_DIRTY) else 0
+        pointer = payload["ept_pml4"] | 0x1E | chance.choice((0, accessed))
+        yield self._fields(
+            {
+                Field.CPU_BASED_VM_EXEC_CONTROL: proc,
+                Field.SECONDARY_VM_EXEC_CONTROL: second,
+                Field.EPT_POINTER: pointer,
+            }
+        )
+        page = payload[chance.choice(("l2_data", "l2_data", "l2_stack", "l2_code", "l2_idt"))]
+        entry = page & ~0xFFF | chance.choice(_EPT_ENTRIES)
+        where = (page >> 12) * 8
+        yield _memory("ept_pml4_pt", entry.to_bytes(8, "little"), offset=where)
+        yield self._flush()
+        yield from self._code()
+        yield from self._enter()
+        yield _memory("ept_pml4_pt", (page & ~0xFFF | 0x37).to_bytes(8, "little"), offset=where)
+        yield self._flush()
+        yield from self._enter()
+
+    def _flush(self) -> Step:
+        return {"do": "invalidate", "name": "invept", "type": 2, "first": 0, "second": 0}
+
+    def _msr_lists(self) -> Iterator[Step]:
+        """Lists of MSRs that VM entry loads and VM exit stores and loads."""
+        chance = self._chance
+        for place, count in _MSR_LISTS:
+            entries = [chance.choice(_LISTED) for _ in range(chance.randint(1, 4))]
+            content = b"".join(struct.pack("<IIQ", *entry) for entry in entries)
+            yield _memory(place, content)
+            yield self._fields({count: chance.choice((len(entries), len(entries), 0))})
+        yield from self._new_code()
+        yield self._fields({count: 0 for _, count in _MSR_LISTS})
 
     def _state(self) -> Iterator[Step]:
         """The base VMCS again, so that L2 is sane."""
@@ -335,6 +425,29 @@ _L1_CODE: tuple[tuple[bytes, tuple[tuple[str, int], ...]], ...] = (
     (b"\x0f\x22\xd0", (("rax", 0x12345678),)),  # MOV CR2, RAX
 )
 
+#: IA32_APIC_BASE: x2APIC mode, on the first CPU; the APIC enabled by software.
+_X2APIC = ((0x1B, 0xFEE00D00), (0x80F, 0x1FF))
+#: Of EPT entries: access rights, memory type, ignored and reserved bits.
+_EPT_ENTRIES = (
+    *(0x30 | rights for rights in range(8)),
+    *(rights | kind << 3 for rights in (3, 7) for kind in (0, 1, 2, 3, 4, 5, 7)),
+    *(0x37 | 1 << bit for bit in (6, 7, 8, 9, 10, 11, 51, 52, 62)),
+)
+_MSR_LISTS = (
+    ("entry_load_msrs", Field.VM_ENTRY_MSR_LOAD_COUNT),
+    ("exit_store_msrs", Field.VM_EXIT_MSR_STORE_COUNT),
+    ("exit_load_msrs", Field.VM_EXIT_MSR_LOAD_COUNT),
+)
+#: Entries of them: the MSR, the reserved part, the value. Some are wrong.
+_LISTED = (
+    *((0x174, 0, value) for value in (0, 0x10, 0xFFFFFFFF)),
+    *((0x175, 0, 0x1234), (0x176, 0, 0x7FFF00001234)),
+    *((0xC0000081, 0, 0x0013000800000000), (0xC0000082, 0, 0xFFFF800000001234)),
+    *((0xC0000084, 0, 0x700), (0xC0000102, 0, 0x1234), (0x277, 0, 0x0007040600070406)),
+    *((0x277, 0, 2), (0x174, 1, 0), (0xC0000100, 0, 0), (0xC0000101, 0, 0)),
+    *((0x40000000, 0, 0), (0xC0000082, 0, 1 << 63), (0x800, 0, 0), (0x9B, 0, 0)),
+)
+
 _KINDS: tuple[tuple[Callable[[_Draw], Iterator[Step]], int], ...] = (
     (_Draw._new_code, 10),
     (_Draw._again, 8),
@@ -343,6 +456,8 @@ _KINDS: tuple[tuple[Callable[[_Draw], Iterator[Step]], int], ...] = (
     (_Draw._event, 5),
     (_Draw._other_vmcs, 4),
     (_Draw._l1_instructions, 5),
+    (_Draw._ept, 4),
+    (_Draw._msr_lists, 3),
 )
 
 

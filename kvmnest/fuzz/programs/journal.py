@@ -63,6 +63,6 @@ class Journal:
         if verdict.reasons:
             line["reasons"] = [*verdict.reasons]
         if verdict.new or verdict.crashed:
-            line["shows"] = str(verdict.new or verdict.crashed)
+            line["shows"] = str(verdict)
         self.done[number] = line
         lines.add(self.path, line)

@@ -11,6 +11,7 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from kvmnest.fuzz.programs.program import PAUSE_PORT
 from kvmnest.l1.payload import Payload
 from kvmnest.vmx import Msr
 
@@ -34,12 +35,17 @@ def value(chance: random.Random) -> int:
 
 @dataclass(frozen=True)
 class Machine:
-    """What the grammar has to know: bits of L2's code, where L2 has memory, bits of CR4."""
+    """What the grammar has to know: bits of L2's code, where L2 has memory, bits of CR4.
+
+    ``apic``: the local APIC is in x2APIC mode; ``pauses``: L2 may wait for its host.
+    """
 
     bits: int
     data: int
     selectors: tuple[int, ...]
     cr4: int
+    apic: bool = False
+    pauses: bool = False
 
     @classmethod
     def of(cls, payload: Payload, bits: int, cr4: int) -> Machine:
@@ -248,6 +254,17 @@ class Part:
         opcode = self._chance.choice((0xA4, 0xA5, 0xAA, 0xAB, 0xAC, 0xAD, 0xA6, 0xAE))
         return code + self._chance.choice((b"", b"\xf3", b"\xf2")) + bytes([opcode])
 
+    def _own_interrupt(self) -> bytes:
+        """WRMSR of the x2APIC: an interrupt or an NMI to L2's own CPU, or the end of one."""
+        msr, value = self._chance.choice(
+            (
+                *((Msr.X2APIC_SELF_IPI, self._chance.choice((0x31, 0x51, 0xF1))),) * 3,
+                *((Msr.X2APIC_ICR, 4 << 8), (Msr.X2APIC_ICR, 0x61), (Msr.X2APIC_EOI, 0)),
+            )
+        )
+        code = self._mov(1, int(msr)) + self._mov(0, value) + self._mov(2, 0) + b"\x0f\x30"
+        return self._chance.choice((b"", b"\xfb", b"\xfa")) + code + b"\x90"
+
     def _fault(self) -> bytes:
         return self._chance.choice(
             (
@@ -359,8 +376,19 @@ _KINDS: tuple[tuple[Callable[[Part], bytes], int], ...] = (
     (Part._data, 3),
     (Part._self_modifying, 1),
 )
+#: OUT PAUSE_PORT, AL; an instruction that the host's action may interrupt.
+_PAUSE = bytes([0xE6, PAUSE_PORT, 0x90])
 
 
 def parts(chance: random.Random, machine: Machine, count: int) -> list[bytes]:
     """Draw ``count`` parts."""
-    return [Part(chance, machine).draw() for _ in range(count)]
+    drawn = []
+    for _ in range(count):
+        part = Part(chance, machine)
+        if machine.apic and chance.random() < 0.15:
+            drawn.append(part._own_interrupt())
+        elif machine.pauses and chance.random() < 0.25:
+            drawn.append(_PAUSE)
+        else:
+            drawn.append(part.draw())
+    return drawn

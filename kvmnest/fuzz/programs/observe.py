@@ -11,6 +11,7 @@ from kvmnest.fuzz.execute import encode
 from kvmnest.kvm import exits
 from kvmnest.l1 import L1
 from kvmnest.l1.command import GPRS
+from kvmnest.l1.cpu import Cpu
 from kvmnest.vmx import Capabilities, Field
 from kvmnest.vmx.fields import Kind
 from kvmnest.vmx.outcome import (
@@ -52,7 +53,8 @@ _OFTEN = frozenset(
 )
 #: Counted in time, which is another one on every machine.
 _TIMED = (Field.VMX_PREEMPTION_TIMER_VALUE, Field.GUEST_SMBASE)
-_CPU_FLAGS = 0x8D5
+#: Of interrupts and NMIs that L1 itself took.
+_COUNTS = ("CPU_IRQ_COUNT", "CPU_NMI_COUNT")
 _FAILED = 0x41
 
 
@@ -111,32 +113,34 @@ class Watcher:
         self._guest: dict[str, int] = {}
         self._memory: dict[str, int] = {}
 
-    def entry(self, outcome: Outcome, *, every: bool = True) -> Seen:
+    def entry(self, outcome: Outcome, cpu: Cpu, *, every: bool = True) -> Seen:
         """See a VM entry that came to an end, with ``every`` field or those that change often."""
         seen: Seen = {"end": end(outcome)}
         if isinstance(outcome, Exit):
             parts = ((name, getattr(outcome, name)) for name in PARTS)
             seen["parts"] = {name: int(value) for name, value in parts if value}
         if isinstance(outcome, Exit | EntryFailure):
-            loads = self._l1.cpu.host_loads()
+            loads = cpu.host_loads()
             seen |= {"regs": registers(outcome)}
             seen |= {"host": [getattr(loads, name) for name in loads.__slots__]}
         if isinstance(outcome, Exit):
             seen["cr2"] = int(outcome.cr2)
         if not isinstance(outcome, HostExit):
-            seen |= {"guest": self._changed_fields(self._fields if every else self._often)}
+            seen |= {"guest": self._changed_fields(self._fields if every else self._often, cpu)}
             seen |= {"memory": self._changed_memory()}
+            taken = [self._l1.read_int(cpu.block + self._l1.sym(name)) for name in _COUNTS]
+            if any(taken):
+                seen["taken"] = taken
         return seen
 
-    def add_fields(self, seen: Seen) -> None:
+    def add_fields(self, seen: Seen, cpu: Cpu) -> None:
         """See every field of the current VMCS, beside those that ``seen`` has already."""
-        rest = self._changed_fields(self._fields)
+        rest = self._changed_fields(self._fields, cpu)
         if rest is not None and seen.get("guest") is not None:
             seen["guest"] = {**seen["guest"], **rest}
 
-    def _changed_fields(self, fields: tuple[Field, ...]) -> dict[str, int] | None:
+    def _changed_fields(self, fields: tuple[Field, ...], cpu: Cpu) -> dict[str, int] | None:
         """Fields of the current VMCS with another value; None if VMREAD fails."""
-        cpu = self._l1.cpu
         results = cpu.submit([cpu.vmread_command(fields)])
         if not isinstance(results, list):
             return None

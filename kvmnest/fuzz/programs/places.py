@@ -64,8 +64,8 @@ class Place:
     """Runs programs on one machine.
 
     ``cpu`` names the reference CPU ("bochs", "model"); with ``moved`` the VM is saved, and restored
-    into a new one, before each step; ``journal`` is where the steps of a machine that they can
-    crash go.
+    into a new one, before each step; with ``quiet`` the host does nothing that L1 may not see;
+    ``journal`` is where the steps of a machine that they can crash go.
     """
 
     def __init__(
@@ -75,10 +75,12 @@ class Place:
         cpu: Mapping[str, str] | None = None,
         *,
         moved: bool = False,
+        quiet: bool = False,
         journal: Path | None = None,
     ) -> None:
         self.name, self._machine = name, machine
-        self._cpu, self._moved, self._journal = dict(cpu or {}), moved, journal
+        self._cpu, self._journal = dict(cpu or {}), journal
+        self._how = {"moved": moved, "quiet": quiet}
         self.facts: dict[str, Any] = {}
 
     def ask(self) -> dict[str, Any]:
@@ -134,7 +136,7 @@ class Place:
 
             work: dict[str, Any] = {"programs": [[n, p.to_json()] for n, p in left]}
             work |= {"msrs": assumed["msrs"], "cpuid": assumed["cpuid"]}
-            work |= {"steps": steps, "moved": self._moved}
+            work |= {"steps": steps, **self._how}
             try:
                 why = self._do(work, take)
             except _Enough:

@@ -36,7 +36,14 @@ _FIELDS: Schema = {
 _PLACE = {"place": TEXT, "offset": _NUMBER}
 
 #: What a host does between two steps; nothing of it may be seen by L1.
-HOST_ACTIONS = ("new VM", "nested state", "sregs", "regs", "events", "msrs", "xsave", "debugregs")
+HOST_ACTIONS = (
+    *("new VM", "nested state", "sregs", "regs", "events", "msrs", "xsave", "debugregs"),
+    *("memory slot", "dirty log", "signal", "other CPU", "SMI"),
+)
+#: What comes to the first vCPU of L1 through its local APIC.
+EVENTS = ("interrupt", "NMI")
+#: The port at whose OUT L2 waits for the host, if L1 lets it.
+PAUSE_PORT = 0x77
 
 #: Instructions of L1 by the operands that they take.
 AT_ADDRESS = ("vmxon", "vmclear", "vmptrld")
@@ -47,6 +54,20 @@ INVALIDATING = ("invept", "invvpid")
 def _step(kind: str, required: Sequence[str], /, **properties: object) -> Schema:
     return exactly(["do", *required], do={"const": kind}, **properties)
 
+
+#: Steps that are possible while L2 waits, too.
+_PAUSES: Mapping[str, Schema] = {
+    "host": _step("host", ["what"], what={"enum": [*HOST_ACTIONS]}),
+    # Nested state with other bits, then the right one.
+    "nested": _step("nested", ["offset", "bits"], offset=_NUMBER, bits=_NUMBER),
+    "event": _step(
+        "event",
+        ["what", "vector"],
+        what={"enum": [*EVENTS]},
+        vector={"type": "integer", "minimum": 16, "maximum": 255},
+    ),
+}
+_PAUSE: Schema = {"type": "object", "required": ["do"], "anyOf": [*_PAUSES.values()]}
 
 #: What a step may be, by its "do".
 STEPS: Mapping[str, Schema] = {
@@ -86,16 +107,20 @@ STEPS: Mapping[str, Schema] = {
         **_PLACE,
     ),
     # VM entry; up to ``most`` times in all, each time at the part of the code behind the exit.
+    # At each OUT to PAUSE_PORT that comes to the host it does the next of ``pauses``.
     "enter": _step(
         "enter",
         ["name", "regs", "most"],
+        pauses={"type": "array", "items": _PAUSE, "maxItems": 64},
         name={"enum": ["vmlaunch", "vmresume"]},
         regs=_REGS,
         most={"type": "integer", "minimum": 1, "maximum": 64},
     ),
     # An instruction of L1 that is none of VMX, with registers.
     "l1": _step("l1", ["code", "regs"], code=_HEX, regs=_REGS),
-    "host": _step("host", ["what"], what={"enum": [*HOST_ACTIONS]}),
+    **_PAUSES,
+    # The vCPU that does the steps behind this one.
+    "cpu": _step("cpu", ["index"], index={"enum": [0, 1]}),
 }
 
 _STEP: Schema = {

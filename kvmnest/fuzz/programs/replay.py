@@ -23,6 +23,9 @@ def replay(l1: L1, steps: Sequence[programs.Step]) -> list[list[dict[str, Any]]]
     problem = programs.problem(program.to_json())
     if problem:
         raise UsageError(f"no program: {problem}")
-    doer = Doer(l1, l1.caps, host=not isinstance(l1.kvm, ReferenceKvm))
-    seen = list(run(program, doer, lambda number: None))
+    doer = Doer(l1, l1.caps, bare=isinstance(l1.kvm, ReferenceKvm))
+    try:
+        seen = list(run(program, doer, lambda number: None))
+    finally:
+        doer.host.finish()
     return values(Ran(seen))

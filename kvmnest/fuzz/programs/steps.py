@@ -8,30 +8,40 @@ from typing import Any
 
 from kvmnest.errors import HarnessError, NeedsHost
 from kvmnest.fuzz.programs.base import base_vmcs
+from kvmnest.fuzz.programs.host import Host, second
 from kvmnest.fuzz.programs.observe import Seen, Watcher, end, needs_host, registers, watched
-from kvmnest.fuzz.programs.program import Program, Step
-from kvmnest.kvm import KvmError
-from kvmnest.l1 import L1, L2Mode, VmLost, vcpu_state
+from kvmnest.fuzz.programs.program import PAUSE_PORT, Program, Step
+from kvmnest.kvm import KvmError, exits
+from kvmnest.l1 import L1, L2Mode, VmLost
 from kvmnest.l1.payload import Payload
 from kvmnest.vmx import Capabilities, Field
-from kvmnest.vmx.msrs import VMX_MSRS
 from kvmnest.vmx.outcome import Exit, Fault, HostExit, Outcome, Succeed
 
 _FAILED = 0x41
 _REAL_CODE = 0x9B
+#: Times that L2 may wait for the host in one entry; its code may be a loop.
+_MOST_PAUSES = 100
 
 
 class Doer:
     """Does steps on one L1, all of one program. Capabilities are those that programs assume.
 
-    ``host``: there is one, which can do something between steps; ``moved``: it saves the VM and
-    restores it into a new one before each step.
+    ``bare``: there is no host. ``quiet``: there is one, which does nothing that L1 may not see.
+    ``moved``: it saves the VM and restores it into a new one before each step.
     """
 
     def __init__(
-        self, l1: L1, caps: Capabilities, *, host: bool = True, moved: bool = False
+        self,
+        l1: L1,
+        caps: Capabilities,
+        *,
+        bare: bool = False,
+        quiet: bool = False,
+        moved: bool = False,
     ) -> None:
-        self.l1, self.caps, self.host, self.moved = l1, caps, host, moved
+        self.l1, self.caps, self.moved = l1, caps, moved
+        self.host = Host(l1, here=not quiet, bare=bare)
+        self._cpu = l1.cpu
         self._watcher = Watcher(l1, _watched(caps))
         #: What was seen of a step so far, if it has several parts.
         self.seen: list[Seen] = []
@@ -43,9 +53,12 @@ class Doer:
         """Do one step. Raises VmLost, KvmError, NeedsHost and HarnessError."""
         self.seen = []
         if self.moved:
-            self.l1.round_trip()
-        done = getattr(self, f"_{step['do']}")(step)
+            self.host.move()
+        done = self._do(step)
         return done if isinstance(done, list) else [done]
+
+    def _do(self, step: Step) -> Any:
+        return getattr(self, f"_do_{step['do']}")(step)
 
     def _address_of(self, step: Step) -> int:
         place, offset = str(step["place"]), int(step["offset"])
@@ -61,46 +74,48 @@ class Doer:
             seen["value"] = int(outcome.value)
         return seen
 
-    def _address(self, step: Step) -> Seen:
-        return self._plain(getattr(self.l1, step["name"])(self._address_of(step)))
+    def _do_address(self, step: Step) -> Seen:
+        return self._plain(getattr(self.l1, step["name"])(self._address_of(step), cpu=self._cpu))
 
-    def _alone(self, step: Step) -> Seen:
-        return self._plain(getattr(self.l1, step["name"])())
+    def _do_alone(self, step: Step) -> Seen:
+        return self._plain(getattr(self.l1, step["name"])(cpu=self._cpu))
 
-    def _invalidate(self, step: Step) -> Seen:
+    def _do_invalidate(self, step: Step) -> Seen:
         instruction = getattr(self.l1, step["name"])
-        return self._plain(instruction(step["type"], step["first"], step["second"]))
+        operand = step["first"], step["second"]
+        return self._plain(instruction(step["type"], *operand, cpu=self._cpu))
 
-    def _vmread(self, step: Step) -> Seen:
-        return self._plain(self.l1.vmread(step["field"]))
+    def _do_vmread(self, step: Step) -> Seen:
+        return self._plain(self.l1.vmread(step["field"], cpu=self._cpu))
 
-    def _vmwrite(self, step: Step) -> Seen:
-        return self._plain(self.l1.vmwrite(step["field"], step["value"]))
+    def _do_vmwrite(self, step: Step) -> Seen:
+        return self._plain(self.l1.vmwrite(step["field"], step["value"], cpu=self._cpu))
 
-    def _l1(self, step: Step) -> Seen:
-        return self._plain(self.l1.call(bytes.fromhex(step["code"]), regs=dict(step["regs"])))
+    def _do_l1(self, step: Step) -> Seen:
+        code, regs = bytes.fromhex(step["code"]), dict(step["regs"])
+        return self._plain(self.l1.call(code, regs=regs, cpu=self._cpu))
 
     # --- VMCS and memory ---
 
-    def _region(self, step: Step) -> Seen:
+    def _do_region(self, step: Step) -> Seen:
         revision = self.l1.caps.basic.revision_id
         revision ^= {"good": 0, "shadow": 1 << 31, "bad": 1}[step["revision"]]
         self.l1.prepare_region(self.l1.sym(step["place"]), revision)
         return {}
 
-    def _memory(self, step: Step) -> Seen:
+    def _do_memory(self, step: Step) -> Seen:
         self.l1.write(self._address_of(step), bytes.fromhex(step["bytes"]) * step["times"])
         return {}
 
-    def _base(self, step: Step) -> Seen:
+    def _do_base(self, step: Step) -> Seen:
         fields = _base(self.caps, self.l1.payload, L2Mode[step["mode"]])
         self._real = fields[Field.GUEST_CS_ACCESS_RIGHTS] == _REAL_CODE
         return self._write(fields)
 
-    def _fields(self, step: Step) -> Seen:
+    def _do_fields(self, step: Step) -> Seen:
         return self._write({Field[name]: value for name, value in step["fields"].items()})
 
-    def _code(self, step: Step) -> Seen:
+    def _do_code(self, step: Step) -> Seen:
         parts = [bytes.fromhex(part) for part in step["parts"]]
         address = self.l1.sym("l2_code")
         self._parts, at = [], 0
@@ -119,7 +134,7 @@ class Doer:
 
     def _write(self, fields: dict[Field, int]) -> Seen:
         """VMWRITE each; seen are those that failed, or the exception."""
-        cpu, l1 = self.l1.cpu, self.l1
+        cpu, l1 = self._cpu, self.l1
         entries = [(int(field), int(value)) for field, value in fields.items()]
         results = cpu.submit([cpu.write_list("OP_VMWRITE_LIST", entries)])
         if not isinstance(results, list):
@@ -136,27 +151,54 @@ class Doer:
 
     # --- VM entries ---
 
-    def _enter(self, step: Step) -> list[Seen]:
+    def _do_enter(self, step: Step) -> list[Seen]:
         seen = self.seen
-        outcome = getattr(self.l1, step["name"])(regs=dict(step["regs"]))
-        seen.append(self._watcher.entry(outcome, every=step["most"] == 1))
+        pauses = iter(step.get("pauses", ()))
+        outcome = getattr(self.l1, step["name"])(regs=dict(step["regs"]), cpu=self._cpu)
+        outcome = self._paused(outcome, pauses)
+        seen.append(self._watcher.entry(outcome, self._cpu, every=step["most"] == 1))
         while len(seen) < step["most"] and isinstance(outcome, Exit):
             behind = next((p for p in self._parts if p > outcome.rip - self._code_at), None)
             if behind is None or outcome.rip < self._code_at:
                 break
             seen.append(self._write({Field.GUEST_RIP: self._code_at + behind}))
-            outcome = self.l1.vmresume(regs=outcome.regs)
-            seen.append(self._watcher.entry(outcome))
+            outcome = self.l1.vmresume(regs=outcome.regs, cpu=self._cpu)
+            outcome = self._paused(outcome, pauses)
+            seen.append(self._watcher.entry(outcome, self._cpu))
         if len(seen) > 1 and not isinstance(outcome, HostExit):
             # What changes seldom is read once; each VMREAD may cost an exit to L0.
-            self._watcher.add_fields(seen[-1])
+            self._watcher.add_fields(seen[-1], self._cpu)
         return seen
+
+    def _paused(self, outcome: Outcome, pauses: Iterator[Step]) -> Outcome:
+        """Let L2 go on wherever it waits for the host, which does the next of ``pauses``."""
+        for _ in range(_MOST_PAUSES):
+            if not isinstance(outcome, HostExit) or not _waits(outcome.exit):
+                break
+            step = next(pauses, None)
+            if step is not None:
+                # The OUT is over then, as it is after a move.
+                self._cpu.vcpu.run(immediate_exit=True)
+                self._do(step)
+            outcome = self.l1.resume(self._cpu)
+        return outcome
 
     # --- the host ---
 
-    def _host(self, step: Step) -> Seen:
-        if self.host:
-            _ACTIONS[step["what"]](self.l1)
+    def _do_host(self, step: Step) -> Seen:
+        self.host.act(step["what"], self._cpu)
+        return {}
+
+    def _do_nested(self, step: Step) -> Seen:
+        self.host.change_nested_state(self._cpu, step["offset"], step["bits"])
+        return {}
+
+    def _do_event(self, step: Step) -> Seen:
+        self.host.event(step["what"], step["vector"])
+        return {}
+
+    def _do_cpu(self, step: Step) -> Seen:
+        self._cpu = second(self.l1) if step["index"] else self.l1.cpu
         return {}
 
 
@@ -179,34 +221,8 @@ def _watched(caps: Capabilities) -> tuple[Field, ...]:
     return found
 
 
-def _in_place(get: str, set_: str) -> Callable[[L1], None]:
-    """Read a part of the vCPU's state and write it back."""
-
-    def act(l1: L1) -> None:
-        vcpu = l1.cpu.vcpu
-        value = getattr(vcpu, get)()
-        getattr(vcpu, set_)(value)
-
-    return act
-
-
-def _msrs_in_place(l1: L1) -> None:
-    vcpu = l1.cpu.vcpu
-    found = vcpu_state.movable_msrs(l1.kvm, vcpu)
-    # Linux refuses those of capabilities once the vCPU has run.
-    vcpu.set_msrs({index: value for index, value in found.items() if index not in VMX_MSRS})
-
-
-_ACTIONS: dict[str, Callable[[L1], None]] = {
-    "new VM": L1.round_trip,
-    "nested state": _in_place("get_nested_state", "set_nested_state"),
-    "sregs": _in_place("get_sregs", "set_sregs"),
-    "regs": _in_place("get_regs", "set_regs"),
-    "events": _in_place("get_vcpu_events", "set_vcpu_events"),
-    "xsave": _in_place("get_xsave", "set_xsave"),
-    "debugregs": _in_place("get_debugregs", "set_debugregs"),
-    "msrs": _msrs_in_place,
-}
+def _waits(seen: exits.Exit) -> bool:
+    return isinstance(seen, exits.IoExit) and seen.port == PAUSE_PORT and seen.is_out
 
 
 def run(program: Program, doer: Doer, before: Callable[[int], None]) -> Iterator[list[Seen]]:
