@@ -52,6 +52,7 @@ def run(options: argparse.Namespace, seed: int) -> int:
     from kvmnest.fuzz.judge import Judge
     from kvmnest.fuzz.programs import known
     from kvmnest.fuzz.programs.campaign import Campaign, Oracle
+    from kvmnest.fuzz.programs.execute import capabilities
     from kvmnest.fuzz.programs.generate import ProgramGenerator
     from kvmnest.fuzz.programs.places import Place, common
 
@@ -71,7 +72,9 @@ def run(options: argparse.Namespace, seed: int) -> int:
     kernel = str(assumed["kernel"])
     oracles = [Oracle(name, place, known.load(kernel, name)) for name, place in others.items()]
     try:
-        generator = ProgramGenerator(Judge(assumed, kvm.name), host=REFERENCE not in wanted)
+        machines = [capabilities(each.facts) for each in (kvm, *others.values())]
+        judge, host = Judge(assumed, kvm.name), REFERENCE not in wanted
+        generator = ProgramGenerator(judge, host=host, others=machines)
     except ValueError as error:
         raise HarnessError(f"{kvm.name}: {error}") from error
     against = ", ".join(place.name for place in others.values())

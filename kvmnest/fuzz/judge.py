@@ -104,9 +104,10 @@ class Judge:
         """What the SDM says."""
         return predict(case.fields(self.base(case)), self.caps, *self._surroundings(case))
 
-    def violations(self, case: FuzzCase) -> list[Violation]:
-        """Every rule that the case breaks, of all stages."""
-        return check(case.fields(self.base(case)), self.caps, *self._surroundings(case))
+    def violations(self, case: FuzzCase, caps: Capabilities | None = None) -> list[Violation]:
+        """Every rule that the case breaks, of all stages, here or on another machine."""
+        fields = case.fields(self.base(case))
+        return check(fields, caps or self.caps, *self._surroundings(case))
 
     def _surroundings(self, case: FuzzCase) -> tuple[StaticMemory, EntryContext]:
         memory = StaticMemory(self.payload, self.caps.basic.revision_id, case.memory)

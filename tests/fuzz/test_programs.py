@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from kvmnest.cli import fuzz_programs
 from kvmnest.cli.main import main
 from kvmnest.errors import HarnessError, KvmnestError, UsageError
 from kvmnest.fuzz.judge import Judge
+from kvmnest.fuzz.model import FuzzCase
 from kvmnest.fuzz.programs import corpus, defined, known, testfile
 from kvmnest.fuzz.programs.campaign import (
     AGREE,
@@ -26,12 +28,13 @@ from kvmnest.fuzz.programs.campaign import (
     worst,
 )
 from kvmnest.fuzz.programs.compare import Difference, differences
+from kvmnest.fuzz.programs.execute import capabilities
 from kvmnest.fuzz.programs.generate import ProgramGenerator
 from kvmnest.fuzz.programs.journal import Journal
 from kvmnest.fuzz.programs.places import Place, Ran, common
 from kvmnest.fuzz.programs.program import HOST_ACTIONS, Program, problem
 from kvmnest.fuzz.programs.shrink import shrink
-from kvmnest.vmx import ExitReason
+from kvmnest.vmx import ExitReason, Field
 
 NOTHING = {"do": "alone", "name": "vmxoff"}
 
@@ -268,6 +271,35 @@ def test_what_several_machines_say_is_told_apart() -> None:
     verdicts = [Verdict(("a",)), Verdict(("b",)), Verdict()]
     assert worst(verdicts) == Verdict(("a", "b"))
     assert worst([*verdicts, Verdict(crashed="dead")]).kind == CRASHED
+
+
+def test_known_reasons_are_counted_once_for_a_program() -> None:
+    report = Report()
+    verdicts = [Verdict(("a",), against="x"), Verdict(("a", "b"), against="y")]
+    for number in range(2):
+        report.add(number, Program(()), Ran([]), verdicts)
+    assert report.known == {"a": 2, "b": 2}
+
+
+def test_bits_of_several_known_differences() -> None:
+    """Each bit has an entry that knows it; one without makes it new."""
+    entries = [known.Known("guest.GUEST_CR0", "KVM", str(bit), bits=1 << bit) for bit in (4, 30)]
+    both = Difference(1, 0, "guest.GUEST_CR0", "Exit(HLT)", 0x31, 0x40000021)
+    assert known.explained(both, entries, ()) == entries
+    assert known.explained(replace(both, other=0x21), entries, ()) == (entries[0],)
+    assert not known.explained(replace(both, other=0x40000020), entries, ())
+
+
+def test_a_vmcs_that_is_legal_on_one_machine_only_is_left_out() -> None:
+    """A control that one machine lacks makes the rules say something else there."""
+    judge_of = Judge(FACTS, "lab")
+    msrs = {name: FACTS["msrs"][name] & ~(1 << 39) for name in ("1154", "1166")}  # HLT exiting
+    other = capabilities({**FACTS, "msrs": {**FACTS["msrs"], **msrs}})
+    hlt = FuzzCase(changes={Field.CPU_BASED_VM_EXEC_CONTROL: 0x401E172 | 1 << 7})
+    plain = FuzzCase(changes={Field.GUEST_CR3: 1 << 63})
+    for others, wanted in (([], True), ([judge_of.caps], True), ([other], False)):
+        assert ProgramGenerator(judge_of, others=others).alike(hlt) is wanted
+        assert ProgramGenerator(judge_of, others=others).alike(plain)
 
 
 SAID = {"lab": "Succeed", "ept=0": "VMfailInvalid", "moved": "Succeed", "6.1": "VMfailInvalid"}

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kvmnest.fuzz.programs.compare import Difference, differences, shown
-from kvmnest.fuzz.programs.known import Known
+from kvmnest.fuzz.programs.known import Known, explained
 from kvmnest.fuzz.programs.places import Place, Ran
 from kvmnest.fuzz.programs.program import Program
 from kvmnest.kernel_reports import reports
@@ -67,10 +67,10 @@ def judge(one: Ran, other: Ran, known: Sequence[Known], against: str = "") -> Ve
     reasons: dict[str, None] = {}
     before: set[str] = set()
     for difference in differences(one, other):
-        entry = next((each for each in known if each.explains(difference, before)), None)
-        if entry is None:
+        entries = explained(difference, known, before)
+        if not entries:
             return Verdict(tuple(reasons), difference, against=against)
-        reasons[f"{entry.whose}: {entry.reason}"] = None
+        reasons |= dict.fromkeys(f"{entry.whose}: {entry.reason}" for entry in entries)
         before.add(difference.what)
     return Verdict(tuple(reasons), against=against)
 
@@ -118,7 +118,7 @@ class Report:
             for seen in step:
                 if seen.get("end", ["written"])[0] not in ("written", "Succeed"):
                     self.ends[shown(seen["end"])] += 1
-        self.known.update(dict.fromkeys(r for verdict in verdicts for r in verdict.reasons))
+        self.known.update({reason for verdict in verdicts for reason in verdict.reasons})
         bad = {v.signature: v for v in verdicts if v.kind in (DISAGREE, CRASHED)}
         for signature, verdict in bad.items():
             found = self.findings.get(signature)

@@ -19,6 +19,7 @@ import contextlib
 import json
 import os
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from kvmnest import host
@@ -37,12 +38,12 @@ from kvmnest.vmx.capinfo import CpuFeatures
 BUDGET = 1.0
 
 
-def capabilities(msrs: dict[str, int], cpuid: list[list[int]]) -> Capabilities:
+def capabilities(facts: Mapping[str, Any]) -> Capabilities:
     """Those that facts state. Raises ValueError if they say that there is no VMX."""
-    leaves = {(number, sub): tuple(rest) for number, sub, *rest in cpuid}
+    leaves = {(number, sub): tuple(rest) for number, sub, *rest in facts["cpuid"]}
     return Capabilities.from_msrs(
-        {int(index): value for index, value in msrs.items()},
-        CpuFeatures.from_cpuid(leaves),  # type: ignore[arg-type]
+        {int(index): value for index, value in facts["msrs"].items()},
+        CpuFeatures.from_cpuid(leaves),
     )
 
 
@@ -77,7 +78,7 @@ class Executor:
     def run(self, program: Program, say: Any, steps: bool) -> list[list[dict[str, Any]]]:
         """What is seen of each step; ``steps``: say where it is."""
         if self._caps is None:
-            self._caps = capabilities(self._work["msrs"], self._work["cpuid"])
+            self._caps = capabilities(self._work)
         l1 = self._pool.take()
         bare = "bochs" in self._work
         how = {name: bool(self._work.get(name)) for name in ("quiet", "moved")}

@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import random
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from kvmnest.fuzz.generate import Generator
 from kvmnest.fuzz.judge import Judge
-from kvmnest.fuzz.model import base_memory, modes
+from kvmnest.fuzz.model import FuzzCase, base_memory, modes
 from kvmnest.fuzz.programs import l2code
 from kvmnest.fuzz.programs.base import base_vmcs
+from kvmnest.fuzz.programs.contents import EPT_ENTRIES, LISTED, MSR_LISTS, X2APIC
+from kvmnest.fuzz.programs.l1code import REGIONS, L1Code, kept, wrmsr
 from kvmnest.fuzz.programs.program import HOST_ACTIONS, PAUSE_PORT, Program, Step
 from kvmnest.l1.baseline import L2Mode
-from kvmnest.vmx import EntryCtl, EptVpidCap, ExitCtl, Field, PinCtl, Proc2Ctl, ProcCtl
+from kvmnest.vmx import (
+    Capabilities,
+    EntryCtl,
+    EptVpidCap,
+    ExitCtl,
+    Field,
+    PinCtl,
+    Proc2Ctl,
+    ProcCtl,
+)
 from kvmnest.vmx.fields import Kind
 
-REGIONS = ("vmcs_a", "vmcs_b", "vmcs_c")
-#: A region that no VMCS of a program is in.
-_UNUSED = "vmcs_d"
 _BITS = {L2Mode.LONG: 64, L2Mode.REAL: 16}
 _FREE_PROC = (
     *(ProcCtl.INVLPG_EXITING, ProcCtl.MWAIT_EXITING),
@@ -43,32 +51,48 @@ _FREE_EXIT = (
     ExitCtl.LOAD_EFER,
 )
 _FREE_ENTRY = (EntryCtl.LOAD_DEBUG_CONTROLS, EntryCtl.LOAD_PAT)
-#: Fields that no capability reports and KVM does not have.
-_NOT_IN_KVM = (
-    *(Field.EXECUTIVE_VMCS_POINTER, Field.GUEST_SMBASE, Field.IO_RCX, Field.IO_RSI),
-    *(Field.IO_RDI, Field.IO_RIP),
-)
-#: Of what Bochs does not have.
-_PERFORMANCE = {Field.GUEST_IA32_PERF_GLOBAL_CTRL, Field.HOST_IA32_PERF_GLOBAL_CTRL}
+#: Left to the fuzzer of entries: what Bochs does not have, whose reserved bits it does not know,
+#: what depends on a machine's revision identifier.
+_NOT_COMPARED = {
+    *(Field.GUEST_IA32_PERF_GLOBAL_CTRL, Field.HOST_IA32_PERF_GLOBAL_CTRL),
+    *(Field.GUEST_IA32_DEBUGCTL, Field.VMCS_LINK_POINTER),
+}
+#: Controls that a VMCS of this fuzzer keeps.
+_WATCHED: Mapping[Field, ProcCtl | Proc2Ctl] = {
+    Field.CPU_BASED_VM_EXEC_CONTROL: ProcCtl.HLT_EXITING
+    | ProcCtl.UNCONDITIONAL_IO_EXITING
+    | ProcCtl.RDTSC_EXITING
+    | ProcCtl.RDPMC_EXITING,
+    Field.SECONDARY_VM_EXEC_CONTROL: Proc2Ctl.RDRAND_EXITING | Proc2Ctl.RDSEED_EXITING,
+}
 _REGS = ("rax", "rcx", "rdx", "rbx", "rbp", "rsi", "rdi", "r8", "r15")
+_FLUSH: Step = {"do": "invalidate", "name": "invept", "type": 2, "first": 0, "second": 0}
 
 
 class ProgramGenerator:
     """Draws programs for a machine with these capabilities, all chance from the seed.
 
     ``host``: wherever they run there is KVM, so that L2 may wait for its host, and L1 may have a
-    second vCPU.
+    second vCPU. ``others``: what the machines have on which they run; a VMCS that is legal on one
+    only is left out.
     """
 
-    def __init__(self, judge: Judge, *, host: bool = False) -> None:
+    def __init__(
+        self, judge: Judge, *, host: bool = False, others: Sequence[Capabilities] = ()
+    ) -> None:
         self._judge, self._caps, self._payload = judge, judge.caps, judge.payload
-        self.host = host
+        self.host, self._others = host, others
         self._vmcss = Generator(judge)
         self._modes = tuple(modes(judge.caps, judge.payload))
 
     def numbered(self, seed: int, number: int) -> Program:
         """Program ``number`` of a seed, always the same one."""
         return self.draw(random.Random(f"kvmnest program {seed} {number}"))
+
+    def alike(self, case: FuzzCase) -> bool:
+        """Whether the rules say the same of a VMCS on all machines."""
+        wanted = self._judge.violations(case)
+        return all(self._judge.violations(case, caps) == wanted for caps in self._others)
 
     def draw(self, chance: random.Random) -> Program:
         """Draw one program."""
@@ -77,18 +101,19 @@ class ProgramGenerator:
         return Program(tuple(_Draw(self, chance, mode).steps()))
 
 
-class _Draw:
+class _Draw(L1Code):
     """One program that is being drawn."""
 
     def __init__(self, generator: ProgramGenerator, chance: random.Random, mode: L2Mode) -> None:
-        self._chance, self._mode = chance, mode
-        self._caps, self._payload = generator._caps, generator._payload
-        self._vmcss = generator._vmcss
+        super().__init__(chance, generator._caps, generator._payload)
+        self._mode = mode
+        self._vmcss, self._alike = generator._vmcss, generator.alike
         self._base = base_vmcs(self._caps, self._payload, mode)
         self._apic = chance.random() < 0.25
         self._host = generator.host
         of_bits = l2code.Machine.of(self._payload, _BITS.get(mode, 32), self._caps.cr4_fixed1)
-        self._machine = replace(of_bits, apic=self._apic, pauses=self._host)
+        paged = mode not in (L2Mode.REAL, L2Mode.UNPAGED)
+        self._machine = replace(of_bits, paged=paged, apic=self._apic, pauses=self._host)
         self._launched = False
         self._region = "vmcs_a"
 
@@ -120,8 +145,8 @@ class _Draw:
         if chance.random() < 0.12:
             yield from self._l1_instructions(chance.randint(1, 5))
         if self._apic:
-            for msr, number in _X2APIC:
-                code, regs = _wrmsr(msr, number)
+            for msr, number in X2APIC:
+                code, regs = wrmsr(msr, number)
                 yield {"do": "l1", "code": code.hex(), "regs": dict(regs)}
         # KVM makes a vCPU with the x87 FPU of FNINIT, a processor that was reset has another.
         floats = {"code": _FLOATS.hex(), "regs": {"rdi": self._payload["l2_data"]}}
@@ -135,9 +160,6 @@ class _Draw:
             yield from kind(self)
 
     # --- kinds ---
-
-    def _address(self, name: str, place: str, offset: int = 0) -> Step:
-        return {"do": "address", "name": name, "place": place, "offset": offset}
 
     def _load(self, region: str) -> Iterator[Step]:
         """A VMCS with L2's code, ready for VMLAUNCH."""
@@ -241,8 +263,12 @@ class _Draw:
     def _changed(self) -> Iterator[Step]:
         """A VMCS of the present fuzzer, entered, and taken back."""
         case = self._vmcss.draw(self._chance)
-        if case.mode is not self._mode or _PERFORMANCE & case.changes.keys():
+        if case.mode is not self._mode or _NOT_COMPARED & case.changes.keys():
             return
+        if not self._alike(case) or self._nowhere(case):
+            return
+        if case.changes.get(Field.VM_ENTRY_INTR_INFO_FIELD, 0) >> 8 & 7 == 5:
+            return  # INT1, which KVM is known to lose
         targets = case.changes.get(Field.CR3_TARGET_COUNT, 0)
         if self._caps.misc.cr3_targets < targets < 1 << 31:
             return
@@ -254,7 +280,12 @@ class _Draw:
         for label, content in base_memory().items():
             if label not in case.memory:
                 yield _memory(label, content)
-        yield self._fields({f: v & _kept(f) for f, v in case.changes.items()})
+        changes = {f: v & kept(f) for f, v in case.changes.items()}
+        for field in (Field.CPU_BASED_VM_EXEC_CONTROL, Field.SECONDARY_VM_EXEC_CONTROL):
+            if field in changes:
+                # What would give another value on every machine still exits.
+                changes[field] |= self._base[field] & _WATCHED[field].value
+        yield self._fields(changes)
         yield from self._enter()
         # What L1 needs must be right again before an entry that may succeed.
         host = any(field.kind is Kind.HOST for field in case.changes)
@@ -281,29 +312,43 @@ class _Draw:
             }
         )
         page = payload[chance.choice(("l2_data", "l2_data", "l2_stack", "l2_code", "l2_idt"))]
-        entry = page & ~0xFFF | chance.choice(_EPT_ENTRIES)
+        entry = page & ~0xFFF | chance.choice(EPT_ENTRIES)
         where = (page >> 12) * 8
         yield _memory("ept_pml4_pt", entry.to_bytes(8, "little"), offset=where)
-        yield self._flush()
+        yield _FLUSH
         yield from self._code()
         yield from self._enter()
         yield _memory("ept_pml4_pt", (page & ~0xFFF | 0x37).to_bytes(8, "little"), offset=where)
-        yield self._flush()
+        yield _FLUSH
         yield from self._enter()
-
-    def _flush(self) -> Step:
-        return {"do": "invalidate", "name": "invept", "type": 2, "first": 0, "second": 0}
 
     def _msr_lists(self) -> Iterator[Step]:
         """Lists of MSRs that VM entry loads and VM exit stores and loads."""
         chance = self._chance
-        for place, count in _MSR_LISTS:
-            entries = [chance.choice(_LISTED) for _ in range(chance.randint(1, 4))]
+        for place, count in MSR_LISTS:
+            entries = [chance.choice(LISTED) for _ in range(chance.randint(1, 4))]
             content = b"".join(struct.pack("<IIQ", *entry) for entry in entries)
             yield _memory(place, content)
             yield self._fields({count: chance.choice((len(entries), len(entries), 0))})
         yield from self._new_code()
-        yield self._fields({count: 0 for _, count in _MSR_LISTS})
+        yield self._fields({count: 0 for _, count in MSR_LISTS})
+
+    def _nowhere(self, case: FuzzCase) -> bool:
+        """Whether an address that KVM itself has to use is one where L1 has no memory."""
+        size = self._payload["RAM_SIZE"]
+        fields = (Field.APIC_ACCESS_ADDR, Field.VIRTUAL_APIC_PAGE_ADDR, Field.EPT_POINTER)
+        return any(case.changes.get(field, 0) >= size for field in fields)
+
+    def _leave(self) -> Iterator[Step]:
+        """VMXOFF and VMXON; what VMXOFF leaves of an active VMCS is not defined."""
+        for region in REGIONS:
+            yield self._address("vmclear", region)
+        yield {"do": "alone", "name": "vmxoff"}
+        if self._chance.random() < 0.3:
+            yield from self._l1_instructions(1)
+        yield {"do": "region", "place": "vmxon_region", "revision": "good"}
+        yield self._address("vmxon", "vmxon_region")
+        yield from self._load(self._chance.choice(REGIONS))
 
     def _state(self) -> Iterator[Step]:
         """The base VMCS again, so that L2 is sane."""
@@ -342,112 +387,9 @@ class _Draw:
             yield {"do": "alone", "name": "vmptrst"}
             yield from self._enter()
 
-    def _l1_instructions(self, count: int = 2) -> Iterator[Step]:
-        for _ in range(count):
-            yield self._l1_instruction()
-
-    def _l1_instruction(self) -> Step:
-        chance = self._chance
-        what = chance.random()
-        if what < 0.3:
-            place = chance.choice((*REGIONS, *REGIONS, _UNUSED, "vmxon_region", ""))
-            offset = chance.choice((0, 0, 0, 1, 8, 0x800)) if place else chance.choice(_ADDRESSES)
-            return self._address(chance.choice(("vmxon", "vmclear", "vmptrld")), place, offset)
-        if what < 0.45:
-            return {
-                "do": "alone",
-                "name": chance.choice(_ALONE),
-            }
-        if what < 0.6:
-            eptp = self._payload["ept_pml4"] | 0x1E
-            first = chance.choice(
-                (eptp, eptp, 0, 1, 0xFFFF, 0x10000, eptp | 1 << 7, eptp | 1 << 50)
-            )
-            second = chance.choice((0, 0, 0, 1, 1 << 47, 1 << 63))
-            name = chance.choice(("invept", "invvpid"))
-            kind = chance.choice((0, 1, 1, 2, 2, 3, 4, 1 << 32 | 1, (1 << 64) - 1))
-            return {
-                "do": "invalidate",
-                "name": name,
-                "type": kind,
-                "first": first,
-                "second": second,
-            }
-        if what < 0.8:
-            return self._vmread_or_vmwrite()
-        if what < 0.9:
-            # Not that of an active VMCS, which software must not write to.
-            revision = chance.choice(("good", "shadow", "bad"))
-            return {"do": "region", "place": _UNUSED, "revision": revision}
-        code, regs = chance.choice(_L1_CODE)
-        return {"do": "l1", "code": code.hex(), "regs": dict(regs)}
-
-    def _vmread_or_vmwrite(self) -> Step:
-        chance = self._chance
-        field = int(chance.choice([field for field in Field if field not in _NOT_IN_KVM]))
-        if chance.random() < 0.25:
-            field ^= 1 << chance.choice((0, 0, 12, 15, 31, 32, 63, 5))
-        known = field in [*Field] and Field(field)
-        if known and not self._caps.field_exists(known):
-            field = int(Field.GUEST_RIP)
-        # Host state and what keeps L2 in L1's hands is left to the other kinds.
-        if (known and known.kind not in (Kind.GUEST, Kind.EXIT_INFO)) or chance.random() < 0.5:
-            return {"do": "vmread", "field": field}
-        value = l2code.value(chance) & (_kept(known) if known else (1 << 64) - 1)
-        return {"do": "vmwrite", "field": field, "value": value}
-
 
 #: FNINIT; MOV DWORD [RDI], 1F80H; LDMXCSR [RDI].
 _FLOATS = b"\xdb\xe3\xc7\x07\x80\x1f\x00\x00\x0f\xae\x17"
-_ALONE = ("vmxoff", "vmptrst", "vmptrst", "vmfunc")
-#: In memory, or beyond the physical-address width.
-_ADDRESSES = (0, 0xFFF, 1 << 52, 1 << 63, (1 << 64) - 1, 0x3FF000)
-
-
-def _wrmsr(index: int, value: int) -> tuple[bytes, tuple[tuple[str, int], ...]]:
-    high, low = value >> 32, value & 0xFFFFFFFF
-    return b"\x0f\x30", (("rcx", index), ("rax", low), ("rdx", high))
-
-
-#: Instructions of L1: MOV to control registers that VMX operation restricts, MSRs that L2 gets.
-_L1_CODE: tuple[tuple[bytes, tuple[tuple[str, int], ...]], ...] = (
-    # MOV RAX, CR4; BTC RAX, 13 (VMXE); MOV CR4, RAX
-    (b"\x0f\x20\xe0\x48\x0f\xba\xf8\x0d\x0f\x22\xe0", ()),
-    # the same with CR0 and bit 5 (NE), bit 31 (PG), bit 16 (WP), bit 3 (TS)
-    *((b"\x0f\x20\xc0\x48\x0f\xba\xf8" + bytes([n]) + b"\x0f\x22\xc0", ()) for n in (5, 31, 16)),
-    _wrmsr(0x277, 0x0007040600070406),
-    _wrmsr(0x277, 0x0606060606060606),
-    _wrmsr(0x174, 0x10),
-    _wrmsr(0x175, 0x1234),
-    _wrmsr(0xC0000082, 0xFFFF800000001234),
-    _wrmsr(0xC0000102, 0x7FFF00001234),
-    (b"\x0f\x23\xf8", (("rax", 0x400),)),  # MOV DR7, RAX
-    (b"\x0f\x22\xd0", (("rax", 0x12345678),)),  # MOV CR2, RAX
-)
-
-#: IA32_APIC_BASE: x2APIC mode, on the first CPU; the APIC enabled by software.
-_X2APIC = ((0x1B, 0xFEE00D00), (0x80F, 0x1FF))
-#: Of EPT entries: access rights, memory type, ignored and reserved bits.
-_EPT_ENTRIES = (
-    *(0x30 | rights for rights in range(8)),
-    *(rights | kind << 3 for rights in (3, 7) for kind in (0, 1, 2, 3, 4, 5, 7)),
-    *(0x37 | 1 << bit for bit in (6, 7, 8, 9, 10, 11, 51, 52, 62)),
-)
-_MSR_LISTS = (
-    ("entry_load_msrs", Field.VM_ENTRY_MSR_LOAD_COUNT),
-    ("exit_store_msrs", Field.VM_EXIT_MSR_STORE_COUNT),
-    ("exit_load_msrs", Field.VM_EXIT_MSR_LOAD_COUNT),
-)
-#: Entries of them: the MSR, the reserved part, the value. Some are wrong.
-_LISTED = (
-    *((0x174, 0, value) for value in (0, 0x10, 0xFFFFFFFF)),
-    *((0x175, 0, 0x1234), (0x176, 0, 0x7FFF00001234)),
-    *((0xC0000081, 0, 0x0013000800000000), (0xC0000082, 0, 0xFFFF800000001234)),
-    *((0xC0000084, 0, 0x700), (0xC0000102, 0, 0x1234), (0x277, 0, 0x0007040600070406)),
-    *((0x277, 0, 2), (0x174, 1, 0), (0xC0000100, 0, 0), (0xC0000101, 0, 0)),
-    *((0x40000000, 0, 0), (0xC0000082, 0, 1 << 63), (0x800, 0, 0), (0x9B, 0, 0)),
-)
-
 _KINDS: tuple[tuple[Callable[[_Draw], Iterator[Step]], int], ...] = (
     (_Draw._new_code, 10),
     (_Draw._again, 8),
@@ -457,13 +399,9 @@ _KINDS: tuple[tuple[Callable[[_Draw], Iterator[Step]], int], ...] = (
     (_Draw._other_vmcs, 4),
     (_Draw._l1_instructions, 5),
     (_Draw._ept, 4),
+    (_Draw._leave, 1),
     (_Draw._msr_lists, 3),
 )
-
-
-def _kept(field: Field) -> int:
-    """Bits of a field that every processor keeps: of access rights not the reserved ones."""
-    return 0x1F0FF if field.name.endswith("_ACCESS_RIGHTS") else field.width.mask
 
 
 def _memory(place: str, content: bytes, *, offset: int = 0, times: int = 1) -> Step:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -36,13 +36,16 @@ class Known:
 
     def explains(self, difference: Difference, before: Collection[str] = ()) -> bool:
         """Whether it is about this difference, behind known ones of what is in ``before``."""
+        return self.concerns(difference, before) and self._only_bits(difference)
+
+    def concerns(self, difference: Difference, before: Collection[str]) -> bool:
+        """Whether it is about such a difference, of whatever bits."""
         return (
             fnmatchcase(difference.what, self.what)
             and (not self.follows or self.follows in before)
             and _matches(difference.end, self.after)
             and _matches(_text(difference.one), self.one)
             and _matches(_text(difference.other), self.other)
-            and self._only_bits(difference)
         )
 
     def _only_bits(self, difference: Difference) -> bool:
@@ -60,6 +63,21 @@ def _text(value: object) -> str:
 
 def _is(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def explained(
+    difference: Difference, known: Sequence[Known], before: Collection[str]
+) -> Sequence[Known]:
+    """The entry that explains a difference, or several that explain some of its bits each."""
+    for entry in known:
+        if entry.explains(difference, before):
+            return (entry,)
+    one, other = difference.one, difference.other
+    if not isinstance(one, int) or not isinstance(other, int):
+        return ()
+    some = [e for e in known if e.bits & (one ^ other) and e.concerns(difference, before)]
+    bits = functools.reduce(lambda bits, entry: bits | entry.bits, some, 0)
+    return () if (one ^ other) & ~bits else some
 
 
 @functools.cache

@@ -19,7 +19,7 @@ _GOOD_MSRS = (
     *(Msr.SYSENTER_CS, Msr.SYSENTER_ESP, Msr.SYSENTER_EIP, Msr.STAR, Msr.LSTAR, Msr.CSTAR),
     *(Msr.FMASK, Msr.FS_BASE, Msr.GS_BASE, Msr.KERNEL_GS_BASE, Msr.PAT, Msr.IA32_EFER),
 )
-_BAD_MSRS = (0x1, 0x2FF + 0x1000, 0x40000000, 0xC0001FFF, 0xC0002000, 0xFFFF)
+_BAD_MSRS = (0x2FF + 0x1000, 0x40000000, 0xC0001FFF, 0xC0002000, 0xFFFF)
 _CONSTANTS = (0, 1, 2, 0x1000, 0xFFFF, 0x80000000, 0xFFFFFFFF, (1 << 47) - 1, 1 << 47, 1 << 63)
 _PORTS = (0, 0x20, 0x60, 0x70, 0x80, 0xE7, 0x3F8, 0xCF8, 0x7FFF, 0x8000, 0xFFFF)
 #: Bits of CR4 that no processor has.
@@ -44,6 +44,7 @@ class Machine:
     data: int
     selectors: tuple[int, ...]
     cr4: int
+    paged: bool = True
     apic: bool = False
     pauses: bool = False
 
@@ -178,6 +179,9 @@ class Part:
         if number == 0:
             # Bochs lets L2 leave protected mode and paging without unrestricted guest.
             value |= 0x80000001
+            if not self._machine.paged:
+                # Whether L2 may turn paging on depends on EFER.LME, which KVM clears at entry.
+                value &= 0x7FFFFFFE
         return self._mov(0, value) + rex + b"\x0f\x22" + modrm
 
     def _lmsw(self) -> bytes:
