@@ -25,7 +25,8 @@ from kvmnest.lab.snapshot import SnapshotError
 # Each emulator has its own to add.
 KERNEL_PARAMETERS = (
     "console=ttyS0,115200 quiet nokaslr no_timer_check random.trust_cpu=on panic=-1 reboot=t "
-    "cryptomgr.notests"
+    # What runs on after an oops tells nothing, and may hang on a lock that the dead task held.
+    "oops=panic cryptomgr.notests"
 )
 _USUAL = {"nested": "1"}
 GUEST_ENV = {
