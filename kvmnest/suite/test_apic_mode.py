@@ -189,6 +189,19 @@ def _block(l1: L1, block: bool) -> None:
 
 @pytest.mark.needs(Cap.SET_GUEST_DEBUG2)
 @pytest.mark.sdm("APIC Virtualization and Virtual Interrupts")
+def test_interrupts_unblocked_while_l2_runs(l1: L1) -> None:
+    """KVM_GUESTDBG_BLOCKIRQ ends while L2 is active: L1 takes what comes when it runs again."""
+    apic, guest = Apic(l1), _guest(l1)
+    for _ in range(2):
+        _block(l1, True)
+        _stop(guest)
+        _block(l1, False)
+        assert guest.resume() == Succeed()
+        _check_interrupts(apic)
+
+
+@pytest.mark.needs(Cap.SET_GUEST_DEBUG2)
+@pytest.mark.sdm("APIC Virtualization and Virtual Interrupts")
 @pytest.mark.parametrize("ended", ["in-L2", "in-L1"])
 def test_interrupts_blocked_while_l2_runs(l1: L1, ended: str) -> None:
     """KVM_GUESTDBG_BLOCKIRQ, set while L2 is active, holds L1's interrupts back; then they come."""

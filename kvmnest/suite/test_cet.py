@@ -1,6 +1,6 @@
 """CET state of L1 and L2: what VM entries check and load, what VM exits save and load.
 
-CR4.CET is 0 in both, so the state has no effect while it is there.
+Where the state is there, CR4.CET is 0 in both, so that it has no effect.
 """
 
 from __future__ import annotations
@@ -9,9 +9,11 @@ from dataclasses import dataclass
 
 import pytest
 
-from kvmnest.l1 import L1
+from kvmnest.l1 import L1, code
 from kvmnest.suite.support.entries import (
     BAD_GUEST,
+    BAD_HOST,
+    EPT_OR_NOT,
     Entries,
     address_bits,
     each,
@@ -21,7 +23,8 @@ from kvmnest.suite.support.entries import (
     not_canonical,
 )
 from kvmnest.suite.support.failures import OUTCOMES, Failure, broken
-from kvmnest.vmx import EntryCtl, ExitCtl, ExitReason, Field, Msr
+from kvmnest.suite.support.guest import Guest
+from kvmnest.vmx import Cr0, Cr4, EntryCtl, ExitCtl, ExitReason, Field, Msr
 from kvmnest.vmx.outcome import Exit, Succeed
 
 pytestmark = [
@@ -126,6 +129,33 @@ def test_not_loaded_is_not_checked(l1: L1) -> None:
         expect_accepted(tries, each(field, bad))
 
 
+@EPT_OR_NOT
+@pytest.mark.sdm("Checks on Guest Control Registers, Debug Registers, and MSRs")
+def test_guest_cr4_needs_wp(l1: L1, ept: bool) -> None:
+    """With CR4.CET the guest's CR0.WP must be 1, whether CET state is loaded or not."""
+    tries = entries(l1, ept=ept)
+    load = tries.using(EntryCtl.LOAD_CET_STATE, ExitCtl.LOAD_CET_STATE)
+    cr0, cr4 = tries.vmcs[Field.GUEST_CR0] & ~Cr0.WP, tries.vmcs[Field.GUEST_CR4] | Cr4.CET
+    bad = {Field.GUEST_CR0: cr0, Field.GUEST_CR4: cr4}
+    expect_refused(tries, BAD_GUEST, [bad, {**bad, **load}])
+    tries.vmcs.update(load)
+    good = {Field.GUEST_CR4: cr4, Field.GUEST_CR0: cr0 | Cr0.WP}
+    expect_accepted(tries, [{Field.GUEST_CR0: cr0}, good])
+
+
+@pytest.mark.sdm("Checks on Host Control Registers, MSRs, and SSP")
+def test_host_cr4_needs_wp(l1: L1) -> None:
+    """With CR4.CET the host's CR0.WP must be 1, whether CET state is loaded or not."""
+    tries = entries(l1)
+    load = tries.using(EntryCtl.LOAD_CET_STATE, ExitCtl.LOAD_CET_STATE)
+    cr0, cr4 = tries.vmcs[Field.HOST_CR0] & ~Cr0.WP, tries.vmcs[Field.HOST_CR4] | Cr4.CET
+    bad = {Field.HOST_CR0: cr0, Field.HOST_CR4: cr4}
+    expect_refused(tries, BAD_HOST, [bad, {**bad, **load}])
+    tries.vmcs.update(load)
+    good = {Field.HOST_CR4: cr4, Field.HOST_CR0: cr0 | Cr0.WP}
+    expect_accepted(tries, [{Field.HOST_CR0: cr0}, good])
+
+
 # --- loading and saving ---
 
 entry = pytest.mark.parametrize("entry", [False, True], ids=["entry-keeps", "entry-loads"])
@@ -143,6 +173,29 @@ def test_across_entry_and_exit(l1: L1, entry: bool, exit_: bool) -> None:
     assert _msrs(l1) == (_HOST if exit_ else of_l2)
     for field, value in of_l2.fields("GUEST").items():
         assert l1.vmread(field) == Succeed(value), field.name
+
+
+@pytest.mark.sdm("Saving RIP, RSP, RFLAGS, and SSP")
+@entry
+@exit_
+def test_ssp_across_entry_and_exit(l1: L1, entry: bool, exit_: bool) -> None:
+    """So it is with SSP; an entry and exit that load none saves that of L1."""
+    own, of_l2, of_l1 = 0x1111_1000, 0x2222_2000, 0x3333_3000
+    guest = Guest(l1)
+    vmcs = guest.vmcs
+
+    def saved(ssp: int, entry: bool, exit_: bool) -> int:
+        for field, flag, on in (
+            (Field.VM_ENTRY_CONTROLS, EntryCtl.LOAD_CET_STATE, entry),
+            (Field.VM_EXIT_CONTROLS, ExitCtl.LOAD_CET_STATE, exit_),
+        ):
+            (vmcs.set_bits if on else vmcs.clear_bits)(field, flag)
+        assert guest.run(code.NOP, GUEST_SSP=ssp, HOST_SSP=of_l1) == Succeed()
+        return vmcs[Field.GUEST_SSP]
+
+    assert saved(own, True, False) == own  # L1 goes on with it
+    assert saved(of_l2, entry, exit_) == (of_l2 if entry else own)
+    assert saved(0, False, False) == (of_l1 if exit_ else of_l2 if entry else own)
 
 
 # --- failed entries ---

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from kvmnest.kvm import exits
+from kvmnest.kvm import Cap, exits
 from kvmnest.l1 import L1, code
+from kvmnest.suite.support.apic import TO_APIC_0
 from kvmnest.suite.support.bitmaps import set_msr_bitmap
 from kvmnest.suite.support.emulation import PREFIX, forced
 from kvmnest.suite.support.entries import EPT_OR_NOT
@@ -21,8 +22,10 @@ from kvmnest.suite.support.ept import (
 )
 from kvmnest.suite.support.failures import write_msr_area
 from kvmnest.suite.support.guest import Guest
+from kvmnest.suite.support.shadowing import Shadowing
+from kvmnest.suite.support.virtual_apic import NOTIFICATION, POSTED, PostedInterrupts
 from kvmnest.vmx import EptVpidCap, Field, Msr, Proc2Ctl, ProcCtl
-from kvmnest.vmx.outcome import HostExit, Succeed
+from kvmnest.vmx.outcome import Fault, HostExit, Succeed
 
 pytestmark = [
     pytest.mark.series(24),
@@ -35,6 +38,7 @@ OUT_80 = code.out8(0x80)
 #: LOCK CMPXCHG [RDI], RCX
 CMPXCHG = b"\xf0\x48\x0f\xb1\x0f"
 STORE = b"\x48\x89\x07"  # MOV [RDI], RAX
+_VECTOR = 0x51
 
 
 @pytest.fixture(autouse=True)
@@ -185,6 +189,33 @@ def test_vmcs_region(l1: L1) -> None:
     other = l1.prepare_region(l1.sym("vmcs_b"))
     assert l1.vmptrld(other) == Succeed()
     assert _dirty(l1, region) == [True]
+
+
+@pytest.mark.needs(Proc2Ctl.VMCS_SHADOWING)
+@pytest.mark.sdm("VMWRITE-Write Field to Virtual-Machine Control Structure")
+def test_shadow_vmcs(l1: L1) -> None:
+    """A shadow VMCS that L2 writes by VMWRITE is logged at the latest when L2 exits."""
+    shadowing = Shadowing(l1)
+    shadowing.fill({Field.GUEST_RSP: 1})
+    _start(l1)
+    assert isinstance(shadowing.write(Field.GUEST_RSP, 0x1234), Succeed)
+    assert _dirty(l1, shadowing.region) == [True]
+    assert shadowing.content(Field.GUEST_RSP) == {Field.GUEST_RSP: 0x1234}
+
+
+@pytest.mark.needs(Cap.SIGNAL_MSI, *POSTED)
+@pytest.mark.sdm("Posted-Interrupt Processing")
+def test_posted_interrupt_descriptor(l1: L1) -> None:
+    """The descriptor, from which the processor takes vectors, and the virtual-APIC page."""
+    posted = PostedInterrupts(l1)
+    guest, pages = posted.guest, (posted.descriptor, posted.virtual.page)
+    assert isinstance(guest.run(OUT_80 + code.NOP, GUEST_RFLAGS=0x202), HostExit)
+    posted.post([_VECTOR])
+    _start(l1)
+    assert l1.vm.signal_msi(TO_APIC_0, NOTIFICATION) == 1
+    assert guest.resume() == Fault(_VECTOR, error_code=0, rip=len(OUT_80))
+    assert _dirty(l1, *pages) == [True, True]
+    assert posted.left() == ([], False)
 
 
 #: Store instructions of L1: machine code with the operand at [RDI], which KVM writes.

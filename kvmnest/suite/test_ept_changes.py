@@ -115,6 +115,56 @@ def test_large_page_becomes_a_table(l1: L1, invept: bool) -> None:
     memory.close()
 
 
+#: What a directory's entry can name: large pages or page tables, in two frames each.
+_NAMED = ("large", "other-large", "table", "other-table", "table-in-large")
+
+
+@pytest.mark.needs(EptVpidCap.PAGE_2MB)
+@pytest.mark.parametrize("invept", [False, True], ids=["", "INVEPT"])
+@pytest.mark.parametrize("before", _NAMED)
+def test_entry_of_a_directory_changes(l1: L1, before: str, invept: bool) -> None:
+    """The host makes a directory's entry name something else: L2 has that after INVEPT.
+
+    Without INVEPT an access before may go to either. Then the memory goes, which shows what KVM
+    keeps of the entry before.
+    """
+    if l1.nested_roundtrip:
+        pytest.skip("a VM that replaces another one has no such memory slot")
+    window = Window(Guest(l1))
+    memory, tables, pages = Memory(2 * LARGE_SIZE), l1.alloc(2), l1.alloc(3)
+    large = LARGE | WRITE_BACK | RWX
+    entries = {
+        "large": SLOT | large,
+        "other-large": SLOT + LARGE_SIZE | large,
+        "table": tables | RWX,
+        "other-table": tables + 4096 | RWX,
+        "table-in-large": SLOT | RWX,
+    }
+    for number, (name, table) in enumerate(zip(_NAMED[2:], (tables, tables + 4096), strict=False)):
+        for index in (0, 1, 2):
+            l1.write_int(table + 8 * index, pages + 4096 * number | WRITE_BACK | RWX)
+        l1.write_int(pages + 4096 * number, _NAMED.index(name))
+    inside = pages + 2 * 4096 | WRITE_BACK | RWX
+    memory.write(0, inside.to_bytes(8, "little") * 3)
+    l1.write_int(pages + 2 * 4096, _NAMED.index("table-in-large"))
+    for after in _NAMED:
+        l1.vm.add_memory(NUMBER, SLOT, memory)
+        memory.write(4096, bytes([_NAMED.index("large"), *bytes(7)]))
+        memory.write(LARGE_SIZE + 4096, bytes([_NAMED.index("other-large"), *bytes(7)]))
+        window.set(2, entries[before])
+        window.invalidate()
+        assert _load(window, 4096) == _NAMED.index(before)
+        l1.write_int(window.entry(2), entries[after])
+        if invept:
+            window.invalidate()
+        assert _store(window, 0x55, 2 * 4096 + 8) == Succeed(), after
+        window.invalidate()
+        assert _load(window, 4096) == _NAMED.index(after), after
+        l1.vm.remove_memory(NUMBER)
+        _again(l1)
+    memory.close()
+
+
 def test_memory_slot_changes(l1: L1) -> None:
     """A memory slot that is removed, replaced or moved under L2 is gone for it at once."""
     if l1.nested_roundtrip:

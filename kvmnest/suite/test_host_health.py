@@ -1,4 +1,8 @@
-"""What the host keeps after a VM that ran L2 is gone: no page, no file descriptor."""
+"""What the host keeps after a VM that ran L2 is gone: no page, no file descriptor.
+
+A fixture watches each: memory (``watched``), file descriptors (``descriptors``), KVM's own
+statistics (``counted``). The kernel's messages are watched in every case.
+"""
 
 from __future__ import annotations
 
@@ -32,6 +36,27 @@ def watched(l1: L1) -> SealedMemory:
     memory = SealedMemory(4 * 4096)
     l1.vm.add_memory(7, WATCHED, memory)
     return memory
+
+
+@pytest.fixture
+def descriptors() -> Callable[[], int]:
+    """How many file descriptors this process has more than before the case."""
+    before = len(os.listdir("/proc/self/fd"))
+    return lambda: len(os.listdir("/proc/self/fd")) - before
+
+
+@pytest.fixture
+def counted(l1: L1) -> Callable[[str], int]:
+    """By how much a statistic of the vCPU grew since the case began."""
+    before = l1.vcpu.stats()
+
+    def growth(name: str) -> int:
+        now, then = l1.vcpu.stats()[name], before[name]
+        assert isinstance(now, int)
+        assert isinstance(then, int)
+        return now - then
+
+    return growth
 
 
 def _guest(l1: L1) -> Guest:
@@ -76,12 +101,16 @@ def _left_in_l2(guest: Guest) -> Outcome:
     return guest.run(code.out8(0x80))
 
 
+def _bad(qualification: int) -> EntryFailure:
+    return EntryFailure(ExitReason.INVALID_GUEST_STATE, qualification=qualification)
+
+
 _ENDS: dict[str, tuple[Callable[[Guest], Outcome], object]] = {
     "exit": (_good, Succeed()),
-    "link-pointer": (_bad_link, EntryFailure(ExitReason.INVALID_GUEST_STATE, qualification=4)),
-    "CR3": (_bad_cr3, EntryFailure(ExitReason.INVALID_GUEST_STATE, qualification=0)),
+    "link-pointer": (_bad_link, _bad(4)),
+    "CR3": (_bad_cr3, _bad(0)),
     "MSR-area": (_bad_msr_area, EntryFailure(ExitReason.MSR_LOAD_FAIL, qualification=1)),
-    "segment": (_bad_segment, EntryFailure(ExitReason.INVALID_GUEST_STATE, qualification=0)),
+    "segment": (_bad_segment, _bad(0)),
     "control": (_bad_control, VMfailValid(7)),
     "in-L2": (_left_in_l2, None),
 }
@@ -125,16 +154,21 @@ def test_pages_of_regions(l1: L1, watched: SealedMemory, where: str) -> None:
     assert not watched.leaked()
 
 
-def test_file_descriptors(l1: L1) -> None:
-    """A VM that is replaced while L2 runs leaves no file descriptor behind."""
+@pytest.mark.parametrize("where", ["L1", "L2"])
+def test_file_descriptors(l1: L1, descriptors: Callable[[], int], where: str) -> None:
+    """A VM that is replaced, while L2 runs or not, leaves no file descriptor behind."""
     guest = Guest(l1)
     assert isinstance(guest.run(code.out8(0x80)), HostExit)
+    if where == "L1":
+        assert guest.resume() == Succeed()
+    l1.vcpu.stats()
     l1.round_trip()
-    before = len(os.listdir("/proc/self/fd"))
+    first = descriptors()
     for _ in range(3):
+        l1.vcpu.stats()
         l1.round_trip()
-    assert len(os.listdir("/proc/self/fd")) == before
-    assert guest.resume() == Succeed()
+    assert descriptors() == first
+    assert (guest.resume if where == "L2" else guest.go_on)() == Succeed()
 
 
 @pytest.mark.needs(Cap.MCE, Cap.NESTED_STATE)
@@ -157,18 +191,16 @@ def test_kernel_log_of_a_lost_triple_fault(l1: L1, way: str) -> None:
     assert l1.vcpu.get_nested_state() == outside
 
 
-def test_statistics(l1: L1) -> None:
+def test_statistics(l1: L1, counted: Callable[[str], int]) -> None:
     """KVM's own statistics count the entries of L2, and say whether L2 is active."""
     guest = Guest(l1)
-    assert guest.run(code.NOP) == Succeed()
-    stats = l1.vcpu.stats()
-    before = stats["nested_run"]
-    assert isinstance(before, int)
-    assert stats["guest_mode"] == 0
     for count in (1, 2, 3):
         assert guest.run(code.NOP) == Succeed()
-        assert l1.vcpu.stats()["nested_run"] == before + count
+        assert (counted("nested_run"), counted("guest_mode")) == (count, 0)
+    assert guest.run(code.NOP, VMCS_LINK_POINTER=0x800) == _bad(4)
+    assert counted("nested_run") == 3  # an entry that failed is none
+    guest.vmcs[Field.VMCS_LINK_POINTER] = (1 << 64) - 1
     assert isinstance(guest.run(code.out8(0x80)), HostExit)
-    assert l1.vcpu.stats()["guest_mode"] == 1
+    assert (counted("nested_run"), counted("guest_mode")) == (4, 1)
     assert guest.resume() == Succeed()
-    assert l1.vcpu.stats()["guest_mode"] == 0
+    assert (counted("nested_run"), counted("guest_mode")) == (4, 0)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from kvmnest.kvm import Cap, exits
 from kvmnest.l1 import L1, code
 from kvmnest.suite.support.guest import Guest
 from kvmnest.vmx import ActivityState, Field, IntrType, Misc, PinCtl, Rflags, Vector, intr_info
-from kvmnest.vmx.outcome import Fault, Succeed
+from kvmnest.vmx.outcome import Fault, HostExit, Succeed
 
 pytestmark = [
     pytest.mark.series(21),
@@ -78,3 +79,35 @@ def test_lost_by_an_injected_event(l1: L1, vector: Vector) -> None:
         VM_ENTRY_INTR_INFO_FIELD=intr_info(vector, kind),
     )
     assert seen == Fault(vector, error_code=0, rip=0)
+
+
+_PAYLOAD = 0x10  # of kvm_vcpu_events.flags
+_SHADOWS = {"none": 0, "MOV-SS": 1, "STI": 2}  # of kvm_vcpu_events.interrupt.shadow
+
+
+@pytest.mark.sdm("Checks on Guest Non-Register State")
+@pytest.mark.needs(Cap.EXCEPTION_PAYLOAD)
+@pytest.mark.parametrize("moved", [False, True], ids=["", "moved"])
+@pytest.mark.parametrize("how", ["pending", "injected"])
+@pytest.mark.parametrize("shadow", _SHADOWS)
+def test_single_step_from_userspace(l1: L1, shadow: str, how: str, moved: bool) -> None:
+    """Userspace restores an L2 with TF set and #DB on its way: its handler gets it once.
+
+    Under blocking by STI or MOV SS with TF set, VM entry needs BS among the pending debug
+    exceptions, whatever it injects.
+    """
+    l1.enable_cap(Cap.EXCEPTION_PAYLOAD)
+    guest, out = Guest(l1), code.out8(0x80)
+    assert isinstance(guest.run(out + code.NOP * 2), HostExit)
+    assert isinstance(l1.vcpu.run(immediate_exit=True), exits.IntrExit)
+    regs, events = l1.vcpu.get_regs(), l1.vcpu.get_vcpu_events()
+    regs.rflags |= Rflags.IF | Rflags.TF
+    l1.vcpu.set_regs(regs)
+    setattr(events.exception, how, 1)
+    events.exception.nr, events.exception.has_error_code = Vector.DB, 0
+    events.exception_has_payload, events.exception_payload = int(how == "pending"), BS
+    events.interrupt.shadow, events.flags = _SHADOWS[shadow], events.flags | _PAYLOAD
+    l1.vcpu.set_vcpu_events(events)
+    if moved:
+        l1.round_trip()
+    assert guest.resume() == Fault(Vector.DB, error_code=0, rip=len(out))

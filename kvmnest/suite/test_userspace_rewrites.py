@@ -9,10 +9,10 @@ import pytest
 
 from kvmnest.kvm import Cap, Vcpu, exits
 from kvmnest.l1 import L1, L2Mode, code
-from kvmnest.suite.support.apic import NMI, TO_APIC_0, Apic
+from kvmnest.suite.support.apic import INIT, NMI, TO_APIC_0, Apic
 from kvmnest.suite.support.guest import PATTERN, Guest
 from kvmnest.vmx import ExitCtl, ExitReason, IntrType, Msr, PinCtl, Proc2Ctl, Vector, intr_info
-from kvmnest.vmx.outcome import Exit, HostExit, Succeed
+from kvmnest.vmx.outcome import Exit, Fault, HostExit, Outcome, Succeed
 
 pytestmark = [
     pytest.mark.series(24),
@@ -49,8 +49,13 @@ REWRITES: dict[str, Callable[[Vcpu], None]] = {
         )
     },
     "msrs": _msrs,
+    "guest_debug": lambda vcpu: vcpu.set_guest_debug(0),
 }
-_NEEDS = {"sregs2": Cap.SREGS2, "tsc_khz": Cap.TSC_CONTROL}
+_NEEDS = {
+    "sregs2": Cap.SREGS2,
+    "tsc_khz": Cap.TSC_CONTROL,
+    "guest_debug": Cap.SET_GUEST_DEBUG,
+}
 MODES = (L2Mode.LONG, L2Mode.PAE, L2Mode.PROTECTED, L2Mode.UNPAGED, L2Mode.REAL)
 
 
@@ -127,3 +132,76 @@ def test_with_an_event_pending(l1: L1, name: str, pending: str) -> None:
     reason, vector, kind = info
     assert seen == Exit(reason, rip=guest.at(len(OUT_80)), intr_info=intr_info(vector, kind))
     assert guest.go_on() == Succeed()
+
+
+_PAYLOAD, _TRIPLE_FAULT, _GP = 0x10, 0x20, 13  # two of kvm_vcpu_events.flags, and a vector
+_CODE = 0x28
+
+
+def _event(l1: L1, **fields: int) -> None:
+    events = l1.vcpu.get_vcpu_events()
+    events.flags |= _PAYLOAD
+    for name, value in {"nr": _GP, "has_error_code": 1, "error_code": _CODE, **fields}.items():
+        setattr(events.exception, name, value)
+    l1.vcpu.set_vcpu_events(events)
+
+
+def _triple_fault(l1: L1) -> None:
+    events = l1.vcpu.get_vcpu_events()
+    events.flags |= _TRIPLE_FAULT
+    events.triple_fault.pending = 1
+    l1.vcpu.set_vcpu_events(events)
+
+
+def _init(l1: L1) -> None:
+    assert l1.vm.signal_msi(TO_APIC_0, INIT) == 1
+
+
+def _handled(_: Guest, offset: int) -> Outcome:
+    return Fault(_GP, error_code=_CODE, rip=offset)
+
+
+#: KVM takes these for a new place in a program or a new L2: userspace writes events behind them.
+_DROP_EVENTS = ("regs", "nested_state")
+#: What waits for L2: how it gets there, L1's exception bitmap, and how L2 goes on.
+_EXCEPTIONAL: dict[str, tuple[Callable[[L1], None], int, Callable[[Guest, int], object]]] = {
+    "pending": (lambda l1: _event(l1, pending=1), 0, _handled),
+    "pending-intercepted": (
+        lambda l1: _event(l1, pending=1),
+        1 << _GP,
+        lambda guest, offset: guest.exception(Vector.GP, _CODE, offset=offset),
+    ),
+    "injected": (lambda l1: _event(l1, injected=1), 1 << _GP, _handled),
+    "triple-fault": (
+        _triple_fault,
+        0,
+        lambda guest, offset: Exit(ExitReason.TRIPLE_FAULT, rip=guest.at(offset)),
+    ),
+    "INIT": (_init, 0, lambda guest, offset: Exit(ExitReason.INIT_SIGNAL, rip=guest.at(offset))),
+}
+
+
+@pytest.mark.needs(Cap.EXCEPTION_PAYLOAD, Cap.X86_TRIPLE_FAULT_EVENT, Cap.SIGNAL_MSI)
+@pytest.mark.parametrize("moved", [False, True], ids=["", "moved"])
+@pytest.mark.parametrize("pending", _EXCEPTIONAL)
+def test_with_an_exception_pending(l1: L1, pending: str, moved: bool) -> None:
+    """Nor are exceptions, a triple fault or INIT, whatever userspace rewrites meanwhile."""
+    for cap in (Cap.EXCEPTION_PAYLOAD, Cap.X86_TRIPLE_FAULT_EVENT):
+        l1.enable_cap(cap)
+    make, bitmap, expected = _EXCEPTIONAL[pending]
+    Apic(l1)
+    offered = l1.kvm.check_extension
+    for name in (name for name in REWRITES if name not in _NEEDS or offered(_NEEDS[name])):
+        guest = Guest(l1, ept=True)
+        _stop(guest, EXCEPTION_BITMAP=bitmap)
+        make(l1)
+        events = l1.vcpu.get_vcpu_events()
+        for _ in range(2):
+            REWRITES[name](l1.vcpu)
+        if name in _DROP_EVENTS:
+            l1.vcpu.set_vcpu_events(events)
+        if moved:
+            l1.round_trip()
+        assert guest.resume() == expected(guest, len(OUT_80)), name
+        assert l1.vmptrst() == Succeed(guest.vmcs.address), name
+        assert l1.vmxoff() == Succeed(), name

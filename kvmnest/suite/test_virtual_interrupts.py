@@ -187,6 +187,19 @@ def test_hlt_is_not_woken_by_what_waits(l1: L1, tpr: int) -> None:
     assert apic.state() == ([VECTOR], [], VECTOR, 0)
 
 
+@pytest.mark.sdm("Evaluation and Delivery of Virtual Interrupts")
+@pytest.mark.needs(PinCtl.ACTIVATE_PREEMPTION_TIMER)
+def test_hlt_with_a_blocked_request(l1: L1) -> None:
+    """With RFLAGS.IF clear a virtual interrupt of any priority leaves L2 halted."""
+    apic = VirtualApic(l1, PinCtl.ACTIVATE_PREEMPTION_TIMER)
+    for vector in (0x20, VECTOR, 0xFF):
+        apic.guest.vmcs[Field.VMX_PREEMPTION_TIMER_VALUE] = 0x2000
+        apic.set(requested=[vector])
+        seen = _run(apic, code.HLT + code.NOP, 2)
+        assert seen == apic.guest.exit(ExitReason.PREEMPTION_TIMER, offset=len(code.HLT)), vector
+        assert apic.state() == ([vector], [], vector, 0)
+
+
 # --- what L2 does to its local APIC ---
 
 
