@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 #: How the release that brought a bug is known.
-SINCE_BY = ("Fixes", "message", "source")
+SINCE_BY = ("Fixes", "message", "source", "CVE")
 
 
 @dataclass(frozen=True, kw_only=True)

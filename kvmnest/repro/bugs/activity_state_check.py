@@ -1,7 +1,4 @@
-"""Guest activity state is not checked.
-
-The subject of the commit is not verified: it was not found in the lists' archives.
-"""
+"""Guest activity state is not checked."""
 
 import pytest
 
@@ -11,7 +8,11 @@ from kvmnest.vmx import ExitReason, Field
 from kvmnest.vmx.outcome import EntryFailure
 
 BUG = Bug(
-    subject="KVM: nVMX: Check guest activity state on vmentry of nested guests",
+    subject="KVM: nVMX: check vmcs12 for valid activity state",
+    hash="26539bd0e446",
+    since="v3.1",
+    since_by="source",
+    fixed="v3.10",
     vulnerable="L2 runs from an activity state that does not exist",
     correct="VM entry fails: invalid guest state",
     edit={

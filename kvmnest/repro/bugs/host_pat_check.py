@@ -9,6 +9,8 @@ from kvmnest.vmx.outcome import VMfailValid
 
 BUG = Bug(
     subject='kvm: nVMX: Check "load IA32_PAT" VM-exit control on vmentry',
+    since="c0dfee582ef2 (v3.12)",
+    since_by="message",
     fixed="v5.2-rc1",
     vulnerable="the exit loads a PAT that does not exist, and KVM_RUN ends with a failed entry",
     correct="VM entry fails with error 8, an invalid host-state field",

@@ -9,7 +9,8 @@ from kvmnest.vmx.outcome import Exit
 
 BUG = Bug(
     subject="KVM: nVMX: Process events on nested VM-Exit if injectable IRQ or NMI is pending",
-    fixed="v6.15",
+    hash="982caaa11504",
+    fixed="v6.14",
     vulnerable="L1 executes with RFLAGS.IF set and does not take the interrupt",
     correct="L1 takes the interrupt behind STI",
     params={"enable_apicv": "0"},

@@ -16,10 +16,9 @@ BUG = Bug(
     edit={
         "file": "arch/x86/kvm/vmx/vmx.c",
         "function": "__vmx_handle_exit",
-        "expression": "if (vmx->emulation_required) {",
-        "replacement": "if (0) {",
+        "expression": "nested_vmx_vmexit(vcpu, EXIT_REASON_TRIPLE_FAULT, 0, 0); return 1;",
+        "replacement": "return handle_invalid_guest_state(vcpu);",
     },
-    newer=({"since": "7.0", "expression": "if (vmx->vt.emulation_required) {"},),
 )
 
 

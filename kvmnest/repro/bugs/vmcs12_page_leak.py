@@ -11,7 +11,9 @@ from kvmnest.vmx.outcome import EntryFailure
 BUG = Bug(
     subject="KVM: nVMX: Put vmcs12 pages if nested VM-Enter fails due to invalid guest state",
     cve="CVE-2026-68081",
-    fixed="v6.1.192, v6.12.115",
+    since="96c66e87deee (v5.2)",
+    since_by="CVE",
+    fixed="v7.2-rc4, v6.1.192, v6.12.115",
     vulnerable="the virtual-APIC page stays referenced when the VM is gone",
     correct="no page stays referenced",
     edit={

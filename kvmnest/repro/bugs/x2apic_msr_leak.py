@@ -9,6 +9,8 @@ from kvmnest.vmx import Field, Msr, Proc2Ctl, ProcCtl
 BUG = Bug(
     subject="KVM: x86: nVMX: close leak of L0's x2APIC MSRs (CVE-2019-3887)",
     cve="CVE-2019-3887",
+    since="v4.16",
+    since_by="CVE",
     fixed="v5.1-rc4",
     vulnerable="RDMSR in L2 reads the host's local APIC, or faults with it",
     correct="RDMSR in L2 reads what L1's local APIC holds",
