@@ -5,11 +5,15 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvmnest.errors import UsageError
 from kvmnest.lab import DEFAULT_KERNEL
+
+if TYPE_CHECKING:
+    from kvmnest.mutants.catalogue import Mutant
 
 
 def add_parser(subparsers: Any) -> None:
@@ -30,6 +34,15 @@ def add_parser(subparsers: Any) -> None:
         "--first-only",
         action="store_true",
         help="run only the cases that a mutant names, not the whole suite after them",
+    )
+    parser.add_argument(
+        "--programs",
+        type=int,
+        metavar="N",
+        help="instead of cases run up to N programs of `kvmnest fuzz programs`, until one shows it",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=1, metavar="S", help="of the programs (default: 1)"
     )
     parser.add_argument("--fresh", action="store_true", help="forget earlier results of these")
     parser.add_argument(
@@ -61,6 +74,8 @@ def run(options: argparse.Namespace) -> int:
             print(line)
         return 0
     require_writable(options.json, options.state)
+    if options.programs is not None:
+        return _by_programs(options, mutants)
     from kvmnest.lab import kernels
     from kvmnest.lab.emulators import Choice
     from kvmnest.mutants.score import Scorer
@@ -93,3 +108,32 @@ def run(options: argparse.Namespace) -> int:
         write_json(options.json, table.document(mutants, scores, release))
     missed = [m for m in mutants if scores[m.id].verdict == record.MISSED and not m.missed]
     return 1 if missed else 0
+
+
+def _by_programs(options: argparse.Namespace, mutants: Sequence[Mutant]) -> int:
+    from kvmnest.files import write_json
+    from kvmnest.lab import kernels
+    from kvmnest.lab.emulators import Choice
+    from kvmnest.mutants.by_programs import Hunter
+
+    if options.programs < 1:
+        raise UsageError(f"--programs must be at least 1, not {options.programs}")
+    release = kernels.resolve(options.kernel).release
+    hunter = Hunter(
+        release,
+        release,
+        options.seed,
+        options.programs,
+        Choice(program=options.bochs, cpu_model=options.cpu_model),
+        lambda line: print(line, flush=True),
+    )
+    hunts = []
+    for mutant in mutants:
+        hunts.append(hunter.hunt(mutant))
+        if options.json:
+            # After each, since a hunt is long.
+            write_json(options.json, hunter.document(hunts))
+    found = [each for each in hunts if each.program >= 0]
+    tried = [each for each in hunts if not each.why]
+    print(f"{len(found)} of {len(tried)} found by at most {hunter.clean} programs")
+    return 1 if len(found) < len(tried) else 0

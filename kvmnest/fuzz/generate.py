@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from kvmnest.fuzz.judge import Judge
-from kvmnest.fuzz.model import AREA_ENTRIES, REGION, FuzzCase, modes
+from kvmnest.fuzz.model import AREA_ENTRIES, REGION, VITAL, FuzzCase, modes
 from kvmnest.l1.baseline import L2Mode
 from kvmnest.vmx import Cr4, EntryCtl, ExitCtl, Msr, PinCtl, Proc2Ctl, ProcCtl, Rflags
 from kvmnest.vmx.fields import Field as F
@@ -49,10 +49,9 @@ _SEGMENTS = ("ES", "CS", "SS", "DS", "FS", "GS", "LDTR", "TR")
 _RIGHTS = (0x93, 0x9B, 0xA09B, 0xC09B, 0xC093, 0xF3, 0xFB, 0x8B, 0x83, 0x82, 0x10000, 0x97, 0x9F)
 _LIMITS = (0, 0x67, 0xFFF, 0xFFFF, 0x10000, 0xFFFFF, 0x100000, 0xFFFFFFFF, 0xFFFFF000)
 
-#: Host state that L1 cannot live without: changed only where the rules refuse the entry.
+#: Host state that is changed only where the rules refuse the entry.
 _VITAL = (
-    *(F.HOST_CR3, F.HOST_CS_SELECTOR, F.HOST_SS_SELECTOR, F.HOST_TR_SELECTOR, F.HOST_TR_BASE),
-    *(F.HOST_GDTR_BASE, F.HOST_IDTR_BASE, F.HOST_RSP, F.HOST_RIP, F.HOST_IA32_EFER, F.HOST_CR0),
+    *VITAL,
     # With other addresses a VMX abort would follow, or an MSR-load area full of zeros.
     *_AREAS,
 )

@@ -12,7 +12,7 @@ from typing import Any
 from kvmnest import reading
 from kvmnest.errors import HarnessError
 from kvmnest.fuzz.execute import Seen
-from kvmnest.fuzz.model import REGION, FuzzCase, StaticMemory, base_fields
+from kvmnest.fuzz.model import REGION, VITAL, FuzzCase, StaticMemory, base_fields
 from kvmnest.known import kernel_in_range
 from kvmnest.l1 import payload as payload_module
 from kvmnest.l1.baseline import L2Mode
@@ -115,6 +115,9 @@ class Judge:
 
     def verdict(self, case: FuzzCase, seen: Seen) -> Verdict:
         """Judge one case by what became of it."""
+        if seen in _DEATHS and not set(VITAL).isdisjoint(case.changes):
+            # L1 died of what the first VM exit loaded, so there was one.
+            seen = ["Exit", int(ExitReason.PREEMPTION_TIMER)]
         violations = self.violations(case)
         if _allowed(violations, seen, ordered=True):
             return Verdict(AGREE)
@@ -183,6 +186,8 @@ class Judge:
         return True
 
 
+#: Ends of an L1 whose host state is of no use.
+_DEATHS = (["lost", "triple fault"], ["lost", "hang"])
 WRITE_DROPS = (
     "VMWRITE drops the reserved bits of access rights, as some processors do (KVM and Bochs both)"
 )

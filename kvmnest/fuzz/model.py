@@ -14,6 +14,12 @@ from kvmnest.vmx import Capabilities, Field, Msr, PinCtl, Rflags
 REGION = "vmcs_a"
 #: Entries that each MSR area of the base VMCS holds, all harmless.
 AREA_ENTRIES = 4
+#: Host state that L1 cannot live without: with some other value it dies at the first VM exit.
+VITAL = (
+    *(Field.HOST_CR3, Field.HOST_CS_SELECTOR, Field.HOST_SS_SELECTOR, Field.HOST_TR_SELECTOR),
+    *(Field.HOST_TR_BASE, Field.HOST_GDTR_BASE, Field.HOST_IDTR_BASE, Field.HOST_RSP),
+    *(Field.HOST_RIP, Field.HOST_IA32_EFER, Field.HOST_CR0),
+)
 _AREAS = ("entry_load_msrs", "exit_store_msrs", "exit_load_msrs")
 
 

@@ -76,6 +76,20 @@ def test_verdict(case: FuzzCase, seen: list[Any], kind: str) -> None:
     assert JUDGE.verdict(case, seen).kind == kind
 
 
+@pytest.mark.parametrize("end", ["triple fault", "hang"])
+@pytest.mark.parametrize("field", [Field.HOST_RIP, Field.HOST_CR3, Field.HOST_RSP])
+def test_an_l1_that_dies_of_its_host_state_was_entered_and_left(field: Field, end: str) -> None:
+    """A VMCS that must be refused was not; one that is legal may be entered."""
+    refused = {field: 0x1000, Field.CR3_TARGET_COUNT: 0x80000000}
+    verdict = JUDGE.verdict(FuzzCase(changes=refused), ["lost", end])
+    assert verdict.kind == DISAGREE
+    assert "VM entry succeeded" in verdict.text
+    assert JUDGE.verdict(FuzzCase(changes={field: 0x1000}), ["lost", end]).kind == AGREE
+    # Without such a change there is no reason to die.
+    dead = JUDGE.verdict(case_of(Field.GUEST_RFLAGS, 0x46), ["lost", "triple fault"])
+    assert dead.kind == DISAGREE
+
+
 def test_known_on_the_lab_only() -> None:
     """On real VT-x what Bochs does is a finding."""
     case = case_of(Field.GUEST_PENDING_DBG_EXCEPTIONS, 1 << 40)
