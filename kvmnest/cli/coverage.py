@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 def add_parser(subparsers: Any) -> None:
     """Add the verb."""
-    from kvmnest.cli import run_options
-    from kvmnest.cli.fuzz import add_fuzz_options
+    from kvmnest.cli import fuzz_programs, run_options
+    from kvmnest.cli.fuzz import add_fuzz_options, add_what
 
     parser = subparsers.add_parser(
         "coverage",
@@ -36,7 +36,9 @@ def add_parser(subparsers: Any) -> None:
     run_parser = verbs.add_parser("run", help="of cases: arguments are those of kvmnest run")
     run_options.add_options(run_parser)
     fuzz_parser = verbs.add_parser("fuzz", help="of kvmnest fuzz, whose arguments it takes")
+    add_what(fuzz_parser)
     add_fuzz_options(fuzz_parser)
+    fuzz_programs.add_options(fuzz_parser)
     add_options(fuzz_parser)
     command_parser = verbs.add_parser(
         "command",
@@ -94,7 +96,7 @@ def run(options: argparse.Namespace) -> int:
     if options.add and not options.data:
         raise UsageError("--add needs --data FILE")
     before = records.load(options.data) if options.add and options.data.exists() else None
-    collector = _collector(options, before, old)
+    collector = collector_for(options, before, old)
     try:
         status = _RUN[options.coverage_verb](options, collector)
     finally:
@@ -110,8 +112,14 @@ def run(options: argparse.Namespace) -> int:
     return status
 
 
-def _collector(options: argparse.Namespace, before: Record | None, old: Record | None) -> Collector:
-    """Build the modules. Raises UsageError if the files named are of another kernel."""
+def collector_for(
+    options: argparse.Namespace, before: Record | None = None, old: Record | None = None
+) -> Collector:
+    """Build the modules, which the lab takes then.
+
+    Raises UsageError if the files named are of another kernel, HarnessError if there is no source
+    of the kernel or it cannot be built.
+    """
     from kvmnest.coverage.build import build, full_names
     from kvmnest.coverage.collect import Collector
     from kvmnest.coverage.record import Record
@@ -122,7 +130,7 @@ def _collector(options: argparse.Namespace, before: Record | None, old: Record |
     options.kernel = options.kernel or NEWEST
     options.target = "lab"
     release = kernels.resolve(options.kernel).release
-    built = build(full_names(options.source, release), release)
+    built = build(full_names(getattr(options, "source", []), release), release)
     options.kvm_modules = str(built.folder)
     nothing = Record(built.release, built.version, {})
     for known in filter(None, (before, old)):
@@ -144,7 +152,7 @@ def _fuzz(options: argparse.Namespace, collector: Collector) -> int:
 
     if options.seed is None:
         options.seed = random.SystemRandom().randrange(1 << 32)
-    return fuzz.run(options, partial(CoveredMachine, collector, options.seed))
+    return fuzz.run(options, partial(CoveredMachine, collector, options.seed), collector)
 
 
 def _command(options: argparse.Namespace, collector: Collector) -> int:

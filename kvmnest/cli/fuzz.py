@@ -17,6 +17,7 @@ from kvmnest.errors import UsageError
 from kvmnest.files import require_writable, write_json, write_text
 
 if TYPE_CHECKING:
+    from kvmnest.coverage.collect import Collector
     from kvmnest.fuzz.machines import FuzzMachine
 
 
@@ -30,6 +31,15 @@ def add_parser(subparsers: Any) -> None:
         epilog="exit codes: 0 all agree (or disagree in a known way), 1 a new disagreement or a"
         " crash, 2 usage, 3 harness or environment error, 130 interrupted",
     )
+    add_what(parser)
+    parser.add_argument("--target", choices=("auto", "kvm", "lab"), default="auto")
+    add_fuzz_options(parser)
+    fuzz_programs.add_options(parser)
+    add_options(parser)
+
+
+def add_what(parser: argparse.ArgumentParser) -> None:
+    """The argument that says whether entries or programs are tried."""
     parser.add_argument(
         "what",
         nargs="?",
@@ -38,10 +48,6 @@ def add_parser(subparsers: Any) -> None:
         help="single VM entries against the rules of VM entry (default), or programs: sequences of"
         " VMX instructions and VM entries, on KVM and on the reference CPU",
     )
-    parser.add_argument("--target", choices=("auto", "kvm", "lab"), default="auto")
-    add_fuzz_options(parser)
-    fuzz_programs.add_options(parser)
-    add_options(parser)
 
 
 def add_fuzz_options(parser: argparse.ArgumentParser) -> None:
@@ -59,8 +65,15 @@ def add_fuzz_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-shrink", action="store_true", help="keep findings as they are")
 
 
-def run(options: argparse.Namespace, lab: Callable[..., FuzzMachine] | None = None) -> int:
-    """Run the verb; ``lab`` makes the machine that boots the lab, usually LabMachine."""
+def run(
+    options: argparse.Namespace,
+    lab: Callable[..., FuzzMachine] | None = None,
+    collector: Collector | None = None,
+) -> int:
+    """Run the verb; ``lab`` makes the machine that boots the lab, usually LabMachine.
+
+    ``collector`` takes the coverage of programs.
+    """
     from kvmnest.fuzz.journal import Journal
     from kvmnest.fuzz.run import Fuzzer
 
@@ -73,7 +86,7 @@ def run(options: argparse.Namespace, lab: Callable[..., FuzzMachine] | None = No
     seed = random.SystemRandom().randrange(1 << 32) if options.seed is None else options.seed
     require_writable(options.json, options.tests and options.tests / "test_fuzz.py")
     if getattr(options, "what", "entries") == "programs":
-        return fuzz_programs.run(options, seed)
+        return fuzz_programs.run(options, seed, collector)
     machine: FuzzMachine = fuzz_common.machine(options, lab)
     chosen = {"seed": seed, "target": machine.name, "kernel": options.kernel}
     chosen |= {"kvm_modules": options.kvm_modules, "kvm_params": options.kvm_param}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,8 +17,10 @@ from kvmnest.errors import HarnessError, UsageError
 from kvmnest.files import write_json, write_text
 
 if TYPE_CHECKING:
+    from kvmnest.coverage.collect import Collector
     from kvmnest.fuzz.programs.campaign import Campaign, Finding, Report
     from kvmnest.fuzz.programs.generate import ProgramGenerator
+    from kvmnest.fuzz.programs.guided import Guide
     from kvmnest.fuzz.programs.journal import Journal
     from kvmnest.fuzz.programs.places import Place
     from kvmnest.fuzz.programs.program import Program
@@ -45,21 +48,38 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="run the programs of a folder first, and put what is found into it",
     )
+    group.add_argument(
+        "--guided",
+        action="store_true",
+        help="build KVM so that it tells which lines run, in the lab; put programs that reach new"
+        " ones into --corpus, and make half of the others of those",
+    )
+    group.add_argument(
+        "--minimize",
+        action="store_true",
+        help="with --guided: remove programs from --corpus whose lines others reach, and stop",
+    )
 
 
-def run(options: argparse.Namespace, seed: int) -> int:
-    """Run the verb."""
+def run(options: argparse.Namespace, seed: int, collector: Collector | None = None) -> int:
+    """Run the verb; ``collector`` takes the coverage, and the lab has its modules then."""
     from kvmnest.fuzz.judge import Judge
     from kvmnest.fuzz.programs import known
     from kvmnest.fuzz.programs.campaign import Campaign, Oracle
     from kvmnest.fuzz.programs.execute import capabilities
     from kvmnest.fuzz.programs.generate import ProgramGenerator
+    from kvmnest.fuzz.programs.guided import Guide
     from kvmnest.fuzz.programs.places import Place, common
 
     if options.corpus and not options.corpus.is_dir():
         raise UsageError(f"{reading.shown(options.corpus)} is not a folder of programs")
     if options.jobs:
         raise UsageError("--jobs is for entries only: programs run in one lab")
+    if options.minimize and not options.guided:
+        raise UsageError("--minimize needs --guided, which tells what programs reach")
+    if options.guided:
+        collector = _collector(options, collector)
+    guide = Guide(collector, seed) if collector else None
     wanted = [*dict.fromkeys(options.against or [REFERENCE])]
     for name in wanted if options.target == "kvm" else ():
         if name not in (REFERENCE, MOVED, QUIET):
@@ -80,7 +100,13 @@ def run(options: argparse.Namespace, seed: int) -> int:
     against = ", ".join(place.name for place in others.values())
     print(f"seed {seed}, {kvm.name} ({kernel}) against {against}, journal {journal.path}")
     sys.stdout.flush()
-    campaign = Campaign(kvm, oracles, assumed, _tell_batch, journal.add)
+    watching: dict[str, Any] = {"watch": guide.take} if guide else {}
+    if options.minimize and guide:
+        return _minimize(options, Campaign(kvm, [], assumed, **watching), guide)
+    if options.guided and guide:
+        watching["on_program"] = functools.partial(_keep, options, guide)
+    tell = functools.partial(_tell_batch, guide)
+    campaign = Campaign(kvm, oracles, assumed, tell, journal.add, **watching)
     programs = _programs(options, generator, seed)
     left = ((number, program) for number, program in programs if number not in journal.done)
     report = campaign.run(left, options.seconds)
@@ -98,6 +124,8 @@ def _journal(options: argparse.Namespace, seed: int, against: list[str]) -> Jour
     chosen = {"programs": seed, "against": ", ".join(against), "target": options.target}
     chosen |= {"kernel": options.kernel, "kvm_modules": options.kvm_modules}
     chosen |= {"kvm_params": options.kvm_param, "corpus": str(options.corpus or "")}
+    if options.guided:
+        chosen["guided"] = True
     path = fuzz_common.journal_path(options, chosen)
     journal = Journal(path, chosen, go_on=options.go_on)
     if journal.crashed:
@@ -145,20 +173,58 @@ def _programs(
         from kvmnest.fuzz.programs import corpus
 
         yield from enumerate(corpus.load(options.corpus), _FIRST_OF_CORPUS)
-        if options.cases is None:
+        if options.cases is None and options.seconds is None:
             return
+    from kvmnest.fuzz.programs import corpus, guided
+    from kvmnest.fuzz.programs.campaign import Campaign
+
     count = options.cases or (None if options.seconds else 1000)
-    number = 0
-    while count is None or number < count:
-        yield number, generator.numbered(seed, number)
-        number += 1
+
+    def kept() -> Sequence[Program]:
+        return [*corpus.load(options.corpus)] if options.guided else ()
+
+    drawn = guided.programs(generator, seed, kept, Campaign.batch)
+    yield from itertools.islice(drawn, count)
 
 
-def _tell_batch(report: Report) -> None:
+def _collector(options: argparse.Namespace, collector: Collector | None) -> Collector:
+    """That of ``kvmnest coverage fuzz``, or a new one, whose modules the lab takes."""
+    from kvmnest.cli.coverage import collector_for
+
+    if not options.corpus:
+        raise UsageError("--guided needs --corpus DIR, where programs are kept")
+    if options.target == "kvm":
+        raise UsageError("--guided builds KVM's modules, which is for the lab")
+    return collector or collector_for(options)
+
+
+def _keep(options: argparse.Namespace, guide: Guide, number: int, program: Program) -> None:
+    """Put a program that reached new blocks into the corpus."""
+    from kvmnest.fuzz.programs import corpus
+
+    new = guide.new.get(number, 0)
+    if new and number < _FIRST_OF_CORPUS:
+        corpus.save(options.corpus, program, f"{corpus.REACHES}{new} blocks first")
+
+
+def _minimize(options: argparse.Namespace, campaign: Campaign, guide: Guide) -> int:
+    from kvmnest.fuzz.programs import corpus
+
+    def reached(programs: Sequence[Program]) -> list[int]:
+        campaign.run(enumerate(programs))
+        return [guide.new.get(number, 0) for number in range(len(programs))]
+
+    left, before = corpus.smaller(options.corpus, reached)
+    print(f"{left} of {before} programs are left; {guide.told()}")
+    return 0
+
+
+def _tell_batch(guide: Guide | None, report: Report) -> None:
     kinds = report.kinds
+    told = guide.told() if guide else ""
     print(
         f"{report.programs} programs: {kinds['agree']} agree, {kinds['known']} known,"
-        f" {kinds['disagree']} disagree, {kinds['crashed']} crashed",
+        f" {kinds['disagree']} disagree, {kinds['crashed']} crashed" + f"; {told}" * bool(told),
         flush=True,
     )
 
@@ -198,7 +264,7 @@ def _told(options: argparse.Namespace, campaign: Campaign, finding: Finding) -> 
         print(f"program {finding.number} does not show it again")
         return finding
     (verdicts,) = campaign.verdicts([small])
-    again = next(each for each in verdicts if each.signature == signature)
+    again = next((each for each in verdicts if each.signature == signature), verdict)
     for step in small.steps:
         print(f"    {_step(step)}")
     print(f"  {again.new}", flush=True)

@@ -43,13 +43,19 @@ class Collector:
         """What takes the events of one boot."""
         return Boot(self)
 
-    def take(self, blocks: Sequence[tuple[str, int]], by: str) -> None:
-        """Note blocks, (file, number), that ``by`` reached, unless something did before."""
+    def take(self, blocks: Sequence[tuple[str, int]], by: str) -> int:
+        """Note blocks, (file, number), that ``by`` reached, unless something did before.
+
+        Returns how many nothing had reached before.
+        """
+        new = 0
         with self._lock:
             self.told = True
             for name, number in blocks:
                 first = self.record.sources[name].first
+                new += not first[number]
                 first[number] = first[number] or by
+        return new
 
     def numbered(self, sections: dict[str, dict[str, int]]) -> dict[int, tuple[str, int]]:
         """Address -> (file, number) of each block, where the modules are at ``sections``."""
@@ -68,8 +74,11 @@ class Boot:
         self._collector = collector
         self._blocks: dict[int, tuple[str, int]] = {}
 
-    def take(self, told: dict[str, Any], by: str) -> None:
-        """Take the content of an event ``coverage``. Raises HarnessError if blocks were lost."""
+    def take(self, told: dict[str, Any], by: str) -> int:
+        """Take the content of an event ``coverage``; how many of its blocks are new.
+
+        Raises HarnessError if blocks were lost.
+        """
         if told["lost"]:
             raise HarnessError(
                 f"the module kvmnest-coverage does not tell all blocks: {told['lost']}"
@@ -77,7 +86,8 @@ class Boot:
         if told["sections"]:
             self._blocks = self._collector.numbered(told["sections"])
         # Others belong to headers, and to lines that the compiler made up.
-        self._collector.take([self._blocks[a] for a in told["new"] if a in self._blocks], by)
+        reached = [self._blocks[a] for a in told["new"] if a in self._blocks]
+        return self._collector.take(reached, by)
 
 
 class CoveredTarget(LabTarget):

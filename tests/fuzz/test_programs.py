@@ -412,7 +412,7 @@ def test_wrong_arguments(arguments: list[str], capsys: pytest.CaptureFixture[str
 
 def test_corpus_and_drawn_programs_have_numbers_of_their_own(tmp_path: Path) -> None:
     corpus.save(tmp_path, Program((NOTHING,)), "x")
-    options = argparse.Namespace(corpus=tmp_path, cases=2, seconds=None)
+    options = argparse.Namespace(corpus=tmp_path, cases=2, seconds=None, guided=False)
     numbers = [number for number, _ in fuzz_programs._programs(options, GENERATOR, 1)]
     assert len(set(numbers)) == 3
     assert numbers[1:] == [0, 1]

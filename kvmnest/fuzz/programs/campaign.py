@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from kvmnest.fuzz.machines import OnEvent
 from kvmnest.fuzz.programs.compare import Difference, differences, shown
 from kvmnest.fuzz.programs.known import Known, explained
 from kvmnest.fuzz.programs.places import Place, Ran
@@ -111,7 +112,7 @@ class Report:
     def add(self, number: int, program: Program, ran: Ran, verdicts: Sequence[Verdict]) -> None:
         """Count one program, on which each other machine has a verdict."""
         self.programs += 1
-        self.kinds[worst(verdicts).kind] += 1
+        self.kinds[worst(verdicts).kind if verdicts else AGREE] += 1
         for verdict in verdicts:
             self.by.setdefault(verdict.against, Counter())[verdict.kind] += 1
         for step in ran.seen:
@@ -151,7 +152,10 @@ class Report:
 
 
 class Campaign:
-    """Runs programs on ``kvm`` and on others. ``assumed`` are the facts that all share."""
+    """Runs programs on ``kvm`` and on others. ``assumed`` are the facts that all share.
+
+    ``watch`` gets the events of ``kvm``; ``on_program`` each program that was judged.
+    """
 
     #: Programs of one boot.
     batch = 100
@@ -163,9 +167,12 @@ class Campaign:
         assumed: Mapping[str, Any],
         on_batch: Callable[[Report], None] = lambda report: None,
         on_verdict: Callable[[int, Verdict], None] = lambda number, verdict: None,
+        watch: OnEvent = lambda event: None,
+        on_program: Callable[[int, Program], None] = lambda number, program: None,
     ) -> None:
         self.kvm, self.oracles, self.assumed = kvm, oracles, assumed
         self._on_batch, self._on_verdict = on_batch, on_verdict
+        self._watch, self._on_program = watch, on_program
 
     def run(self, programs: Iterable[tuple[int, Program]], seconds: float | None = None) -> Report:
         """Run all programs, or as many as ``seconds`` allow."""
@@ -185,16 +192,17 @@ class Campaign:
     def _run(self, batch: Sequence[tuple[int, Program]], report: Report) -> None:
         ones, verdicts = self._all(batch)
         for number, program in batch:
-            verdict = worst(verdicts[number])
+            verdict = worst(verdicts[number] or [judge(ones[number], ones[number], ())])
             report.add(number, program, ones[number], verdicts[number])
             self._on_verdict(number, verdict)
+            self._on_program(number, program)
         self._on_batch(report)
 
     def _all(
         self, batch: Sequence[tuple[int, Program]]
     ) -> tuple[dict[int, Ran], dict[int, list[Verdict]]]:
         """What KVM did, and the verdicts by all others."""
-        ones = self.kvm.run(batch, self.assumed)
+        ones = self.kvm.run(batch, self.assumed, self._watch)
         verdicts: dict[int, list[Verdict]] = {number: [] for number, _ in batch}
         for oracle in self.oracles:
             others = oracle.place.run(batch, self.assumed)

@@ -66,7 +66,8 @@ _WATCHED: Mapping[Field, ProcCtl | Proc2Ctl] = {
     Field.SECONDARY_VM_EXEC_CONTROL: Proc2Ctl.RDRAND_EXITING | Proc2Ctl.RDSEED_EXITING,
 }
 _REGS = ("rax", "rcx", "rdx", "rbx", "rbp", "rsi", "rdi", "r8", "r15")
-_FLUSH: Step = {"do": "invalidate", "name": "invept", "type": 2, "first": 0, "second": 0}
+#: INVEPT of all contexts.
+FLUSH: Step = {"do": "invalidate", "name": "invept", "type": 2, "first": 0, "second": 0}
 
 
 class ProgramGenerator:
@@ -315,11 +316,11 @@ class _Draw(L1Code):
         entry = page & ~0xFFF | chance.choice(EPT_ENTRIES)
         where = (page >> 12) * 8
         yield _memory("ept_pml4_pt", entry.to_bytes(8, "little"), offset=where)
-        yield _FLUSH
+        yield FLUSH
         yield from self._code()
         yield from self._enter()
         yield _memory("ept_pml4_pt", (page & ~0xFFF | 0x37).to_bytes(8, "little"), offset=where)
-        yield _FLUSH
+        yield FLUSH
         yield from self._enter()
 
     def _msr_lists(self) -> Iterator[Step]:
