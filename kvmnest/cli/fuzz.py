@@ -35,6 +35,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--target", choices=("auto", "kvm", "lab"), default="auto")
     add_fuzz_options(parser)
     fuzz_programs.add_options(parser)
+    fuzz_programs.add_machines(parser)
     add_options(parser)
 
 

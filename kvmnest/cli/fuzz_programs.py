@@ -30,11 +30,11 @@ REFERENCE, MOVED, QUIET = "reference", "moved", "quiet"
 _FIRST_OF_CORPUS = 1 << 32
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Options that only programs have."""
-    group = parser.add_argument_group("programs")
-    group.add_argument(
+def add_machines(parser: argparse.ArgumentParser) -> None:
+    """The option that names the machines to compare with."""
+    parser.add_argument(
         "--against",
+        dest="machines",
         action="append",
         metavar="MACHINE",
         help="compare KVM with this one (repeatable): reference, the reference CPU (default);"
@@ -42,6 +42,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         " whose host does nothing between steps; NAME=VALUE, the lab's KVM with a module parameter,"
         " as ept=0; RELEASE, another kernel in the lab",
     )
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Other options that only programs have."""
+    parser.set_defaults(machines=None)
+    group = parser.add_argument_group("programs")
     group.add_argument(
         "--corpus",
         type=Path,
@@ -80,7 +86,7 @@ def run(options: argparse.Namespace, seed: int, collector: Collector | None = No
     if options.guided:
         collector = _collector(options, collector)
     guide = Guide(collector, seed) if collector else None
-    wanted = [*dict.fromkeys(options.against or [REFERENCE])]
+    wanted = [*dict.fromkeys(options.machines or [REFERENCE])]
     for name in wanted if options.target == "kvm" else ():
         if name not in (REFERENCE, MOVED, QUIET):
             raise UsageError(f"--against {name}: other kernels and parameters are for the lab")
