@@ -18,9 +18,9 @@ from kvmnest.files import write_json, write_text
 
 if TYPE_CHECKING:
     from kvmnest.coverage.collect import Collector
+    from kvmnest.coverage.guide import Guide
     from kvmnest.fuzz.programs.campaign import Campaign, Finding, Report
     from kvmnest.fuzz.programs.generate import ProgramGenerator
-    from kvmnest.fuzz.programs.guided import Guide
     from kvmnest.fuzz.programs.journal import Journal
     from kvmnest.fuzz.programs.places import Place
     from kvmnest.fuzz.programs.program import Program
@@ -69,12 +69,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, seed: int, collector: Collector | None = None) -> int:
     """Run the verb; ``collector`` takes the coverage, and the lab has its modules then."""
+    from kvmnest.coverage.guide import Guide
     from kvmnest.fuzz.judge import Judge
     from kvmnest.fuzz.programs import known
     from kvmnest.fuzz.programs.campaign import Campaign, Oracle
     from kvmnest.fuzz.programs.execute import capabilities
     from kvmnest.fuzz.programs.generate import ProgramGenerator
-    from kvmnest.fuzz.programs.guided import Guide
     from kvmnest.fuzz.programs.places import Place, common
 
     if options.corpus and not options.corpus.is_dir():

@@ -10,12 +10,12 @@ import pytest
 
 from kvmnest.cli.main import main
 from kvmnest.coverage.collect import Collector
+from kvmnest.coverage.guide import Guide
 from kvmnest.coverage.record import Record, Source
 from kvmnest.errors import HarnessError
 from kvmnest.fuzz.judge import Judge
 from kvmnest.fuzz.programs import corpus, guided
 from kvmnest.fuzz.programs.generate import FLUSH, ProgramGenerator
-from kvmnest.fuzz.programs.guided import Guide
 from kvmnest.fuzz.programs.program import Program, problem
 
 FACTS: dict[str, Any] = json.loads((Path(__file__).parent / "facts.json").read_text())
