@@ -9,11 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvmnest.cli.covered import collector_for
 from kvmnest.cli.lab import add_options, emulator, parameters
 from kvmnest.cli.numbers import seconds
 from kvmnest.errors import HarnessError, UsageError
 from kvmnest.files import require_writable
-from kvmnest.lab.debian import NEWEST
 
 if TYPE_CHECKING:
     from kvmnest.coverage.collect import Collector
@@ -110,33 +110,6 @@ def run(options: argparse.Namespace) -> int:
     if not collector.told:
         raise HarnessError("the lab told of no block: nothing ran, or it was lost at once")
     return status
-
-
-def collector_for(
-    options: argparse.Namespace, before: Record | None = None, old: Record | None = None
-) -> Collector:
-    """Build the modules, which the lab takes then.
-
-    Raises UsageError if the files named are of another kernel, HarnessError if there is no source
-    of the kernel or it cannot be built.
-    """
-    from kvmnest.coverage.build import build, full_names
-    from kvmnest.coverage.collect import Collector
-    from kvmnest.coverage.record import Record
-    from kvmnest.lab import kernels
-
-    if options.kvm_modules:
-        raise UsageError("--kvm-modules: coverage builds the modules itself")
-    options.kernel = options.kernel or NEWEST
-    options.target = "lab"
-    release = kernels.resolve(options.kernel).release
-    built = build(full_names(getattr(options, "source", []), release), release)
-    options.kvm_modules = str(built.folder)
-    nothing = Record(built.release, built.version, {})
-    for known in filter(None, (before, old)):
-        # Before the run, which may take long.
-        nothing.new_against(known)
-    return Collector(built)
 
 
 def _run(options: argparse.Namespace, collector: Collector) -> int:
