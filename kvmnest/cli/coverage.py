@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvmnest.cli.covered import collector_for
+from kvmnest.cli.coverage_modules import collector_for
 from kvmnest.cli.lab import add_options, emulator, parameters
 from kvmnest.cli.numbers import seconds
 from kvmnest.errors import HarnessError, UsageError

@@ -195,7 +195,7 @@ def _programs(
 
 def _collector(options: argparse.Namespace, collector: Collector | None) -> Collector:
     """That of ``kvmnest coverage fuzz``, or a new one, whose modules the lab takes."""
-    from kvmnest.cli.covered import collector_for
+    from kvmnest.cli.coverage_modules import collector_for
 
     if not options.corpus:
         raise UsageError("--guided needs --corpus DIR, where programs are kept")
