@@ -205,3 +205,41 @@ def test_with_an_exception_pending(l1: L1, pending: str, moved: bool) -> None:
         assert guest.resume() == expected(guest, len(OUT_80)), name
         assert l1.vmptrst() == Succeed(guest.vmcs.address), name
         assert l1.vmxoff() == Succeed(), name
+
+
+@pytest.mark.needs(
+    *(Cap.EXCEPTION_PAYLOAD, Cap.X86_TRIPLE_FAULT_EVENT, Cap.SIGNAL_MSI),
+    *(PinCtl.NMI_EXITING, PinCtl.EXTERNAL_INTERRUPT_EXITING),
+)
+@pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.name)
+def test_moved_in_every_mode_of_l2(l1: L1, mode: L2Mode) -> None:
+    """What waits for an L2 of any mode comes in the VM to which it is moved, at the same place."""
+    if mode.name in ("UNPAGED", "REAL") and not l1.caps.supports(Proc2Ctl.UNRESTRICTED_GUEST):
+        pytest.skip("needs Proc2Ctl.UNRESTRICTED_GUEST")
+    for cap in (Cap.EXCEPTION_PAYLOAD, Cap.X86_TRIPLE_FAULT_EVENT):
+        l1.enable_cap(cap)
+    Apic(l1)
+    waits: dict[str, tuple[Callable[[L1], None], ExitReason]] = {
+        "nothing": (lambda _: None, ExitReason.VMCALL),
+        "interrupt": (_interrupt, ExitReason.EXTERNAL_INTERRUPT),
+        "NMI": (_nmi, ExitReason.EXCEPTION_NMI),
+        "exception": (lambda l1: _event(l1, pending=1), ExitReason.EXCEPTION_NMI),
+        "triple-fault": (_triple_fault, ExitReason.TRIPLE_FAULT),
+        "INIT": (_init, ExitReason.INIT_SIGNAL),
+    }
+    for name, (make, reason) in waits.items():
+        guest = Guest(
+            l1, PinCtl.NMI_EXITING, PinCtl.EXTERNAL_INTERRUPT_EXITING, mode=mode, ept=True
+        )
+        guest.on(ExitCtl.ACKNOWLEDGE_INTERRUPT_ON_EXIT)
+        _stop(guest, EXCEPTION_BITMAP=1 << _GP)
+        make(l1)
+        before = l1.vcpu.get_regs().rip
+        l1.round_trip()
+        assert l1.vcpu.get_regs().rip == before, name
+        seen: Any = l1.resume()
+        assert seen.reason == reason, name
+        assert seen.rip == before + (name == "nothing"), name
+        if name == "interrupt":
+            assert l1.wrmsr(Msr.X2APIC_EOI, 0) == Succeed()
+        assert l1.vmxoff() == Succeed(), name
