@@ -1,4 +1,7 @@
-"""L2 in a state that VMX cannot run is emulated instead of ended."""
+"""L2 in a state that VMX cannot run is emulated instead of ended.
+
+The commit has no Fixes: tag, and older sources were not read: since when is not known.
+"""
 
 import pytest
 

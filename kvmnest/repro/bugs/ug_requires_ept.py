@@ -1,4 +1,7 @@
-"""Unrestricted guest is accepted without EPT."""
+"""Unrestricted guest is accepted without EPT.
+
+It came with unrestricted guests for L2; which release had them first was not looked up.
+"""
 
 import pytest
 
