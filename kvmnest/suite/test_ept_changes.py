@@ -7,7 +7,7 @@ import pytest
 from kvmnest.kvm import Memory
 from kvmnest.kvm.exits import MmioExit
 from kvmnest.l1 import L1
-from kvmnest.suite.support.ept import LARGE, RWX, WRITE_BACK, Access, R, Window
+from kvmnest.suite.support.ept import LARGE, RWX, VALUE, WRITE_BACK, Access, R, Window
 from kvmnest.suite.support.guest import Guest
 from kvmnest.vmx import EptVpidCap, Proc2Ctl
 from kvmnest.vmx.outcome import HostExit, Succeed
@@ -60,7 +60,7 @@ def test_memory_becomes_nothing(l1: L1, before: str) -> None:
     if before == "read-only":
         window.allow(1, R)
         window.invalidate()
-    assert _load(window) == 0xC3C3C3C3C3C3C3C3
+    assert _load(window) == VALUE
     nothing = NOWHERE | WRITE_BACK | RWX
     if before == "all":
         window.set(1, nothing)
@@ -109,7 +109,7 @@ def test_large_page_becomes_a_table(l1: L1, invept: bool) -> None:
     _again(l1)
     window.set(2, table)
     window.invalidate()
-    assert _load(window) == 0xC3C3C3C3C3C3C3C3
+    assert _load(window) == VALUE
     assert memory.read(0, 2) == b"\x66\x66"
     l1.vm.remove_memory(NUMBER)
     memory.close()
@@ -163,6 +163,27 @@ def test_entry_of_a_directory_changes(l1: L1, before: str, invept: bool) -> None
         l1.vm.remove_memory(NUMBER)
         _again(l1)
     memory.close()
+
+
+def test_table_becomes_another_table(l1: L1) -> None:
+    """The host changes an entry from one table to another: what this one maps is in no other.
+
+    A second entry leads to the first table, and L2 has used both: what KVM keeps of the first
+    table stays in use.
+    """
+    window = Window(Guest(l1))
+    second = window.entry(2) + 8
+    l1.write_int(second, window.get(2))
+    assert (_load(window), _load(window, LARGE_SIZE)) == (VALUE, VALUE)
+    page, table = l1.alloc(), l1.alloc()
+    l1.write_int(page, 0x7777)
+    l1.write_int(table, window.get(1))
+    l1.write_int(table + 8, page | WRITE_BACK | RWX)
+    l1.write_int(window.entry(2), table | RWX)
+    window.invalidate()
+    assert _load(window, 4096) == 0x7777
+    seen = window.access(Access.READ, LARGE_SIZE + 4096)
+    assert seen == window.violation(Access.READ, 0, LARGE_SIZE + 4096)
 
 
 def test_memory_slot_changes(l1: L1) -> None:
