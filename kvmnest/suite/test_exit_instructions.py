@@ -230,6 +230,7 @@ def test_invpcid_executes(l1: L1) -> None:
     assert seen == Fault(Vector.GP, error_code=0, rip=0)
 
 
+@pytest.mark.needs(Proc2Ctl.ENABLE_INVPCID)
 @pytest.mark.sdm("INVPCID-Invalidate Process-Context Identifier")
 @pytest.mark.parametrize("kind", range(4))
 def test_invpcid_without_paging(l1: L1, kind: int) -> None:

@@ -52,6 +52,7 @@ REWRITES: dict[str, Callable[[Vcpu], None]] = {
     "guest_debug": lambda vcpu: vcpu.set_guest_debug(0),
 }
 _NEEDS = {
+    "xcrs": Cap.XCRS,
     "sregs2": Cap.SREGS2,
     "tsc_khz": Cap.TSC_CONTROL,
     "guest_debug": Cap.SET_GUEST_DEBUG,
