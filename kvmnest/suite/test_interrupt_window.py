@@ -5,8 +5,18 @@ from __future__ import annotations
 import pytest
 
 from kvmnest.l1 import L1, code
-from kvmnest.suite.support.guest import Guest, copied_idt
-from kvmnest.vmx import ExitReason, Field, IntrType, ProcCtl, Vector, intr_info
+from kvmnest.suite.support.apic import Apic
+from kvmnest.suite.support.guest import NOT_VALID, Guest, copied_idt
+from kvmnest.vmx import (
+    ExitCtl,
+    ExitReason,
+    Field,
+    IntrType,
+    PinCtl,
+    ProcCtl,
+    Vector,
+    intr_info,
+)
 from kvmnest.vmx.outcome import Exit, Fault, Succeed
 
 pytestmark = [
@@ -115,3 +125,32 @@ def test_exception_before_the_window(l1: L1) -> None:
         EXCEPTION_BITMAP=1 << Vector.DB,
     )
     assert seen == guest.exception(Vector.DB, qualification=1 << 14)
+
+
+@pytest.mark.sdm("Other Causes of VM Exits")
+@pytest.mark.parametrize(
+    ("window", "reason"),
+    [
+        pytest.param(
+            ProcCtl.INTERRUPT_WINDOW_EXITING, ExitReason.INTERRUPT_WINDOW, id="interrupt-window"
+        ),
+        pytest.param(
+            ProcCtl.NMI_WINDOW_EXITING,
+            ExitReason.NMI_WINDOW,
+            marks=pytest.mark.needs(ProcCtl.NMI_WINDOW_EXITING, PinCtl.VIRTUAL_NMIS),
+            id="NMI-window",
+        ),
+    ],
+)
+@pytest.mark.needs(PinCtl.EXTERNAL_INTERRUPT_EXITING)
+def test_window_comes_before_an_interrupt(l1: L1, window: ProcCtl, reason: ExitReason) -> None:
+    """VM exits for an open window take priority over external interrupts, which come next."""
+    apic, guest = Apic(l1), Guest(l1, PinCtl.EXTERNAL_INTERRUPT_EXITING)
+    if window is ProcCtl.NMI_WINDOW_EXITING:
+        guest.on(PinCtl.NMI_EXITING | PinCtl.VIRTUAL_NMIS)
+    guest.on(window)
+    guest.off(ExitCtl.ACKNOWLEDGE_INTERRUPT_ON_EXIT)
+    apic.send(0x51)
+    assert guest.run(code.NOP, GUEST_RFLAGS=0x202) == guest.exit(reason)
+    guest.off(window)
+    assert guest.go_on() == guest.exit(ExitReason.EXTERNAL_INTERRUPT, intr_info=NOT_VALID)

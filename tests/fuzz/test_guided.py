@@ -15,6 +15,7 @@ from kvmnest.coverage.record import Record, Source
 from kvmnest.errors import HarnessError
 from kvmnest.fuzz.judge import Judge
 from kvmnest.fuzz.programs import corpus, guided
+from kvmnest.fuzz.programs.contents import STORE
 from kvmnest.fuzz.programs.generate import FLUSH, ProgramGenerator
 from kvmnest.fuzz.programs.program import Program, problem
 
@@ -70,7 +71,7 @@ def test_what_is_made_of_kept_programs() -> None:
 
 def test_what_is_made_keeps_its_outcome_defined() -> None:
     """No VMCS is active at VMXOFF, and changed EPT entries are invalidated."""
-    ept = {"do": "memory", "place": "ept_pml4_pt", "offset": 8, "bytes": "00", "times": 1}
+    ept = {"do": "l1", "code": STORE.hex(), "regs": {"rdi": 8}}
     made = guided.made_of(random.Random(1), Program(()), [Program((ept, OFF))])
     for number, step in enumerate(made.steps):
         if step == ept:

@@ -6,6 +6,8 @@ from kvmnest.vmx import Field
 
 #: IA32_APIC_BASE: x2APIC mode, on the first CPU; the APIC enabled by software.
 X2APIC = ((0x1B, 0xFEE00D00), (0x80F, 0x1FF))
+#: MOV [RDI], RAX.
+STORE = b"\x48\x89\x07"
 #: Of EPT entries: access rights, memory type, ignored and reserved bits.
 EPT_ENTRIES = (
     *(0x30 | rights for rights in range(8)),

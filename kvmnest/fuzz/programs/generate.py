@@ -13,7 +13,7 @@ from kvmnest.fuzz.judge import Judge
 from kvmnest.fuzz.model import FuzzCase, base_memory, modes
 from kvmnest.fuzz.programs import l2code
 from kvmnest.fuzz.programs.base import base_vmcs
-from kvmnest.fuzz.programs.contents import EPT_ENTRIES, LISTED, MSR_LISTS, X2APIC
+from kvmnest.fuzz.programs.contents import EPT_ENTRIES, LISTED, MSR_LISTS, STORE, X2APIC
 from kvmnest.fuzz.programs.l1code import REGIONS, L1Code, kept, wrmsr
 from kvmnest.fuzz.programs.program import HOST_ACTIONS, PAUSE_PORT, Program, Step
 from kvmnest.l1.baseline import L2Mode
@@ -115,7 +115,7 @@ class _Draw(L1Code):
         of_bits = l2code.Machine.of(self._payload, _BITS.get(mode, 32), self._caps.cr4_fixed1)
         paged = mode not in (L2Mode.REAL, L2Mode.UNPAGED)
         self._machine = replace(of_bits, paged=paged, apic=self._apic, pauses=self._host)
-        self._launched = False
+        self._launched = self._apic_on = False
         self._region = "vmcs_a"
 
     def steps(self) -> Iterator[Step]:
@@ -136,7 +136,7 @@ class _Draw(L1Code):
             # The header, or anything; a region of nested state holds the VMCS behind it.
             offset = chance.choice((chance.randrange(0x80), chance.randrange(0x2080)))
             return {"do": "nested", "offset": offset, "bits": bits}
-        if self._apic and what < 0.4:
+        if self._apic_on and what < 0.4:
             kind = chance.choice(("interrupt", "interrupt", "NMI"))
             return {"do": "event", "what": kind, "vector": chance.choice((0x31, 0x51, 0xF1))}
         return {"do": "host", "what": chance.choice((*HOST_ACTIONS, "new VM"))}
@@ -149,6 +149,10 @@ class _Draw(L1Code):
             for msr, number in X2APIC:
                 code, regs = wrmsr(msr, number)
                 yield {"do": "l1", "code": code.hex(), "regs": dict(regs)}
+            self._apic_on = True
+        # Bochs has another IA32_FMASK after reset.
+        code, regs = wrmsr(0xC0000084, 0)
+        yield {"do": "l1", "code": code.hex(), "regs": dict(regs)}
         # KVM makes a vCPU with the x87 FPU of FNINIT, a processor that was reset has another.
         floats = {"code": _FLOATS.hex(), "regs": {"rdi": self._payload["l2_data"]}}
         yield {"do": "l1", **floats}
@@ -314,14 +318,18 @@ class _Draw(L1Code):
         )
         page = payload[chance.choice(("l2_data", "l2_data", "l2_stack", "l2_code", "l2_idt"))]
         entry = page & ~0xFFF | chance.choice(EPT_ENTRIES)
-        where = (page >> 12) * 8
-        yield _memory("ept_pml4_pt", entry.to_bytes(8, "little"), offset=where)
+        where = payload["ept_pml4_pt"] + (page >> 12) * 8
+        yield self._store(where, entry)
         yield FLUSH
         yield from self._code()
         yield from self._enter()
-        yield _memory("ept_pml4_pt", (page & ~0xFFF | 0x37).to_bytes(8, "little"), offset=where)
+        yield self._store(where, page & ~0xFFF | 0x37)
         yield FLUSH
         yield from self._enter()
+
+    def _store(self, address: int, value: int) -> Step:
+        """L1 writes into its tables itself: KVM does not see what its process writes there."""
+        return {"do": "l1", "code": STORE.hex(), "regs": {"rdi": address, "rax": value}}
 
     def _msr_lists(self) -> Iterator[Step]:
         """Lists of MSRs that VM entry loads and VM exit stores and loads."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 
+from kvmnest.fuzz.programs.contents import STORE
 from kvmnest.fuzz.programs.generate import FLUSH, ProgramGenerator
 from kvmnest.fuzz.programs.l1code import REGIONS
 from kvmnest.fuzz.programs.program import Program, Step
@@ -57,5 +58,5 @@ def _sound(steps: Sequence[Step]) -> Iterator[Step]:
             for region in REGIONS:
                 yield {"do": "address", "name": "vmclear", "place": region, "offset": 0}
         yield step
-        if step["do"] == "memory" and str(step["place"]).startswith("ept_"):
+        if step["do"] == "l1" and step["code"] == STORE.hex():
             yield FLUSH

@@ -167,7 +167,8 @@ class Part:
             elif self._bits == 64 and self._chance.random() < 0.1:
                 bit = self._chance.randrange(32, 64)
             rexw = b"\x48" if self._bits == 64 else (b"\x66" if self._bits == 16 else b"")
-            flip = rexw + b"\x0f\xba\xf8" + bytes([bit & 63])  # BTC RAX, bit
+            # BTC RAX, bit; CLC, since CF has the bit as it was, which may be a known difference.
+            flip = rexw + b"\x0f\xba\xf8" + bytes([bit & 63]) + b"\xf8"
             return read + flip + rex + b"\x0f\x22" + modrm
         value = self._value()
         if number == 8:
