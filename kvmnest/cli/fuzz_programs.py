@@ -115,7 +115,13 @@ def run(options: argparse.Namespace, seed: int, collector: Collector | None = No
     campaign = Campaign(kvm, oracles, assumed, tell, journal.add, **watching)
     programs = _programs(options, generator, seed)
     left = ((number, program) for number, program in programs if number not in journal.done)
-    report = campaign.run(left, options.seconds)
+    try:
+        report = campaign.run(left, options.seconds)
+    except BaseException:
+        # What was found must not be lost with the rest.
+        for finding in campaign.report.findings.values():
+            print(f"program {finding.number} ({finding.count} like it): {finding.verdict}")
+        raise
     _print(report)
     findings = [_told(options, campaign, finding) for finding in report.findings.values()]
     _write(options, report, findings, f"--seed {seed} on {kernel} against {against}")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from program_machines import FACTS, NOTHING, STEP, Machine
 
 from kvmnest.cli import fuzz_programs
 from kvmnest.cli.main import main
@@ -36,10 +37,6 @@ from kvmnest.fuzz.programs.program import HOST_ACTIONS, Program, problem
 from kvmnest.fuzz.programs.shrink import shrink
 from kvmnest.vmx import ExitReason, Field
 
-NOTHING = {"do": "alone", "name": "vmxoff"}
-
-# A processor as the lab's: KVM's VMX MSRs of an L1 on Linux 6.1, and the CPUID leaves.
-FACTS: dict[str, Any] = json.loads((Path(__file__).parent / "facts.json").read_text())
 GENERATOR = ProgramGenerator(Judge(FACTS, "lab"))
 
 
@@ -219,30 +216,10 @@ def test_verdicts() -> None:
     assert judge(warned, same, []).kind == CRASHED
 
 
-class Machine:
-    """VMXON succeeds; a step "l1" is another outcome here than elsewhere, or kills it."""
-
-    def __init__(self, name: str, outcome: str, deadly: int = -1) -> None:
-        self.name, self.outcome, self.deadly = name, outcome, deadly
-
-    def do(self, task: Any, on_event: Any, journal: Path | None = None) -> str:
-        on_event({"facts": FACTS})
-        for number, program in json.loads(task.work)["programs"]:
-            on_event({"start": number})
-            if number == self.deadly:
-                return "kernel panic"
-            ends = [self.outcome if s["do"] == "l1" else "Succeed" for s in program["steps"]]
-            on_event({"end": number, "seen": [[{"end": [end]}] for end in ends]})
-        return ""
-
-
 def campaign(deadly: int = -1) -> Campaign:
     kvm = Place("lab", Machine("lab", "VMfailInvalid", deadly))
     other = Place("reference", Machine("reference", "Succeed"))
     return Campaign(kvm, [Oracle("reference", other, [])], common(kvm.ask(), other.ask()))
-
-
-STEP = {"do": "l1", "code": "90", "regs": {"rax": 1, "rbx": 2}}
 
 
 def test_a_campaign_groups_and_shrinks() -> None:

@@ -173,10 +173,13 @@ class Campaign:
         self.kvm, self.oracles, self.assumed = kvm, oracles, assumed
         self._on_batch, self._on_verdict = on_batch, on_verdict
         self._watch, self._on_program = watch, on_program
+        #: What ``run`` has found so far, also if it is interrupted.
+        self.report = Report()
 
     def run(self, programs: Iterable[tuple[int, Program]], seconds: float | None = None) -> Report:
         """Run all programs, or as many as ``seconds`` allow."""
-        report, started = Report(), time.monotonic()
+        self.report = report = Report()
+        started = time.monotonic()
         batch: list[tuple[int, Program]] = []
         for each in programs:
             batch.append(each)
