@@ -20,6 +20,7 @@ extensions = [
     "sphinx_argparse_cli",
     "documented_modules",
     "documented_formats",
+    "mutant_hunts",
     "public_bugs",
 ]
 exclude_patterns = ["extension"]

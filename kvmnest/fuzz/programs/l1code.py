@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from kvmnest.fuzz.programs import l2code
 from kvmnest.fuzz.programs.program import Step
 from kvmnest.l1.payload import Payload
-from kvmnest.vmx import Capabilities, Field
+from kvmnest.vmx import Capabilities, EptVpidCap, Field
 from kvmnest.vmx.fields import Kind
 
 REGIONS = ("vmcs_a", "vmcs_b", "vmcs_c")
@@ -19,6 +19,8 @@ _NOT_IN_KVM = (
     *(Field.EXECUTIVE_VMCS_POINTER, Field.GUEST_SMBASE, Field.IO_RCX, Field.IO_RSI),
     *(Field.IO_RDI, Field.IO_RIP),
 )
+#: What makes INVEPT and INVVPID valid (SDM, their pages).
+_TAKES = {"invept": EptVpidCap.INVEPT, "invvpid": EptVpidCap.INVVPID}
 _ALONE = ("vmptrst", "vmptrst", "vmfunc")
 #: In memory, or beyond the physical-address width.
 _ADDRESSES = (0, 0xFFF, 1 << 52, 1 << 63, (1 << 64) - 1, 0x3FF000)
@@ -82,6 +84,9 @@ class L1Code:
             first = chance.choice((eptp, eptp, 0, 1, 0xFFFF, 0x10000, eptp | 1 << 50))
             second = chance.choice((0, 0, 0, 1, 1 << 47, 1 << 63))
             name = chance.choice(("invept", "invvpid"))
+            if not self._caps.supports(_TAKES[name]):
+                # A program asks for nothing that one of its machines does not have.
+                return {"do": "alone", "name": "vmptrst"}
             kind = chance.choice((0, 1, 1, 2, 2, 3, 4, 1 << 32 | 1, (1 << 64) - 1))
             return {
                 "do": "invalidate",
