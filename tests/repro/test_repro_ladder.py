@@ -146,3 +146,24 @@ def test_the_page_escapes_what_a_kernel_said():
 def test_usage(capsys, words, said):
     assert main(["repro", *words]) in (2, 3)
     assert said in capsys.readouterr().err
+
+
+#: Upstream version of Debian's kernels whose release does not say it.
+STABLE = {"6.1.0-47": (6, 1, 170), "6.1.0-56": (6, 1, 192)}
+
+
+@pytest.mark.parametrize("each", corpus.load(), ids=lambda each: each.id)
+def test_the_record_agrees_with_the_versions_that_have_the_fix(each):
+    """A kernel from such a version on has no such bug; one before it in the same series has."""
+    versions = [
+        tuple(int(part) for part in found[1].split("."))
+        for found in re.finditer(r"v(\d+(?:\.\d+)+)", each.bug.fixed)
+    ]
+    for release, verdict in ladder.load().verdicts[each.id].items():
+        name = ladder.short(release)
+        kernel = STABLE.get(name) or tuple(int(part) for part in name.split("."))
+        stable = [v for v in versions if len(v) == 3 and v[:2] == kernel[:2]]
+        if stable:
+            assert verdict == (FIXED if kernel >= min(stable) else VULNERABLE), release
+        elif any(kernel[:2] >= v for v in versions if len(v) == 2):
+            assert verdict == FIXED, release
