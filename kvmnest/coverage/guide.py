@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvmnest.coverage.collect import Collector
+from kvmnest.coverage.collect import BEFORE, Collector
 from kvmnest.coverage.record import counts
 
 
@@ -24,6 +24,7 @@ class Guide:
             self._running = event["start"]
         if "coverage" in event:
             by = f"fuzz programs --seed {self._seed}, program {self._running}"
+            by = by if self._running >= 0 else BEFORE
             new = self._boot.take(event["coverage"], by)
             if new and self._running >= 0:
                 self.new[self._running] = self.new.get(self._running, 0) + new

@@ -43,13 +43,17 @@ def told(*addresses: int, boot: bool = False, lost: str = "") -> dict[str, Any]:
 
 def test_who_reached_a_block_first() -> None:
     """A block counts once, also if another boot of the lab tells it again; others do not count."""
-    guide = Guide(Blocks(), 5)
+    blocks = Blocks()
+    guide = Guide(blocks, 5)
     assert guide.told() == ""
     events: list[dict[str, Any]] = [told(100, boot=True), {"start": 0}, told(100, 101, 102, 7)]
     events += [{"start": 1}, told(103), {"start": 2}, told(100, 103, boot=True)]
     for event in events:
         guide.take(event)
     assert guide.new == {0: 2, 1: 1}
+    (source,) = blocks.record.sources.values()
+    by = ["(before the first case)", *["fuzz programs --seed 5, program 0"] * 2]
+    assert source.first[:5] == [*by, "fuzz programs --seed 5, program 1", ""]
     assert guide.told() == "nested.c 4 of 10 lines"
     with pytest.raises(HarnessError, match="does not tell all blocks"):
         guide.take(told(lost="full"))
