@@ -18,6 +18,9 @@ BOOT_LIMIT = 60.0
 # Silence is measured in its CPU time. One that uses none is stopped, or waits for a disk: after so
 # many looks at it, 0.2 s each (not seconds, which also pass while this process sleeps).
 STOPPED_LIMIT = 300
+#: What an oops begins with, and how many characters before the panic that it ends in.
+_OOPS = re.compile("BUG: |general protection fault|invalid opcode|divide error|Oops: ")
+_OOPS_LENGTH = 8000
 _STUCK = re.compile(r"watchdog: (BUG: soft lockup|.*hard LOCKUP)|rcu_\w+ (self-)?detected stall")
 
 Sink = Callable[[bytes], object]
@@ -149,7 +152,9 @@ class Session:
         if at < 0:
             return
         self._emulator.wait_end(1.0)  # let it print the rest
-        lines = self._emulator.console()[console.rfind("\n", 0, at) + 1 :].splitlines()
+        console = self._emulator.console()
+        oops = _OOPS.search(console, max(0, at - _OOPS_LENGTH), at)
+        lines = console[console.rfind("\n", 0, oops.start() if oops else at) + 1 :].splitlines()
         raise LabPanic("the guest kernel panicked", "\n".join(lines[:20]))
 
     def _check_time(
