@@ -1,4 +1,7 @@
-"""Guest activity state is not checked."""
+"""Guest activity state is not checked.
+
+The subject of the commit is not verified: it was not found in the lists' archives.
+"""
 
 import pytest
 
@@ -9,10 +12,6 @@ from kvmnest.vmx.outcome import EntryFailure
 
 BUG = Bug(
     subject="KVM: nVMX: check vmcs12 for valid activity state",
-    hash="26539bd0e446",
-    since="v3.1",
-    since_by="source",
-    fixed="v3.10",
     vulnerable="L2 runs from an activity state that does not exist",
     correct="VM entry fails: invalid guest state",
     edit={

@@ -9,8 +9,6 @@ from kvmnest.vmx import ActivityState, ExitCtl, ExitReason, Field, Misc, Msr, Pi
 BUG = Bug(
     subject="KVM: nVMX: Always write vmcs02.GUEST_CR3 during nested VM-Enter",
     hash="04f11ef45810",
-    since="6dfacadd5858 (v3.14)",
-    since_by="message",
     fixed="v5.5-rc1",
     vulnerable="GUEST_CR3 is that of the entry before",
     correct="GUEST_CR3 is that of this entry",

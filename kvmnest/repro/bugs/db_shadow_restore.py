@@ -10,7 +10,7 @@ from kvmnest.vmx.outcome import Exit
 BUG = Bug(
     subject="KVM: VMX: Refresh GUEST_PENDING_DBG_EXCEPTIONS.BS on all injected #DBs",
     hash="c5bad4fa2d5d",
-    fixed="v7.2, v6.1.180, v6.12.96",
+    fixed="v6.1.180, v6.12.96",
     vulnerable="KVM's own entry of L2 fails, which L1 sees as an exit that it did not ask for",
     correct="L2's handler gets #DB",
     edit={

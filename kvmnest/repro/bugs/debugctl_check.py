@@ -10,8 +10,6 @@ from kvmnest.vmx.outcome import EntryFailure
 BUG = Bug(
     subject="KVM: nVMX: Check vmcs12->guest_ia32_debugctl on nested VM-Enter",
     hash="095686e6fcb4",
-    since="v3.1",
-    since_by="source",
     fixed="v6.17, v6.1.149, v6.12.43",
     vulnerable="L2 is entered",
     correct="VM entry fails: invalid guest state",

@@ -8,9 +8,6 @@ from kvmnest.vmx import Field, ProcCtl
 
 BUG = Bug(
     subject="KVM: nVMX: mark vmcs12 pages dirty on L2 exit",
-    hash="c9f04407f2e0",
-    since="v3.18",
-    since_by="source",
     fixed="v4.15",
     vulnerable="KVM_GET_DIRTY_LOG lacks the virtual-APIC page that L2 wrote",
     correct="KVM_GET_DIRTY_LOG has the virtual-APIC page",

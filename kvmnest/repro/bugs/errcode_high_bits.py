@@ -9,9 +9,6 @@ from kvmnest.vmx.outcome import Exit
 
 BUG = Bug(
     subject="KVM: VMX: Drop bits 31:16 when shoving exception error code into VMCS",
-    hash="eba9799b5a6e",
-    since="v3.1",
-    since_by="source",
     fixed="v6.1",
     vulnerable="KVM's own VM entry fails",
     correct="L2's handler gets the low 16 bits",

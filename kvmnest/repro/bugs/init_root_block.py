@@ -11,8 +11,6 @@ from kvmnest.vmx.outcome import Exit
 BUG = Bug(
     subject="KVM: x86: Fix INIT signal handling in various CPU states",
     hash="4b9852f4f389",
-    since="v3.1",
-    since_by="source",
     fixed="v5.4-rc1",
     vulnerable="INIT resets L1 in the middle of VMX root operation",
     correct="INIT waits and makes L2 exit",

@@ -10,8 +10,6 @@ from kvmnest.vmx.outcome import VMfailValid
 BUG = Bug(
     subject="kvm: nVMX: Check memory operand to INVVPID",
     hash="403526054a38",
-    since="bcdde302b826",
-    since_by="message",
     fixed="v4.13",
     vulnerable="INVVPID of a linear address that is not canonical succeeds",
     correct="INVVPID fails with error 28",

@@ -10,8 +10,6 @@ from kvmnest.vmx.outcome import EntryFailure
 
 BUG = Bug(
     subject="KVM: nVMX: Honor userspace MSR filter lists for nested VM-Enter/VM-Exit",
-    since="v5.10",
-    since_by="source",
     fixed="v6.12",
     vulnerable="the VM-entry MSR-load area changes an MSR that the filter denies",
     correct="VM entry fails at that entry",

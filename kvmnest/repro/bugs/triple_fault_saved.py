@@ -11,8 +11,6 @@ from kvmnest.vmx.outcome import Exit
 BUG = Bug(
     subject="KVM: x86: Extend KVM_{G,S}ET_VCPU_EVENTS to support pending triple fault",
     hash="ed2351174e38",
-    since="v4.19",
-    since_by="source",
     fixed="v6.0",
     vulnerable="L2 goes on in the new VM",
     correct="L2 ends in a triple fault in the new VM",

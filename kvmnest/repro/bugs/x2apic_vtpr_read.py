@@ -9,8 +9,6 @@ from kvmnest.vmx import Field, Msr, Proc2Ctl, ProcCtl
 BUG = Bug(
     subject="KVM: x86: nVMX: fix x2APIC VTPR read intercept",
     hash="c73f4c998e1f",
-    since="c992384bde84 (v4.16)",
-    since_by="Fixes",
     fixed="v5.1-rc4",
     vulnerable="RDMSR 808H in L2 gives L1's TPR",
     correct="RDMSR 808H in L2 gives the TPR of the virtual-APIC page",
