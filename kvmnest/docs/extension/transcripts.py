@@ -22,6 +22,7 @@ prints.
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import re
 import shlex
@@ -140,12 +141,18 @@ def main() -> int:
         try:
             old = page.read_text(encoding="utf-8")
             new = renewed(old)
+            if new != old:
+                # A command that fills the cache says so, once.
+                new = renewed(old)
         except (OSError, TranscriptError) as error:
             print(f"{page}: {error}", file=sys.stderr)
             return 3
         if new != old:
             stale.append(page.name)
-            if not options.check:
+            if options.check:
+                lines = difflib.unified_diff(old.splitlines(), new.splitlines(), lineterm="", n=1)
+                print(*lines, sep="\n")
+            else:
                 page.write_text(new, encoding="utf-8")
     print(f"{'out of date' if options.check else 'renewed'}: {', '.join(stale) or 'nothing'}")
     return 1 if stale and options.check else 0
