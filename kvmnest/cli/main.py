@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     _prepare_streams()
     try:
-        known = parser(arguments).parse_args(arguments)
+        known = _parsed(arguments)
         code: int = import_module(f"kvmnest.cli.{known.verb}").run(known)
         sys.stdout.flush()
         return code
@@ -100,6 +100,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _unforeseen(error)
     except Exception as error:
         return _unforeseen(error)
+
+
+def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
+    try:
+        return parser(arguments).parse_args(arguments)
+    except SystemExit:
+        # --help and --version: what they print may not have reached the stream yet.
+        sys.stdout.flush()
+        raise
 
 
 def _tell(error: KvmnestError) -> int:
