@@ -20,8 +20,7 @@ extensions = [
     "sphinx_argparse_cli",
     "documented_modules",
     "documented_formats",
-    "mutant_hunts",
-    "public_bugs",
+    "tables",
 ]
 exclude_patterns = ["extension"]
 default_role = "code"

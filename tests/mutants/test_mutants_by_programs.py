@@ -91,12 +91,12 @@ def test_kept_results_are_in_the_documentation(monkeypatch: pytest.MonkeyPatch) 
     assert {each["id"] for each in found["hunts"]} <= ids
     pages = Path(by_programs.FILE).parents[1] / "docs"
     monkeypatch.syspath_prepend(str(pages / "extension"))
-    import mutant_hunts
+    import tables
 
-    rows = mutant_hunts.table().splitlines()
+    rows = tables.table(tables.MUTANTS).splitlines()
     assert len(rows) == 2 + len(found["hunts"])
-    assert mutant_hunts.MARK in (pages / "fuzzing.md").read_text()
-    sys.modules.pop("mutant_hunts")
+    assert tables.MUTANTS in (pages / "fuzzing.md").read_text()
+    sys.modules.pop("tables")
 
 
 def test_wrong_arguments(capsys: pytest.CaptureFixture[str]) -> None:
