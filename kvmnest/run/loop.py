@@ -91,7 +91,7 @@ def _check_end(judge: Judge, ended: Ended) -> None:
         where, text = judge.broken[0]
         raise HarnessError(f"cannot collect {where}: {why_broken(text)}")
     if judge.ended == 4:
-        raise refusal(ended.output) or UsageError(last_error(ended.output))
+        raise _refused(ended)
     if judge.ended == 3:
         why = judge.why_ended or last_error(ended.output)
         raise HarnessError(f"pytest broke down: {why}")
@@ -105,9 +105,13 @@ def _check_end(judge: Judge, ended: Ended) -> None:
         judge.problem(ended.why)
 
 
+def _refused(ended: Ended) -> KvmnestError:
+    return refusal(ended.output) or UsageError(last_error(ended.output))
+
+
 def _no_start(ended: Ended) -> KvmnestError:
     if ended.status == 4:
-        return refusal(ended.output) or UsageError(last_error(ended.output))
+        return _refused(ended)
     reason = ended.why or f"exit status {ended.status}"
     return HarnessError(f"the cases' process did not start ({reason}): {last_error(ended.output)}")
 
