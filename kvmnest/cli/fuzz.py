@@ -86,7 +86,7 @@ def run(
         raise UsageError("--continue needs the --seed of the run")
     seed = random.SystemRandom().randrange(1 << 32) if options.seed is None else options.seed
     require_writable(options.json, options.tests and options.tests / "test_fuzz.py")
-    if getattr(options, "what", "entries") == "programs":
+    if options.what == "programs":
         return fuzz_programs.run(options, seed, collector)
     machine: FuzzMachine = fuzz_common.machine(options, lab)
     chosen = {"seed": seed, "target": machine.name, "kernel": options.kernel}

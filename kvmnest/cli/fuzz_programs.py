@@ -71,9 +71,9 @@ def run(options: argparse.Namespace, seed: int, collector: Collector | None = No
     """Run the verb; ``collector`` takes the coverage, and the lab has its modules then."""
     from kvmnest.coverage.guide import Guide
     from kvmnest.fuzz.judge import Judge
+    from kvmnest.fuzz.model import capabilities
     from kvmnest.fuzz.programs import known
     from kvmnest.fuzz.programs.campaign import Campaign, Oracle
-    from kvmnest.fuzz.programs.execute import capabilities
     from kvmnest.fuzz.programs.generate import ProgramGenerator
     from kvmnest.fuzz.programs.places import Place, common
 
@@ -152,18 +152,14 @@ def _journal(options: argparse.Namespace, seed: int, against: list[str]) -> Jour
 def _other(options: argparse.Namespace, name: str, machine: Any, journal: Journal) -> Place:
     """The machine that ``--against`` names."""
     from kvmnest.fuzz.machines import LabMachine, LocalMachine
-    from kvmnest.fuzz.programs.places import Place
+    from kvmnest.fuzz.programs.places import Place, reference
 
     if name in (MOVED, QUIET):
         moved = name == MOVED
         called = f"{machine.name}, {name}"
         return Place(called, machine, moved=moved, quiet=not moved, journal=journal.steps)
     if name == REFERENCE:
-        from kvmnest.reference.emulator import find
-
-        cpu = find(getattr(options, "bochs", None), getattr(options, "cpu_model", None))
-        named = {"bochs": str(cpu.path), "model": cpu.model.name}
-        return Place("the reference CPU", LocalMachine(), named)
+        return reference(options.bochs, options.cpu_model)
     if machine.name == LocalMachine.name:
         raise UsageError(f"--against {name}: other kernels and parameters are for the lab")
     params = {**(parameters(options.kvm_param) or {})}

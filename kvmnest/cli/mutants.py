@@ -121,7 +121,6 @@ def _by_programs(options: argparse.Namespace, mutants: Sequence[Mutant]) -> int:
     release = kernels.resolve(options.kernel).release
     hunter = Hunter(
         release,
-        release,
         options.seed,
         options.programs,
         Choice(program=options.bochs, cpu_model=options.cpu_model),

@@ -12,12 +12,11 @@ from typing import Any
 from kvmnest import reading
 from kvmnest.errors import HarnessError
 from kvmnest.fuzz.execute import Seen
-from kvmnest.fuzz.model import REGION, VITAL, FuzzCase, StaticMemory, base_fields
+from kvmnest.fuzz.model import REGION, VITAL, FuzzCase, StaticMemory, base_fields, capabilities
 from kvmnest.known import kernel_in_range
 from kvmnest.l1 import payload as payload_module
 from kvmnest.l1.baseline import L2Mode
 from kvmnest.vmx import Capabilities, Field
-from kvmnest.vmx.capinfo import CpuFeatures
 from kvmnest.vmx.errors import VmxError
 from kvmnest.vmx.outcome import EntryFailure, Outcome, VMfailValid
 from kvmnest.vmx.reasons import ExitReason
@@ -80,12 +79,10 @@ class Judge:
 
     def __init__(self, facts: Mapping[str, Any], target: str) -> None:
         try:
-            leaves = {(leaf, sub): tuple(rest) for leaf, sub, *rest in facts["cpuid"]}
-            msrs = {int(index): int(value) for index, value in facts["msrs"].items()}
+            self.caps = capabilities(facts)
             self.kernel = str(facts["kernel"])
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not the facts of a machine: {error}") from error
-        self.caps = Capabilities.from_msrs(msrs, CpuFeatures.from_cpuid(leaves))
         self.payload = payload_module.default()
         self.target = target
         self.known = [entry for entry in load() if entry.applies(target, self.kernel)]

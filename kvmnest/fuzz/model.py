@@ -9,6 +9,7 @@ from typing import Any
 from kvmnest.l1.baseline import L2Mode, baseline
 from kvmnest.l1.payload import Payload
 from kvmnest.vmx import Capabilities, Field, Msr, PinCtl, Rflags
+from kvmnest.vmx.capinfo import CpuFeatures
 
 #: Region of the VMCS that is entered.
 REGION = "vmcs_a"
@@ -21,6 +22,13 @@ VITAL = (
     *(Field.HOST_RIP, Field.HOST_IA32_EFER, Field.HOST_CR0),
 )
 _AREAS = ("entry_load_msrs", "exit_store_msrs", "exit_load_msrs")
+
+
+def capabilities(facts: Mapping[str, Any]) -> Capabilities:
+    """Those that an executor's facts state. Raises ValueError if they say that there is no VMX."""
+    leaves = {(leaf, sub): tuple(rest) for leaf, sub, *rest in facts["cpuid"]}
+    msrs = {int(index): int(value) for index, value in facts["msrs"].items()}
+    return Capabilities.from_msrs(msrs, CpuFeatures.from_cpuid(leaves))
 
 
 @dataclass(frozen=True)

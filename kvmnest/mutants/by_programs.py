@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from kvmnest import reading
 from kvmnest.fuzz.judge import Judge
-from kvmnest.fuzz.machines import LabMachine, LocalMachine
+from kvmnest.fuzz.machines import LabMachine
+from kvmnest.fuzz.model import capabilities
 from kvmnest.fuzz.programs import known
 from kvmnest.fuzz.programs.campaign import CRASHED, DISAGREE, judge
-from kvmnest.fuzz.programs.execute import capabilities
 from kvmnest.fuzz.programs.generate import ProgramGenerator
-from kvmnest.fuzz.programs.places import Numbered, Place, Ran, common
+from kvmnest.fuzz.programs.places import Numbered, Place, Ran, common, reference
 from kvmnest.kernel.build import BuildError, build_modules
 from kvmnest.kernel.edits import EditError
 from kvmnest.lab.emulators import Choice
 from kvmnest.mutants.catalogue import Mutant
-from kvmnest.reference.emulator import find
 from kvmnest.schema import COUNT, TEXT, Schema, exactly
 
 #: Results that are kept, for the documentation.
@@ -75,25 +74,22 @@ class Hunter:
 
     def __init__(
         self,
-        kernel: str,
         release: str,
         seed: int,
         count: int,
         emulator: Choice,
         on_line: Callable[[str], None],
     ) -> None:
-        self.kernel, self.release, self.seed = kernel, release, seed
+        self.release, self.seed = release, seed
         self._emulator, self._on_line = emulator, on_line
         plain = self._lab(None)
-        cpu = find(emulator.program, emulator.cpu_model)
-        named = {"bochs": str(cpu.path), "model": cpu.model.name}
-        reference = Place(_REFERENCE, LocalMachine(), named)
-        self._facts = common(plain.ask(), reference.ask())
+        bare = reference(emulator.program, emulator.cpu_model)
+        self._facts = common(plain.ask(), bare.ask())
         self._known = known.load(str(self._facts["kernel"]), _REFERENCE)
-        machines = [capabilities(place.facts) for place in (plain, reference)]
+        machines = [capabilities(place.facts) for place in (plain, bare)]
         drawn = ProgramGenerator(Judge(self._facts, "lab"), others=machines)
         programs = [(number, drawn.numbered(seed, number)) for number in range(count)]
-        self._wanted = reference.run(programs, self._facts)
+        self._wanted = bare.run(programs, self._facts)
         bad: set[int] = set()
         for batch in _batches(programs):
             for number, ran in plain.run(batch, self._facts).items():
@@ -105,7 +101,7 @@ class Hunter:
         self.clean = len(self._programs)
 
     def _lab(self, modules: str | None) -> Place:
-        machine = LabMachine(self.kernel, modules=modules, emulator=self._emulator)
+        machine = LabMachine(self.release, modules=modules, emulator=self._emulator)
         return Place("lab", machine)
 
     def _shows(self, number: int, ran: Ran) -> str:
@@ -123,13 +119,13 @@ class Hunter:
     def _hunt(self, mutant: Mutant) -> Hunt:
         nothing = Hunt(mutant.id, mutant.title)
         if mutant.params:
-            return _with(nothing, why="needs module parameters")
+            return replace(nothing, why="needs module parameters")
         if not mutant.exists_on(self.release):
-            return _with(nothing, why=f"Linux {mutant.since} and later only")
+            return replace(nothing, why=f"Linux {mutant.since} and later only")
         try:
             folder = build_modules([mutant.edit_for(self.release)], self.release)
         except (EditError, BuildError) as error:
-            return _with(nothing, why=str(error))
+            return replace(nothing, why=str(error))
         lab, began = self._lab(str(folder)), time.monotonic()
         for batch in _batches(self._programs):
             seen: list[tuple[int, str]] = []
@@ -146,18 +142,14 @@ class Hunter:
                 number, shows = seen[0]
                 tried = sum(n <= number for n, _ in self._programs)
                 took = round(time.monotonic() - began, 1)
-                return _with(nothing, program=number, tried=tried, seconds=took, shows=shows)
+                return replace(nothing, program=number, tried=tried, seconds=took, shows=shows)
         took = round(time.monotonic() - began, 1)
-        return _with(nothing, tried=self.clean, seconds=took)
+        return replace(nothing, tried=self.clean, seconds=took)
 
     def document(self, hunts: Sequence[Hunt]) -> dict[str, Any]:
         """For JSON: schema 1."""
         head = {"schema": 1, "kernel": self._facts["kernel"], "seed": self.seed}
         return {**head, "clean": self.clean, "hunts": [asdict(each) for each in hunts]}
-
-
-def _with(hunt: Hunt, **values: Any) -> Hunt:
-    return Hunt(**{**asdict(hunt), **values})
 
 
 def _batches(programs: Numbered) -> Iterator[Numbered]:

@@ -13,7 +13,7 @@ from kvmnest.cli import fuzz_programs
 from kvmnest.cli.main import main
 from kvmnest.errors import HarnessError, KvmnestError, UsageError
 from kvmnest.fuzz.judge import Judge
-from kvmnest.fuzz.model import FuzzCase
+from kvmnest.fuzz.model import FuzzCase, capabilities
 from kvmnest.fuzz.programs import corpus, defined, known, testfile
 from kvmnest.fuzz.programs.campaign import (
     AGREE,
@@ -29,7 +29,6 @@ from kvmnest.fuzz.programs.campaign import (
     worst,
 )
 from kvmnest.fuzz.programs.compare import Difference, differences
-from kvmnest.fuzz.programs.execute import capabilities
 from kvmnest.fuzz.programs.generate import ProgramGenerator
 from kvmnest.fuzz.programs.journal import Journal
 from kvmnest.fuzz.programs.places import Place, Ran, common

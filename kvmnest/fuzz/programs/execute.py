@@ -19,32 +19,22 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Mapping
 from typing import Any
 
 from kvmnest import host
 from kvmnest.cases import covered
 from kvmnest.errors import KvmnestError
 from kvmnest.fuzz.execute import LEAVES
+from kvmnest.fuzz.model import capabilities
 from kvmnest.fuzz.programs.program import Program
 from kvmnest.fuzz.programs.steps import Doer, run
 from kvmnest.kvm import Kvm
 from kvmnest.kvm.cpuid import leaf
 from kvmnest.l1.pool import L1Pool
 from kvmnest.vmx import Capabilities
-from kvmnest.vmx.capinfo import CpuFeatures
 
 #: Seconds after which a step that does not come back counts as hung.
 BUDGET = 1.0
-
-
-def capabilities(facts: Mapping[str, Any]) -> Capabilities:
-    """Those that facts state. Raises ValueError if they say that there is no VMX."""
-    leaves = {(number, sub): tuple(rest) for number, sub, *rest in facts["cpuid"]}
-    return Capabilities.from_msrs(
-        {int(index): value for index, value in facts["msrs"].items()},
-        CpuFeatures.from_cpuid(leaves),
-    )
 
 
 class Executor:

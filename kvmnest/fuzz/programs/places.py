@@ -10,9 +10,10 @@ from typing import Any, Protocol
 
 from kvmnest.errors import HarnessError
 from kvmnest.fuzz.journal import FACTS_SCHEMA
-from kvmnest.fuzz.machines import OnEvent, Task
+from kvmnest.fuzz.machines import LocalMachine, OnEvent, Task
 from kvmnest.fuzz.programs.observe import Seen
 from kvmnest.fuzz.programs.program import Program
+from kvmnest.reference.emulator import find
 from kvmnest.schema import COUNT, TEXT
 
 MODULE = "kvmnest.fuzz.programs.execute"
@@ -153,6 +154,16 @@ class Place:
             if number in found:
                 found[number].warning = text
         return found
+
+
+def reference(program: str | None, model: str | None) -> Place:
+    """The reference CPU, by the user's Bochs and CPU model if they are given.
+
+    Raises LabSetupError if there is no such Bochs.
+    """
+    cpu = find(program, model)
+    named = {"bochs": str(cpu.path), "model": cpu.model.name}
+    return Place("the reference CPU", LocalMachine(), named)
 
 
 class _Enough(Exception):
