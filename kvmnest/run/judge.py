@@ -80,8 +80,8 @@ class Judge:
         watch: Callable[[Event], None] = lambda event: None,
     ) -> None:
         self.run = run
-        #: Cases that ended by themselves since the last lost process.
-        self.finished_since_loss = 0
+        #: Losses in a row that nobody expected, with no finished case in between.
+        self.losses_in_a_row = 0
         #: Whether the present process reported its end, and pytest's exit status.
         self.ended: int | None = None
         #: What ended its session before the last case, "" if nothing did.
@@ -183,7 +183,7 @@ class Judge:
         seconds = time.monotonic() - self._began if self._own_clock else event["seconds"]
         # Before the listener hears of it: what it raises is no end of the process.
         if event["outcome"] != "skipped":
-            self.finished_since_loss += 1
+            self.losses_in_a_row = 0
         self._add(
             Case(
                 id=event["id"],
@@ -246,11 +246,16 @@ class Judge:
     # --- a process that did not get to its end ---
 
     def lost(self, why: str, loss: Loss = "crash") -> None:
-        """Record the loss of the process: the case that ran, or was next, is in error."""
-        self.finished_since_loss = 0
+        """Record the loss of the process: the case that ran, or was next, is in error.
+
+        Unless that case is known to be lost: then the loss is a result like others.
+        """
+        self.losses_in_a_row += 1
         if self.run.planned and not self.run.complete:
             self._note_loss(self._present(), loss)
             self._lose(f"{CRASHED}{first_line(why)}", why)
+            if self.run.cases[-1].outcome == "known":
+                self.losses_in_a_row = 0
 
     def stuck(self, why: str) -> None:
         """Record that the process cannot be ended: the case that runs never gets a result."""
@@ -260,7 +265,7 @@ class Judge:
 
     def interrupted(self, why: str) -> None:
         """Record that the session ended in the middle: the case that ran, or was next, did it."""
-        self.finished_since_loss = 0
+        self.losses_in_a_row += 1
         name = self._present()
         self.run.interrupted.append(name)
         self._listener.interrupted(self._called(name))

@@ -15,7 +15,7 @@ from kvmnest.run.targets import Ended, Stuck, Target
 
 _INTERRUPTED = 2  # pytest.ExitCode.INTERRUPTED
 
-#: Losses in a row without a finished case in between, after which a run gives up.
+#: Unexpected losses in a row without a finished case in between, after which a run gives up.
 MOST_LOSSES = 3
 
 
@@ -50,7 +50,6 @@ def run_cases(target: Target, arguments: Sequence[str], judge: Judge) -> None:
 
 def _run_cases(target: Target, arguments: Sequence[str], judge: Judge) -> None:
     run = judge.run
-    losses = 0
     while True:
         judge.ended = None
         try:
@@ -70,7 +69,6 @@ def _run_cases(target: Target, arguments: Sequence[str], judge: Judge) -> None:
                 return
         elif not run.planned:
             raise _no_start(ended)
-        losses = 1 if judge.finished_since_loss else losses + 1
         if judge.ended is not None:
             judge.interrupted(judge.why_ended or f"pytest's exit status {judge.ended}")
         else:
@@ -78,8 +76,8 @@ def _run_cases(target: Target, arguments: Sequence[str], judge: Judge) -> None:
         if run.complete:
             return
         left = len(run.not_run())
-        if losses >= MOST_LOSSES:
-            judge.problem(f"gave up after {losses} losses in a row, {left} cases not run")
+        if judge.losses_in_a_row >= MOST_LOSSES:
+            judge.problem(f"gave up after {MOST_LOSSES} losses in a row, {left} cases not run")
             return
         judge.note(f"the cases' process was lost; starting again for {left} cases")
 

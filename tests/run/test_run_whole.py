@@ -218,6 +218,22 @@ def test_three_crashes_in_a_row_are_enough(write, tmp_path, capsys):
     assert document["complete"] is False
 
 
+def test_deaths_that_are_known_are_no_losses(write, tmp_path, monkeypatch):
+    record = tmp_path / "known.toml"
+    record.write_text(
+        '[[deviation]]\ncase = "test_sample.py::test_k*"\nreason = "seen"\ncrash = true\n'
+    )
+    monkeypatch.setattr(known, "KNOWN_FILE", record)
+    name = write(
+        '@pytest.mark.parametrize("n", range(2))\ndef test_a(n): os._exit(7)\n'
+        '@pytest.mark.parametrize("n", range(4))\ndef test_k(n): os._exit(7)\n'
+        "def test_z(): assert 1\n"
+    )
+    found = run(tmp_path / "out", name)[1]
+    assert [case.outcome for case in found.cases] == ["error"] * 2 + ["known"] * 4 + ["passed"]
+    assert found.complete
+
+
 def test_a_hang_has_a_name(write, tmp_path):
     name = write("def test_a(): time.sleep(1000)\ndef test_b(): assert 1\n")
     found = run(tmp_path / "out", name, patience=2.0)[1]
