@@ -93,6 +93,7 @@ class Emulator:
     display: str
     sound: bool
     repairs: int = 0
+    boot = "lab"
     where = "in the lab"
 
     @property

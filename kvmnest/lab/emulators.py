@@ -24,9 +24,14 @@ Picture = Callable[[Sink], None]
 class Installed(Protocol):
     """An emulator of this machine that can boot kernels.
 
-    ``where`` is what is said of a kernel that it boots ("in the lab"), ``kernel_parameters`` go
-    to the kernel's command line.
+    ``boot`` is its ``Choice.boot``, ``where`` what is said of a kernel that it boots ("in the
+    lab"), ``kernel_parameters`` go to the kernel's command line.
     """
+
+    @property
+    def boot(self) -> str:
+        """Also the name of the target that runs cases in it."""
+        ...
 
     @property
     def where(self) -> str:

@@ -14,7 +14,7 @@ from kvmnest import kmsg
 from kvmnest.errors import UsageError
 from kvmnest.lab import bochs, build, cache, image, kernels, plan, rootfs, snapshot
 from kvmnest.lab.bochs import Bochs
-from kvmnest.lab.emulators import BOCHS, Choice, Running
+from kvmnest.lab.emulators import BOCHS, Choice, Installed, Running
 from kvmnest.lab.errors import LabRunError, LabSetupError
 from kvmnest.lab.guest import MAILBOX_INTERRUPT
 from kvmnest.lab.locate import locate
@@ -61,8 +61,9 @@ class Lab:
 
     ``kernel`` is a SPEC (see kvmnest.lab.kernels), ``kvm_params`` module parameters
     (``nested=1`` unless given), ``kvm_modules`` a directory whose kvm.ko and kvm-intel.ko are
-    loaded instead of the kernel's own, ``emulator`` what boots it. Preparing happens here:
-    raises LabSetupError, KernelSpecError or UsageError.
+    loaded instead of the kernel's own, ``emulator`` what boots it: a choice among those that
+    kvmnest knows, or any other that does what ``Installed`` asks for. The guest gets at least
+    ``memory`` MiB. Preparing happens here: raises LabSetupError, KernelSpecError or UsageError.
 
     With Bochs the first boot of a kernel is saved, and again with its KVM loaded; later runs
     continue from there. With ``kvm_modules`` or ``kvm_params``, which change from run to run, they
@@ -76,7 +77,8 @@ class Lab:
         kvm_params: Mapping[str, str] | None = None,
         kvm_modules: str | os.PathLike[str] | None = None,
         cpus: int = 1,
-        emulator: Choice = BOCHS,
+        emulator: Choice | Installed = BOCHS,
+        memory: int = 0,
         snapshots: bool = True,
     ) -> None:
         """Resolve the kernel and build what is not yet cached."""
@@ -84,7 +86,7 @@ class Lab:
             raise UsageError(f"the lab has 1 to 8 CPUs, not {cpus}")
         started = time.monotonic()
         self.cpus = cpus
-        self.emulator = locate(emulator, cpus)
+        self.emulator = locate(emulator, cpus) if isinstance(emulator, Choice) else emulator
         # What can be wrong at once comes before a kernel that may have to be fetched.
         replaced = plan.replacements(Path(kvm_modules)) if kvm_modules is not None else []
         self.kernel = kernels.resolve(kernel)
@@ -96,7 +98,7 @@ class Lab:
         self._kvmnest = rootfs.kvmnest_files()
         self._kvm = self._kvm_loading()
         size = sum(layer.path.stat().st_size for layer in self._layers)
-        self._memory = image.memory_for(self.kernel.end, size)
+        self._memory = max(memory, image.memory_for(self.kernel.end, size))
         usual = not replaced and self.params == _USUAL
         self._saved = self._saved_boots(keep_kvm=usual) if snapshots else None
         self._session: Session | None = None

@@ -32,6 +32,7 @@ class Emulator:
     path: str
     accelerator: str
     sandbox: bool
+    boot = "qemu"
     where = "in QEMU"
     kernel_parameters = ""
 

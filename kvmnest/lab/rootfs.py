@@ -6,6 +6,7 @@ the other. The guest executes some 100 million instructions a second, hence: com
 """
 
 import fnmatch
+import functools
 import importlib.metadata
 import importlib.util
 import marshal
@@ -80,7 +81,7 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _stripped(path: Path) -> bytes:
+def stripped(path: Path) -> bytes:
     """The ELF file without symbols, which the guest would only copy around."""
     with scratch.folder() as folder:
         target = Path(folder) / "stripped"
@@ -88,6 +89,7 @@ def _stripped(path: Path) -> bytes:
         return target.read_bytes()
 
 
+@functools.cache
 def _interpreter_and_loader() -> tuple[Path, str]:
     """The real Python executable and the path of its dynamic loader."""
     exe = Path(getattr(sys, "_base_executable", sys.executable)).resolve()
@@ -100,8 +102,9 @@ def _interpreter_and_loader() -> tuple[Path, str]:
     return exe, found[0].decode()
 
 
-def _libraries(loader: str, binary: Path) -> list[Path]:
-    """Shared libraries that ``binary`` loads, resolved by the loader itself."""
+def libraries_of(binary: Path) -> list[Path]:
+    """Shared libraries that ``binary`` loads, resolved by Python's own loader."""
+    _, loader = _interpreter_and_loader()
     done = subprocess.run([loader, "--list", str(binary)], capture_output=True, check=False)
     if done.returncode:
         return []
@@ -158,17 +161,15 @@ def python_layer() -> Layer:
         for name in ("proc", "sys", "dev", "tmp", "run", "root"):
             archive.directory(name)
         archive.device("dev/console", 5, 1)
-        archive.file(loader.lstrip("/"), _stripped(Path(loader).resolve()), 0o755)
-        archive.file(PYTHON, _stripped(exe), 0o755)
+        archive.file(loader.lstrip("/"), stripped(Path(loader).resolve()), 0o755)
+        archive.file(PYTHON, stripped(exe), 0o755)
         archive.symlink("usr/bin/python", "python3")
         archive.symlink(f"usr/bin/{Path(_STDLIB).name}", "python3")
-        libraries = {
-            lib.name: lib for binary in (exe, *extensions) for lib in _libraries(loader, binary)
-        }
+        libraries = {lib.name: lib for binary in (exe, *extensions) for lib in libraries_of(binary)}
         for name, path in sorted(libraries.items()):
-            archive.file(f"lib/{name}", _stripped(path.resolve()), 0o755)
+            archive.file(f"lib/{name}", stripped(path.resolve()), 0o755)
         for path in extensions:
-            archive.file(f"{_STDLIB}/lib-dynload/{path.name}", _stripped(path), 0o755)
+            archive.file(f"{_STDLIB}/lib-dynload/{path.name}", stripped(path), 0o755)
         _add_pycs(archive, _STDLIB, sources, 2)
         _save(folder, archive)
 
@@ -202,7 +203,6 @@ def _requirements(roots: Iterable[str]) -> dict[str, importlib.metadata.Distribu
 
 def site_layer() -> Layer:
     """The packages that kvmnest runs on: compiled modules, extension modules, entry points."""
-    _, loader = _interpreter_and_loader()
     files: dict[str, Path] = {}
     for _, dist in sorted(_requirements(ROOTS).items()):
         for file in dist.files or ():
@@ -218,14 +218,14 @@ def site_layer() -> Layer:
         libraries: dict[str, Path] = {}
         for name, path in sorted(files.items()):
             if name.endswith(".so") or ".so." in name:
-                archive.file(f"{SITE}/{name}", _stripped(path), 0o755)
-                libraries |= {lib.name: lib for lib in _libraries(loader, path)}
+                archive.file(f"{SITE}/{name}", stripped(path), 0o755)
+                libraries |= {lib.name: lib for lib in libraries_of(path)}
             elif not name.endswith(".py"):
                 archive.file(f"{SITE}/{name}", path.read_bytes())
         present = {Path(name).name for name in (*files, *names(python_layer().read()))}
         for name, path in sorted(libraries.items()):
             if name not in present:
-                archive.file(f"lib/{name}", _stripped(path.resolve()), 0o755)
+                archive.file(f"lib/{name}", stripped(path.resolve()), 0o755)
         _add_pycs(archive, SITE, python, 0)
         _save(folder, archive)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from kvmnest.cases.events import parse
 from kvmnest.errors import UsageError
 from kvmnest.lab import cache
-from kvmnest.lab.emulators import BOCHS, Choice
+from kvmnest.lab.emulators import BOCHS, Choice, Installed
 from kvmnest.lab.errors import LabHang, LabLost, LabModuleError, LabPanic, LabRunError
 from kvmnest.lab.guest import EVENTS_PATH
 from kvmnest.lab.machine import Lab
@@ -45,7 +45,7 @@ class LabTarget:
         kvm_modules: Path | None = None,
         kvm_params: Mapping[str, str] | None = None,
         cpus: int = 1,
-        emulator: Choice = BOCHS,
+        emulator: Choice | Installed = BOCHS,
         patience: float = 120.0,
         on_line: Callable[[str], None] = lambda line: None,
     ) -> None:
@@ -57,8 +57,8 @@ class LabTarget:
             cpus=cpus,
             emulator=emulator,
         )
-        self.name = emulator.boot
         self._lab = self._make_lab()
+        self.name = self._lab.emulator.boot
         self.emulator = self._lab.emulator.cpu_emulator
         self._patience = patience
         self._on_line = on_line

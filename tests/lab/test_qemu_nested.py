@@ -4,20 +4,22 @@ Bochs boots a kernel, its KVM runs QEMU, which boots the same kernel with kvm_in
 L1 payload and its L2: the suite's case is four levels deep.
 """
 
+import io
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kvmnest.lab import build, qemu, rootfs, session
-from kvmnest.lab.cpio import Cpio, names
-from kvmnest.lab.emulators import Choice, Picture
+from kvmnest.lab import qemu, rootfs
+from kvmnest.lab.cpio import names
+from kvmnest.lab.emulators import Picture
 from kvmnest.lab.machine import Lab
 from kvmnest.run.lab_target import LabTarget
-from kvmnest.run.selection import Selection, pytest_arguments, split_selection
-from kvmnest.run.targets import Ended
+from kvmnest.run.loop import outcome
+from kvmnest.run.selection import Selection
 
 pytestmark = [
     pytest.mark.slow,
@@ -26,7 +28,7 @@ pytestmark = [
 ]
 
 CASE = "test_vmlaunch_vmresume.py::test_vmresume_of_clear_vmcs"
-VAPIC = "usr/share/qemu/kvmvapic.bin"  # what QEMU loads beside our ROM
+VAPIC = "/usr/share/qemu/kvmvapic.bin"  # what QEMU loads beside our ROM
 MEMORY = 1408  # MiB for the guest that QEMU runs in
 
 # What the host does with any emulator, done by the guest.
@@ -49,71 +51,68 @@ print(json.dumps({"status": status, "info": followed.info, "events": found}))
 """
 
 
-class Prepared(LabTarget):
-    """Keeps what would be run."""
-
-    def _boot(self, argv: list[str], files: dict[str, bytes], on_event: object) -> Ended:
-        self.command = argv, files
-        return Ended(0)
+class Written(Exception):
+    """The picture of a guest with so many MiB is written."""
 
 
-def picture(folder: Path) -> Lab:
-    """Write the picture of memory for QEMU, as ``Lab.run`` does, and the ROM."""
-    target = Prepared(emulator=Choice("qemu", accelerator="tcg"))
-    arguments = pytest_arguments(Selection(budget=60), target.name, split_selection([CASE])[0], [])
-    target.run(arguments, lambda event: None)
-    argv, files = target.command
-    lab = target._lab
+class Writing(qemu.Qemu):
+    """Only writes what QEMU would boot, as files of another guest."""
 
-    class Here:
-        def __init__(self) -> None:
-            self.folder = folder
+    def __init__(self, emulator: qemu.Emulator, files: dict[str, bytes]) -> None:
+        super().__init__(emulator)
+        self._files = files
 
-        def boot(self, memory: int, cpus: int, write: Picture) -> None:
-            """Write the picture; the guest starts QEMU."""
-            with open(self.folder / "memory.img", "wb") as image:
-                write(image)
-
-    lab._start(Here(), lab._job(argv, {}, files))  # type: ignore[arg-type]
-    shutil.copy(build.build(), folder / "boot.rom")
-    return lab
+    def boot(self, memory: int, cpus: int, write: Picture) -> None:
+        image = io.BytesIO()
+        write(image)
+        rom = (self.folder / "boot.rom").read_bytes()
+        self._files.update({"/picture/memory.img": image.getvalue(), "/picture/boot.rom": rom})
+        raise Written(memory)
 
 
-def layer(folder: Path, present: set[str]) -> rootfs.Layer:
-    """QEMU, the libraries that the guest lacks, and what it is to boot."""
-    archive = Cpio()
+@dataclass(frozen=True)
+class Writer:
+    """QEMU of which nothing runs."""
+
+    qemu: qemu.Emulator
+    files: dict[str, bytes]
+    boot = "qemu"
+    where = "nowhere"
+    kernel_parameters = ""
+    cpu_emulator = ""
+
+    def process(self) -> Writing:
+        return Writing(self.qemu, self.files)
+
+
+def qemu_files() -> dict[str, bytes]:
+    """QEMU and the libraries that the guest lacks."""
     program = Path(str(shutil.which(qemu.PROGRAM)))
-    archive.file(f"usr/bin/{qemu.PROGRAM}", rootfs._stripped(program), 0o755)
-    _, loader = rootfs._interpreter_and_loader()
-    for library in rootfs._libraries(loader, program):
-        if library.name not in present:
-            archive.file(f"lib/{library.name}", rootfs._stripped(library.resolve()), 0o755)
-    archive.file(VAPIC, Path("/", VAPIC).read_bytes())
-    for name in ("memory.img", "boot.rom"):
-        archive.file(f"picture/{name}", (folder / name).read_bytes())
-    path = folder / "layer.cpio"
-    path.write_bytes(archive.finish())
-    return rootfs.Layer("", path)
+    layers = (rootfs.python_layer(), rootfs.site_layer())
+    present = {Path(name).name for layer in layers for name in names(layer.read())}
+    missing = [path for path in rootfs.libraries_of(program) if path.name not in present]
+    files = {f"/lib/{path.name}": rootfs.stripped(path.resolve()) for path in missing}
+    files[f"/usr/bin/{qemu.PROGRAM}"] = rootfs.stripped(program)
+    return files | {VAPIC: Path(VAPIC).read_bytes()}
 
 
-def test_a_case_passes_in_qemu_with_kvm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session, "BOOT_LIMIT", 600.0)  # its initramfs is six times the usual one
-    inner = picture(tmp_path)
-    outer = Lab(snapshots=False)
-    present = {Path(name).name for one in outer._layers for name in names(one.read())}
-    outer._layers.append(layer(tmp_path, present))
-    outer._memory = MEMORY
+def test_a_case_passes_in_qemu_with_kvm() -> None:
+    files = qemu_files()
+    inner = LabTarget(emulator=Writer(qemu.locate(accelerator="tcg"), files))
+    with pytest.raises(Written) as written:
+        outcome(inner, Selection([CASE], budget=60))
     out, err = [], []
-    status = outer.run(
-        ["python3", "-c", FOLLOW, str(inner._memory)],
+    status = Lab(snapshots=False, memory=MEMORY).run(
+        ["python3", "-c", FOLLOW, str(written.value)],
         on_output=out.append,
         on_error=err.append,
         idle_limit=900,
+        files=files,
     )
     assert status == 0, b"".join(err).decode()
     found: dict[str, Any] = json.loads(b"".join(out))
     assert found["status"] == 0
-    assert found["info"]["release"] == inner.kernel.release
+    assert found["info"]["release"] == inner.release
     assert found["info"]["params"]["kvm_intel"]["nested"] == "Y"
     results = [event for event in found["events"] if event["e"] == "result"]
     assert [(case["id"], case["outcome"]) for case in results] == [(CASE, "passed")]
