@@ -23,7 +23,17 @@ from kvmnest.suite.support.enlightened import (
     EnlightenedVmcs,
 )
 from kvmnest.suite.support.guest import Guest
-from kvmnest.vmx import ExitReason, Field, IntrType, Msr, ProcCtl, Vector, VmxError, intr_info
+from kvmnest.vmx import (
+    ExitReason,
+    Field,
+    IntrType,
+    Msr,
+    Proc2Ctl,
+    ProcCtl,
+    Vector,
+    VmxError,
+    intr_info,
+)
 from kvmnest.vmx.outcome import EntryFailure, Exit, Fault, HostExit, Succeed, VMfailValid
 
 pytestmark = [
@@ -34,6 +44,15 @@ pytestmark = [
 
 PORT = 0x30
 OUT = code.out8(PORT)
+_UNPAGED = (L2Mode.UNPAGED, L2Mode.REAL)
+MODES = [
+    pytest.param(
+        mode,
+        id=mode.name.lower(),
+        marks=[pytest.mark.needs(Proc2Ctl.UNRESTRICTED_GUEST)] if mode in _UNPAGED else [],
+    )
+    for mode in L2Mode
+]
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +77,7 @@ def _page(guest: Guest) -> EnlightenedVmcs:
     return guest.vmcs
 
 
-@pytest.mark.parametrize("mode", list(L2Mode), ids=lambda mode: mode.name.lower())
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.sdm("Loading Guest State")
 def test_entry_and_exit_in_each_mode(hv: EnlightenedL1, mode: L2Mode) -> None:
     """VMLAUNCH enters L2 from the page, and VMRESUME goes on there."""

@@ -340,7 +340,8 @@ def test_changed_entry(l1: L1, cpl: int, way: str) -> None:
         guest.on(Proc2Ctl.ENABLE_VPID)
     vpid, wrong, registers = 1, [], _cr(guest, rules)
     for (first, then), kind in itertools.product(CHANGES, Access):
-        guest.vmcs[Field.VIRTUAL_PROCESSOR_ID] = vpid if way != "without-VPID" else 0
+        if way != "without-VPID":
+            guest.vmcs[Field.VIRTUAL_PROCESSOR_ID] = vpid
         guest.set_cpl(cpl)
         page.set(ALL, first)
         page.access(kind, registers)

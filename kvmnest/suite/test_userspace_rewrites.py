@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from kvmnest.kvm import Cap, Vcpu, exits
+from kvmnest.kvm import Cap, exits
 from kvmnest.l1 import L1, L2Mode, code
 from kvmnest.suite.support.apic import INIT, NMI, TO_APIC_0, Apic
 from kvmnest.suite.support.guest import PATTERN, Guest
@@ -28,19 +28,23 @@ _MSRS = (
 )
 
 
-def _msrs(vcpu: Vcpu) -> None:
-    vcpu.set_msrs(vcpu.get_msrs(_MSRS))
+def _msrs(l1: L1) -> None:
+    l1.vcpu.set_msrs(l1.vcpu.get_msrs(_MSRS))
 
 
-def _pair(name: str) -> Callable[[Vcpu], None]:
-    def rewrite(vcpu: Vcpu) -> None:
-        getattr(vcpu, f"set_{name}")(getattr(vcpu, f"get_{name}")())
+def _clock(l1: L1) -> None:
+    l1.vm.set_clock(l1.vm.get_clock())
+
+
+def _pair(name: str) -> Callable[[L1], None]:
+    def rewrite(l1: L1) -> None:
+        getattr(l1.vcpu, f"set_{name}")(getattr(l1.vcpu, f"get_{name}")())
 
     return rewrite
 
 
-#: The ioctls that write a vCPU's state, each given what its counterpart has read.
-REWRITES: dict[str, Callable[[Vcpu], None]] = {
+#: The ioctls that write the state of a vCPU, or time, each given what its counterpart has read.
+REWRITES: dict[str, Callable[[L1], None]] = {
     **{
         name: _pair(name)
         for name in (
@@ -49,13 +53,15 @@ REWRITES: dict[str, Callable[[Vcpu], None]] = {
         )
     },
     "msrs": _msrs,
-    "guest_debug": lambda vcpu: vcpu.set_guest_debug(0),
+    "guest_debug": lambda l1: l1.vcpu.set_guest_debug(0),
+    "clock": _clock,
 }
 _NEEDS = {
     "xcrs": Cap.XCRS,
     "sregs2": Cap.SREGS2,
     "tsc_khz": Cap.TSC_CONTROL,
     "guest_debug": Cap.SET_GUEST_DEBUG,
+    "clock": Cap.ADJUST_CLOCK,
 }
 MODES = (L2Mode.LONG, L2Mode.PAE, L2Mode.PROTECTED, L2Mode.UNPAGED, L2Mode.REAL)
 
@@ -72,6 +78,11 @@ def _needed(l1: L1, name: str) -> None:
         pytest.skip(f"needs {_NEEDS[name].name}")
 
 
+def _offered(l1: L1) -> list[str]:
+    offered = l1.kvm.check_extension
+    return [name for name in REWRITES if name not in _NEEDS or offered(_NEEDS[name])]
+
+
 @pytest.mark.parametrize("name", REWRITES)
 def test_in_every_mode_of_l2(l1: L1, name: str) -> None:
     """L2 of each mode goes on with its registers, exits as it would have, and L1 is as before."""
@@ -83,7 +94,7 @@ def test_in_every_mode_of_l2(l1: L1, name: str) -> None:
         guest = Guest(l1, mode=mode, ept=True)
         _stop(guest)
         for _ in range(2):
-            REWRITES[name](l1.vcpu)
+            REWRITES[name](l1)
         seen = guest.resume()
         assert seen == Succeed(), mode
         if mode is L2Mode.LONG:
@@ -124,7 +135,7 @@ def test_with_an_event_pending(l1: L1, name: str, pending: str) -> None:
     _stop(guest)
     _PENDING[pending](l1)
     for _ in range(2):
-        REWRITES[name](l1.vcpu)
+        REWRITES[name](l1)
     seen: Any = guest.resume()
     info = {
         "interrupt": (ExitReason.EXTERNAL_INTERRUPT, VECTOR, IntrType.EXTERNAL_INTERRUPT),
@@ -191,19 +202,81 @@ def test_with_an_exception_pending(l1: L1, pending: str, moved: bool) -> None:
         l1.enable_cap(cap)
     make, bitmap, expected = _EXCEPTIONAL[pending]
     Apic(l1)
-    offered = l1.kvm.check_extension
-    for name in (name for name in REWRITES if name not in _NEEDS or offered(_NEEDS[name])):
+    for name in _offered(l1):
         guest = Guest(l1, ept=True)
         _stop(guest, EXCEPTION_BITMAP=bitmap)
         make(l1)
         events = l1.vcpu.get_vcpu_events()
         for _ in range(2):
-            REWRITES[name](l1.vcpu)
+            REWRITES[name](l1)
         if name in _DROP_EVENTS:
             l1.vcpu.set_vcpu_events(events)
         if moved:
             l1.round_trip()
         assert guest.resume() == expected(guest, len(OUT_80)), name
+        assert l1.vmptrst() == Succeed(guest.vmcs.address), name
+        assert l1.vmxoff() == Succeed(), name
+
+
+#: Where SMM starts after a reset, and what its code counts: INC WORD CS:[8100H].
+_SMM_CODE, _SMM_COUNT = 0x38000, 0x38100
+_COUNT = b"\x2e\xff\x06\x00\x81"
+_IN_80, _RSM = b"\xe4\x80", b"\x0f\xaa"
+_SMM = (Cap.X86_SMM, Cap.MULTI_ADDRESS_SPACE)
+
+
+@pytest.mark.needs(*_SMM)
+@pytest.mark.sdm("Default Treatment of SMI Delivery")
+@pytest.mark.parametrize("moved", [False, True], ids=["", "moved"])
+def test_with_an_smi_pending(l1: L1, moved: bool) -> None:
+    """An SMI that waits for L2 comes once, and L2 goes on with all its registers after RSM."""
+    l1.enable_smm()
+    l1.write(_SMM_CODE, _COUNT + _RSM)
+    for number, name in enumerate(_offered(l1), 1):
+        guest = Guest(l1, ept=True)
+        _stop(guest)
+        l1.vcpu.smi()
+        for _ in range(2):
+            REWRITES[name](l1)
+        assert l1.vcpu.get_vcpu_events().smi.pending == 1, name
+        if moved:
+            l1.round_trip()
+        seen = guest.resume()
+        assert seen == Succeed(), name
+        assert guest.changed(seen) == {}, name
+        assert l1.read_int(_SMM_COUNT, 2) == number, name
+        assert l1.vmptrst() == Succeed(guest.vmcs.address), name
+        assert l1.vmxoff() == Succeed(), name
+
+
+@pytest.mark.needs(*_SMM)
+@pytest.mark.sdm("Default Treatment of RSM")
+@pytest.mark.parametrize("moved", [False, True], ids=["", "moved"])
+@pytest.mark.parametrize("from_l2", [False, True], ids=["from-root", "from-L2"])
+def test_in_smm(l1: L1, from_l2: bool, moved: bool) -> None:
+    """A vCPU in SMM stays there, and RSM brings back L2, or L1 with its current VMCS."""
+    l1.enable_smm()
+    l1.write(_SMM_CODE, _COUNT + _IN_80 + _COUNT + _RSM)
+    for number, name in enumerate(_offered(l1), 1):
+        guest = Guest(l1, ept=True)
+        if from_l2:
+            _stop(guest)
+        else:
+            assert guest.run(code.NOP) == Succeed()
+        l1.vcpu.smi()
+        seen = guest.resume() if from_l2 else l1.cpuid(0)
+        assert isinstance(seen, HostExit), name
+        assert isinstance(l1.vcpu.run(immediate_exit=True), exits.IntrExit)
+        for _ in range(2):
+            REWRITES[name](l1)
+        assert l1.vcpu.get_vcpu_events().smi.smm == 1, name
+        if moved:
+            l1.round_trip()
+        after = guest.resume() if from_l2 else l1.resume()
+        assert after == Succeed(), name
+        assert l1.read_int(_SMM_COUNT, 2) == 2 * number, name
+        if from_l2:
+            assert guest.changed(after) == {}, name
         assert l1.vmptrst() == Succeed(guest.vmcs.address), name
         assert l1.vmxoff() == Succeed(), name
 
