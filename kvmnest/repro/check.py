@@ -116,7 +116,7 @@ def judge(
     expected = bool(death) and text.startswith(death)
     if not expected and (last.raised or case.outcome == "error"):
         crashed = last.raised == "VmLost" or case.id in run.lost
-        why = " (not the way in which this bug kills)" if crashed else ""
+        why = " (not the way in which this bug kills)" if crashed else _where(reproducer, case)
         return verdict(NO_VERDICT, f"{text}{why}")
     recorded = [each.put_back.evidence for each in shown]
     if recorded and symptom(text) not in map(symptom, recorded):
@@ -127,6 +127,13 @@ def judge(
 def _one_line(case: Case) -> str:
     # What the registers of a lost VM were is in the case's detail.
     return case.headline.partition("; rip=")[0]
+
+
+def _where(reproducer: Reproducer, case: Case) -> str:
+    """The line of the script at which something was raised, "" if it is not in the traceback."""
+    name = re.escape(reproducer.path.name)
+    found = re.search(rf"^(?:.*/)?({name}:\d+): in ", case.detail, re.M)
+    return f" ({found[1]})" if found else ""
 
 
 def _other_parameters(reproducer: Reproducer, run: Run) -> str:

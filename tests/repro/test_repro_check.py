@@ -54,6 +54,17 @@ def test_verdicts(name, cases, verdict, code):
     assert "\n" not in found.evidence
 
 
+def test_what_is_raised_has_its_line():
+    case = ended("failed", "AttributeError: x", "AttributeError")
+    detail = (
+        "/site/kvmnest/vmx/a.py:3: in f\n/w/vmx_cpl.py:25: in test_it\n    x\nE   AttributeError"
+    )
+    found = judge(
+        bug("vmx-cpl"), [Ended(replace(case.case, detail=detail), case.raised)], Run("lab")
+    )
+    assert found.evidence == "AttributeError: x (vmx_cpl.py:25)"
+
+
 def test_exit_codes_of_several():
     def verdict(kind):
         return check.Verdict(bug("vmx-cpl"), kind, "6.1", "x")
