@@ -96,7 +96,7 @@ class Question:
         Where KVM offers no VMX, or has not the parameters asked for, the kernel is skipped.
         """
         self.check()
-        reason = why_not_kvm() or _other_parameters(self.params)
+        reason = why_not_kvm() or other_parameters(self.params)
         if reason:
             return Answer(SKIP, reason, host.kernel(), "no start")
         return self._run(LocalTarget())
@@ -110,7 +110,7 @@ class Question:
         return judge(outcome(target, Selection([self.case])))
 
 
-def _other_parameters(wanted: Mapping[str, str]) -> str:
+def other_parameters(wanted: Mapping[str, str]) -> str:
     """Which parameter of the loaded modules is not as wanted, in one line; "" if none."""
     for name, value in wanted.items():
         module, _, parameter = name.replace("-", "_").rpartition(".")

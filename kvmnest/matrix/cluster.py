@@ -74,7 +74,7 @@ class Cluster:
         answers = self._client.run(look, self._emulator, on_error="return")
         suite, fit, reasons = suite_state(), [], []
         for worker, answer in sorted(answers.items()):
-            reason = _unfit(answer, suite)
+            reason = unfit(answer, suite)
             if reason:
                 reasons.append(reason)
                 self._on_line(f"worker {worker} is not used: {reason}")
@@ -126,7 +126,8 @@ class Cluster:
         return document
 
 
-def _unfit(answer: object, suite: str) -> str:
+def unfit(answer: object, suite: str) -> str:
+    """Why a worker that gives this answer cannot take part with this suite; "" if it can."""
     if isinstance(answer, ModuleNotFoundError):
         return f"kvmnest is not installed there ({answer})"
     if not isinstance(answer, dict):

@@ -76,7 +76,7 @@ class LabTarget:
             host = Path(path).resolve()
             folder = f"{_USER_FILES}/{number}"
             base = host if host.is_dir() else host.parent
-            found = _python_files(host)
+            found = python_files(host)
             if not found:
                 raise UsageError(f"{path} holds no Python file that can be read")
             for file, content in found.items():
@@ -144,7 +144,7 @@ class LabTarget:
             tail = (tail + data)[-_TAIL:]
 
         def take_kernel(data: bytes) -> None:
-            text = _since(data.decode(errors="replace"), self._lab.info.get("received", 0.0))
+            text = since(data.decode(errors="replace"), self._lab.info.get("received", 0.0))
             if text:
                 on_event({"e": "kernel", "text": text, "from_lab": True})
 
@@ -195,7 +195,7 @@ class LabTarget:
         return f"booted in {times.boot:.1f} s, first event after {times.first_event:.1f} s"
 
 
-def _since(log: str, start: float) -> str:
+def since(log: str, start: float) -> str:
     """The lines of a kernel log from a time on: what the boot says is about no case."""
     kept = []
     for line in log.splitlines(keepends=True):
@@ -205,7 +205,7 @@ def _since(log: str, start: float) -> str:
     return "".join(kept)
 
 
-def _python_files(host: Path) -> dict[Path, bytes]:
+def python_files(host: Path) -> dict[Path, bytes]:
     """Content of the Python files below a folder, or of a file and its neighbours.
 
     A test file may import modules from its folder. What is not a regular file there, or cannot be

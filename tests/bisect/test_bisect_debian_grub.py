@@ -157,17 +157,17 @@ def test_a_kernel_that_was_built_is_removed_by_its_files(machine, root):
 
 
 def test_a_package_is_removed_alone(machine, monkeypatch):
-    monkeypatch.setattr("kvmnest.bisect.reboot.debian_grub._has_traces", lambda package: True)
+    monkeypatch.setattr("kvmnest.bisect.reboot.debian_grub.has_traces", lambda package: True)
     machine.remove("6.1.0-50-amd64")
     (ran,) = machine._do.ran
     assert ran == "dpkg --purge --force-remove-reinstreq linux-image-6.1.0-50-amd64"
 
 
 def test_traces_of_a_package():
-    from kvmnest.bisect.reboot.debian_grub import _has_traces
+    from kvmnest.bisect.reboot.debian_grub import has_traces
 
-    assert _has_traces("dpkg")
-    assert not _has_traces("linux-image-0.0.0-none")
+    assert has_traces("dpkg")
+    assert not has_traces("linux-image-0.0.0-none")
 
 
 # --- the unit ---
@@ -348,8 +348,8 @@ def test_parameters_that_the_modules_have_not(tmp_path, monkeypatch):
     for path, value in (("kvm_intel/parameters/ept", "Y"), ("kvm/parameters/tdp_mmu", "N")):
         change(path, value + "\n")(tmp_path)
     monkeypatch.setattr(host, "PARAMETERS", tmp_path / "kvm_intel/parameters")
-    from kvmnest.bisect.probe import _other_parameters
+    from kvmnest.bisect.probe import other_parameters
 
-    assert _other_parameters({"ept": "1", "kvm.tdp_mmu": "0", "kvm-intel.ept": "Y"}) == ""
-    assert _other_parameters({"ept": "0"}) == "kvm_intel has ept=Y, not 0"
-    assert _other_parameters({"kvm.x": "0"}) == "kvm has no parameter x"
+    assert other_parameters({"ept": "1", "kvm.tdp_mmu": "0", "kvm-intel.ept": "Y"}) == ""
+    assert other_parameters({"ept": "0"}) == "kvm_intel has ept=Y, not 0"
+    assert other_parameters({"kvm.x": "0"}) == "kvm has no parameter x"

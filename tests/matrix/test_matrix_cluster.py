@@ -163,11 +163,11 @@ def test_another_kvmnest_is_not_used():
     """Results of another suite must not get into the table."""
     from kvmnest.lab.emulators import BOCHS
     from kvmnest.matrix.cell import Cell, Job
-    from kvmnest.matrix.cluster import _unfit, look, work
+    from kvmnest.matrix.cluster import look, unfit, work
     from kvmnest.run.suite_state import suite_state
 
-    assert _unfit(look(BOCHS), suite_state()) == ""
-    assert "is not the same as this one" in _unfit(look(BOCHS), "0123456789abcdef")
+    assert unfit(look(BOCHS), suite_state()) == ""
+    assert "is not the same as this one" in unfit(look(BOCHS), "0123456789abcdef")
     document = work(Job(Cell("6.1"), (QUICK,), "", BOCHS, suite="0123456789abcdef"))
     assert not document["complete"]
     assert "another kvmnest" in document["problems"][0]

@@ -9,7 +9,7 @@ import pytest
 
 from kvmnest.cli.main import main
 from kvmnest.errors import UsageError
-from kvmnest.run.lab_target import _python_files, _since
+from kvmnest.run.lab_target import python_files, since
 
 CASES = """\
 def test_right(l1):
@@ -62,8 +62,8 @@ def test_names_are_the_users(folder: str, tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_kernel_messages_from_a_time_on() -> None:
     log = "[    0.800351] ACPI: none\n[    1.500000] WARNING: CPU: 0\ncontinued\n[   12.000000] x\n"
-    assert _since(log, 1.25) == log.partition("\n")[2]
-    assert _since(log, 0.0) == log
+    assert since(log, 1.25) == log.partition("\n")[2]
+    assert since(log, 0.0) == log
 
 
 def test_what_lies_beside_a_test_file(tmp_path: Path) -> None:
@@ -76,9 +76,9 @@ def test_what_lies_beside_a_test_file(tmp_path: Path) -> None:
     (tmp_path / "loop.py").symlink_to("loop.py")
     os.mkfifo(tmp_path / "fifo.py")
     wanted = {test, tmp_path / "helper.py"}
-    assert _python_files(test).keys() == wanted
-    assert _python_files(tmp_path).keys() == wanted
-    assert _python_files(tmp_path / "folder.py") == {}
+    assert python_files(test).keys() == wanted
+    assert python_files(tmp_path).keys() == wanted
+    assert python_files(tmp_path / "folder.py") == {}
 
 
 @pytest.mark.parametrize("what", ["dangling", "fifo"])
@@ -89,4 +89,4 @@ def test_a_file_that_cannot_be_read(tmp_path: Path, what: str) -> None:
     else:
         os.mkfifo(path)
     with pytest.raises(UsageError, match=r"cannot read .*test_a\.py: not a regular file"):
-        _python_files(path)
+        python_files(path)

@@ -91,7 +91,7 @@ class DebianGrub:
         if not _SAFE.fullmatch(release) or release == self.running():
             raise HarnessError(f"{release!r} is not removed")
         package = f"linux-image-{release}"
-        if _has_traces(package):
+        if has_traces(package):
             # Unlike apt-get, this removes nothing that depends on it.
             self._do.run("dpkg", "--purge", "--force-remove-reinstreq", package)
             return
@@ -200,7 +200,7 @@ class DebianGrub:
         return question.ask_here()
 
 
-def _has_traces(package: str) -> bool:
+def has_traces(package: str) -> bool:
     """Whether dpkg knows anything of a package, be it half of it."""
     words = ["dpkg-query", "-W", "-f", "${db:Status-Status}", package]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
