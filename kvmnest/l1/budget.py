@@ -19,7 +19,7 @@ class Budget:
         self.seconds = seconds
         self.used_up = False
         self._wake = wake
-        self._armed = False
+        self._armed = self._taken = False
         #: The handler of SIGALRM outside a case; None if it was not set from Python.
         self._handler: Any = None
 
@@ -28,7 +28,9 @@ class Budget:
         if self._armed or not self.seconds or threading.current_thread() != threading.main_thread():
             return
         self._armed = True
-        self._handler = signal.signal(signal.SIGALRM, self._expire)
+        if not self._taken:
+            self._handler = signal.signal(signal.SIGALRM, self._expire)
+            self._taken = True
         # The timer repeats, since a signal that arrives just before KVM_RUN does not end it.
         signal.setitimer(signal.ITIMER_REAL, self.seconds, 0.05)
 
@@ -36,9 +38,15 @@ class Budget:
         self.used_up = True
         self._wake()
 
-    def stop(self) -> None:
-        """Stop the clock, and give SIGALRM back; the next command starts it anew."""
+    def pause(self) -> None:
+        """Stop the clock; SIGALRM stays taken. The next command starts it anew."""
         if self._armed:
             self._armed = False
             signal.setitimer(signal.ITIMER_REAL, 0)
+
+    def stop(self) -> None:
+        """Stop the clock, and give SIGALRM back; the next command starts it anew."""
+        self.pause()
+        if self._taken:
+            self._taken = False
             signal.signal(signal.SIGALRM, self._handler or signal.SIG_DFL)

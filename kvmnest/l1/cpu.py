@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -46,6 +46,11 @@ def _packed(entries: Sequence[tuple[int, int]]) -> bytes:
     flat[0::3] = [key for key, _ in entries]
     flat[1::3] = [value & 0xFFFFFFFFFFFFFFFF for _, value in entries]
     return struct.pack(f"<{len(flat)}Q", *flat)
+
+
+def packed_writes(fields: Mapping[Field, int]) -> bytes:
+    """Entries that write ``fields``, for ``Cpu.put_list``."""
+    return _packed([*fields.items()])
 
 
 @functools.lru_cache(64)

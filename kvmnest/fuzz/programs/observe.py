@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import zlib
+from collections.abc import Collection
 from typing import Any
 
 from kvmnest.errors import NeedsHost
@@ -55,12 +56,18 @@ _OFTEN = frozenset(
 _TIMED = (Field.VMX_PREEMPTION_TIMER_VALUE, Field.GUEST_SMBASE)
 #: Of interrupts and NMIs that L1 itself took.
 _COUNTS = ("CPU_IRQ_COUNT", "CPU_NMI_COUNT")
-_FAILED = 0x41
+#: Flags of VMfailInvalid and VMfailValid.
+FAILED = 0x41
 
 
 @functools.cache
-def _name(field: Field) -> str:
-    return field.name
+def _names(fields: tuple[Field, ...]) -> tuple[str, ...]:
+    return tuple(field.name for field in fields)
+
+
+def some_failed(flags: Collection[int]) -> bool:
+    """Whether some of the VMREADs or VMWRITEs with these RFLAGS failed; mostly all are equal."""
+    return any(rflags & FAILED for rflags in {*flags})
 
 
 def watched(caps: Capabilities) -> tuple[Field, ...]:
@@ -111,7 +118,9 @@ class Watcher:
         self._l1, self._fields = l1, fields
         self._often = tuple(field for field in fields if field in _OFTEN)
         self._guest: dict[str, int] = {}
-        self._memory: dict[str, int] = {}
+        self._memory: dict[str, bytes] = {}
+        at = [(label, l1.payload[label], pages) for label, pages in PAGES.items()]
+        self._pages = [(label, start, start + 4096 * pages) for label, start, pages in at]
 
     def entry(self, outcome: Outcome, cpu: Cpu, *, every: bool = True) -> Seen:
         """See a VM entry that came to an end, with ``every`` field or those that change often."""
@@ -147,23 +156,21 @@ class Watcher:
         if results[0].status != self._l1.payload["STATUS_LIST_DONE"]:
             return None
         values, flags = cpu.list_values(len(fields)), cpu.list_flags(len(fields))
-        if any(rflags & _FAILED for rflags in flags):
-            values = tuple(-1 if f & _FAILED else v for v, f in zip(values, flags, strict=True))
-        guest = self._guest
-        changed = {
-            name: value
-            for name, value in zip(map(_name, fields), values, strict=True)
-            if guest.get(name) != value
-        }
-        guest.update(changed)
+        if some_failed(flags):
+            values = tuple(-1 if f & FAILED else v for v, f in zip(values, flags, strict=True))
+        # Sets of pairs are compared without a step of Python for each field.
+        found = dict(zip(_names(fields), values, strict=True))
+        changed = dict(found.items() - self._guest.items())
+        self._guest.update(changed)
         return changed
 
     def _changed_memory(self) -> dict[str, int]:
         changed = {}
-        view, payload = self._l1.memory.map, self._l1.payload
-        for label, pages in PAGES.items():
-            at = payload[label]
-            digest = zlib.crc32(view[at : at + 4096 * pages])
-            if self._memory.get(label) != digest:
-                self._memory[label] = changed[label] = digest
+        view, memory = self._l1.memory.map, self._memory
+        for label, start, stop in self._pages:
+            # To compare bytes is cheaper than a digest of them.
+            content = view[start:stop]
+            if memory.get(label) != content:
+                memory[label] = content
+                changed[label] = zlib.crc32(content)
         return changed

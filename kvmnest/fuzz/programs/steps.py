@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from kvmnest.errors import HarnessError, NeedsHost
 from kvmnest.fuzz.programs.base import base_vmcs
 from kvmnest.fuzz.programs.host import Host, second
-from kvmnest.fuzz.programs.observe import Seen, Watcher, end, needs_host, registers, watched
+from kvmnest.fuzz.programs.observe import (
+    FAILED,
+    Seen,
+    Watcher,
+    end,
+    needs_host,
+    registers,
+    some_failed,
+    watched,
+)
 from kvmnest.fuzz.programs.program import PAUSE_PORT, Program, Step
 from kvmnest.kvm import KvmError, exits
 from kvmnest.l1 import L1, L2Mode, VmLost
+from kvmnest.l1.cpu import packed_writes
 from kvmnest.l1.payload import Payload
 from kvmnest.vmx import Capabilities, Field
 from kvmnest.vmx.outcome import Exit, Fault, HostExit, Outcome, Succeed
 
-_FAILED = 0x41
 _REAL_CODE = 0x9B
 #: Times that L2 may wait for the host in one entry; its code may be a loop.
 _MOST_PAUSES = 100
@@ -108,9 +117,9 @@ class Doer:
         return {}
 
     def _do_base(self, step: Step) -> Seen:
-        fields = _base(self.caps, self.l1.payload, L2Mode[step["mode"]])
+        fields, packed = _base(self.caps, self.l1.payload, L2Mode[step["mode"]])
         self._real = fields[Field.GUEST_CS_ACCESS_RIGHTS] == _REAL_CODE
-        return self._write(fields)
+        return self._write(fields, packed)
 
     def _do_fields(self, step: Step) -> Seen:
         return self._write({Field[name]: value for name, value in step["fields"].items()})
@@ -132,20 +141,19 @@ class Doer:
             self._code_at = 0
         return self._write(fields)
 
-    def _write(self, fields: dict[Field, int]) -> Seen:
-        """VMWRITE each; seen are those that failed, or the exception."""
+    def _write(self, fields: Mapping[Field, int], packed: bytes = b"") -> Seen:
+        """VMWRITE each (``packed`` for the list page); seen are those that failed, or a fault."""
         cpu, l1 = self._cpu, self.l1
-        entries = [(int(field), int(value)) for field, value in fields.items()]
-        results = cpu.submit([cpu.write_list("OP_VMWRITE_LIST", entries)])
+        results = cpu.submit([cpu.put_list("OP_VMWRITE_LIST", packed or packed_writes(fields))])
         if not isinstance(results, list):
             return {"end": end(HostExit(results))}
         if results[0].status != l1.payload["STATUS_LIST_DONE"]:
             return {"end": ["Fault", results[0].vector, results[0].error]}
-        flags = cpu.list_flags(len(entries))
+        flags = cpu.list_flags(len(fields))
         failed = [
-            [field.name, rflags & _FAILED]
-            for field, rflags in zip(fields, flags, strict=True)
-            if rflags & _FAILED
+            [field.name, rflags & FAILED]
+            for field, rflags in (zip(fields, flags, strict=True) if some_failed(flags) else ())
+            if rflags & FAILED
         ]
         return {"end": ["written"], "failed": failed}
 
@@ -206,11 +214,14 @@ class Doer:
 _known: dict[tuple[int, L2Mode | None], Any] = {}
 
 
-def _base(caps: Capabilities, payload: Payload, mode: L2Mode) -> dict[Field, int]:
+def _base(caps: Capabilities, payload: Payload, mode: L2Mode) -> tuple[Mapping[Field, int], bytes]:
+    """The base VMCS of a mode, and packed for the list page."""
     key = id(caps), mode
     if key not in _known:
-        _known[key] = base_vmcs(caps, payload, mode)
-    return dict(_known[key])
+        fields = base_vmcs(caps, payload, mode)
+        _known[key] = fields, packed_writes(fields)
+    found: tuple[Mapping[Field, int], bytes] = _known[key]
+    return found
 
 
 def _watched(caps: Capabilities) -> tuple[Field, ...]:
@@ -230,18 +241,21 @@ def run(program: Program, doer: Doer, before: Callable[[int], None]) -> Iterator
 
     After an end "lost" or "host" L1 is of no use any more.
     """
-    for number, step in enumerate(program.steps):
-        before(number)
-        try:
-            seen = doer(step)
-        except (VmLost, KvmError, NeedsHost, HarnessError) as error:
-            yield [*doer.seen, {"end": _last(error)}]
-            return
-        finally:
-            doer.l1.budget.stop()
-        yield seen
-        if any(each.get("end", [""])[0] in ("host", "other") for each in seen):
-            return
+    budget = doer.l1.budget
+    try:
+        for number, step in enumerate(program.steps):
+            before(number)
+            try:
+                seen = doer(step)
+            except (VmLost, KvmError, NeedsHost, HarnessError) as error:
+                yield [*doer.seen, {"end": _last(error)}]
+                return
+            budget.pause()
+            yield seen
+            if any(each.get("end", [""])[0] in ("host", "other") for each in seen):
+                return
+    finally:
+        budget.stop()
 
 
 def _last(error: Exception) -> list[Any]:
