@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from kvmnest.vmx import ExitReason
+
 # A processor as the lab's: KVM's VMX MSRs of an L1 on Linux 6.1, and the CPUID leaves.
 FACTS: dict[str, Any] = json.loads((Path(__file__).parent / "facts.json").read_text())
 #: Steps: one that is the same on all machines, one that is not.
@@ -26,3 +28,9 @@ class Machine:
             ends = [self.outcome if s["do"] == "l1" else "Succeed" for s in program["steps"]]
             on_event({"end": number, "seen": [[{"end": [end]}] for end in ends]})
         return ""
+
+
+def exit_seen(reason: ExitReason, guest: dict[str, int], **parts: int) -> dict[str, Any]:
+    """What is seen of a VM exit with these guest-state fields and parts."""
+    seen: dict[str, Any] = {"end": ["Exit", int(reason)], "parts": parts, "regs": {}, "cr2": 0}
+    return {**seen, "host": [], "guest": guest, "memory": {"l2_data": 1}}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from kvmnest.fuzz.programs import defined
@@ -20,7 +20,8 @@ class Difference:
     """What differs: ``what`` names it ("end", "parts.length", "guest.GUEST_CR0", "regs.rax").
 
     ``step`` and ``part`` say where: the number of the step, and of what was seen in it. ``end`` is
-    what the instruction ended in, on the first machine. ``one`` and ``other`` are the values.
+    what the instruction ended in, on the first machine, and ``ends`` has that and those before it.
+    ``one`` and ``other`` are the values.
     """
 
     step: int
@@ -29,6 +30,7 @@ class Difference:
     end: str
     one: Value
     other: Value
+    ends: frozenset[str] = field(default=frozenset(), compare=False)
 
     @property
     def signature(self) -> str:
@@ -104,28 +106,32 @@ def differences(one: Ran, other: Ran) -> Iterator[Difference]:
     """
     states = _State(), _State()
     told: dict[str, tuple[Value, Value]] = {}
+    ends: set[str] = set()
     for step in range(max(len(one.seen), len(other.seen))):
         if step >= min(len(one.seen), len(other.seen)):
-            ends = [_whole(ran, step) for ran in (one, other)]
-            yield Difference(step, 0, "end", "", *ends)
+            yield Difference(step, 0, "end", "", _whole(one, step), _whole(other, step))
             return
         parts = one.seen[step], other.seen[step]
         for part in range(max(map(len, parts))):
             if part >= min(map(len, parts)):
-                yield Difference(step, part, "end", "", *(_part(p, part) for p in parts))
+                yield Difference(
+                    step, part, "end", "", _part(parts[0], part), _part(parts[1], part)
+                )
                 return
             first, second = (each[part] for each in parts)
             if first.get("end") != second.get("end"):
                 yield Difference(step, part, "end", "", first.get("end"), second.get("end"))
                 return
+            end = shown(first.get("end"))
+            ends.add(end)
             values = [s.take(seen) for s, seen in zip(states, (first, second), strict=True)]
             for name, pair in _differing(*values):
                 if told.get(name) != pair:
                     told[name] = pair
-                    yield Difference(step, part, name, shown(first.get("end")), *pair)
+                    yield Difference(step, part, name, end, *pair, frozenset(ends))
     if bool(one.crashed) != bool(other.crashed):
-        crashed = [["crashed", ran.crashed] if ran.crashed else ["went on"] for ran in (one, other)]
-        yield Difference(len(one.seen), 0, "end", "", *crashed)
+        went = [["crashed", ran.crashed] if ran.crashed else ["went on"] for ran in (one, other)]
+        yield Difference(len(one.seen), 0, "end", "", went[0], went[1])
 
 
 def _differing(

@@ -27,6 +27,7 @@ class Known:
     whose: str
     reason: str
     after: str = "*"
+    behind: str = "*"
     one: str = "*"
     other: str = "*"
     bits: int = 0
@@ -44,6 +45,7 @@ class Known:
             fnmatchcase(difference.what, self.what)
             and (not self.follows or self.follows in before)
             and _matches(difference.end, self.after)
+            and (self.behind == "*" or any(_matches(e, self.behind) for e in difference.ends))
             and _matches(_text(difference.one), self.one)
             and _matches(_text(difference.other), self.other)
         )
