@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvmnest import reading
 from kvmnest.cli import fuzz_common
-from kvmnest.cli.lab import emulator, parameters
+from kvmnest.cli.lab import emulator, parameters, use_host
 from kvmnest.errors import HarnessError, UsageError
 from kvmnest.files import write_json, write_text
 
@@ -87,9 +87,7 @@ def run(options: argparse.Namespace, seed: int, collector: Collector | None = No
         collector = _collector(options, collector)
     guide = Guide(collector, seed) if collector else None
     wanted = [*dict.fromkeys(options.machines or [REFERENCE])]
-    for name in wanted if options.target == "kvm" else ():
-        if name not in (REFERENCE, MOVED, QUIET):
-            raise UsageError(f"--against {name}: other kernels and parameters are for the lab")
+    _check_machines(options, wanted)
     journal = _journal(options, seed, wanted)
     machine: Any = fuzz_common.machine(options)  # it does other tasks than entries, too
     kvm = Place(machine.name, machine, journal=journal.steps)
@@ -128,6 +126,13 @@ def run(options: argparse.Namespace, seed: int, collector: Collector | None = No
     return 1 if findings else 0
 
 
+def _check_machines(options: argparse.Namespace, wanted: Sequence[str]) -> None:
+    """Raise UsageError for a machine that only the lab can be, where KVM is this machine's."""
+    labs = [name for name in wanted if name not in (REFERENCE, MOVED, QUIET)]
+    if labs and (options.target == "kvm" or use_host(options)):
+        raise UsageError(f"--against {labs[0]}: other kernels and parameters are for the lab")
+
+
 def _journal(options: argparse.Namespace, seed: int, against: list[str]) -> Journal:
     """The run's journal; what it knows of an earlier part is told."""
     from kvmnest.fuzz.programs.campaign import Verdict
@@ -151,7 +156,7 @@ def _journal(options: argparse.Namespace, seed: int, against: list[str]) -> Jour
 
 def _other(options: argparse.Namespace, name: str, machine: Any, journal: Journal) -> Place:
     """The machine that ``--against`` names."""
-    from kvmnest.fuzz.machines import LabMachine, LocalMachine
+    from kvmnest.fuzz.machines import LabMachine
     from kvmnest.fuzz.programs.places import Place, reference
 
     if name in (MOVED, QUIET):
@@ -160,8 +165,6 @@ def _other(options: argparse.Namespace, name: str, machine: Any, journal: Journa
         return Place(called, machine, moved=moved, quiet=not moved, journal=journal.steps)
     if name == REFERENCE:
         return reference(options.bochs, options.cpu_model)
-    if machine.name == LocalMachine.name:
-        raise UsageError(f"--against {name}: other kernels and parameters are for the lab")
     params = {**(parameters(options.kvm_param) or {})}
     kernel = options.kernel
     if "=" in name:

@@ -14,43 +14,20 @@ from kvmnest.fuzz.model import FuzzCase, base_memory, modes
 from kvmnest.fuzz.programs import l2code
 from kvmnest.fuzz.programs.base import base_vmcs
 from kvmnest.fuzz.programs.contents import EPT_ENTRIES, LISTED, MSR_LISTS, STORE, X2APIC
+from kvmnest.fuzz.programs.controls import Controls, fields_step, memory_step
 from kvmnest.fuzz.programs.l1code import REGIONS, L1Code, kept, wrmsr
-from kvmnest.fuzz.programs.program import HOST_ACTIONS, PAUSE_PORT, Program, Step
+from kvmnest.fuzz.programs.program import HOST_ACTIONS, Program, Step
 from kvmnest.l1.baseline import L2Mode
 from kvmnest.vmx import (
     Capabilities,
-    EntryCtl,
     EptVpidCap,
-    ExitCtl,
     Field,
-    PinCtl,
     Proc2Ctl,
     ProcCtl,
 )
 from kvmnest.vmx.fields import Kind
 
 _BITS = {L2Mode.LONG: 64, L2Mode.REAL: 16}
-_FREE_PROC = (
-    *(ProcCtl.INVLPG_EXITING, ProcCtl.MWAIT_EXITING),
-    *(ProcCtl.CR3_LOAD_EXITING, ProcCtl.CR3_STORE_EXITING, ProcCtl.CR8_LOAD_EXITING),
-    *(ProcCtl.CR8_STORE_EXITING, ProcCtl.MOV_DR_EXITING, ProcCtl.USE_MSR_BITMAPS),
-    *(ProcCtl.MONITOR_EXITING, ProcCtl.PAUSE_EXITING, ProcCtl.USE_TSC_OFFSETTING),
-)
-_RARE_PROC = (
-    *(ProcCtl.MONITOR_TRAP_FLAG, ProcCtl.INTERRUPT_WINDOW_EXITING, ProcCtl.NMI_WINDOW_EXITING),
-    ProcCtl.USE_TPR_SHADOW,
-)
-_FREE_PROC2 = (
-    *(Proc2Ctl.DESCRIPTOR_TABLE_EXITING, Proc2Ctl.ENABLE_RDTSCP, Proc2Ctl.ENABLE_VPID),
-    *(Proc2Ctl.WBINVD_EXITING, Proc2Ctl.ENABLE_INVPCID, Proc2Ctl.UNRESTRICTED_GUEST),
-)
-_FREE_PIN = (PinCtl.EXTERNAL_INTERRUPT_EXITING, PinCtl.NMI_EXITING, PinCtl.VIRTUAL_NMIS)
-_FREE_EXIT = (
-    ExitCtl.ACKNOWLEDGE_INTERRUPT_ON_EXIT,
-    *(ExitCtl.SAVE_DEBUG_CONTROLS, ExitCtl.SAVE_PAT, ExitCtl.LOAD_PAT, ExitCtl.SAVE_EFER),
-    ExitCtl.LOAD_EFER,
-)
-_FREE_ENTRY = (EntryCtl.LOAD_DEBUG_CONTROLS, EntryCtl.LOAD_PAT)
 #: Left to the fuzzer of entries: what Bochs does not have, whose reserved bits it does not know,
 #: what depends on a machine's revision identifier.
 _NOT_COMPARED = {
@@ -117,6 +94,8 @@ class _Draw(L1Code):
         self._machine = replace(of_bits, paged=paged, apic=self._apic, pauses=self._host)
         self._launched = self._apic_on = False
         self._region = "vmcs_a"
+        where = {"host": self._host, "apic": self._apic}
+        self._controls = Controls(chance, self._caps, self._base, **where)
 
     def steps(self) -> Iterator[Step]:
         second = self._host and self._chance.random() < 0.1
@@ -175,7 +154,7 @@ class _Draw(L1Code):
         yield from self._code()
         self._launched, self._region = False, region
         if self._chance.random() < 0.75:
-            yield from self._controls()
+            yield from self._controls.steps()
         yield from self._enter()
 
     def _code(self) -> Iterator[Step]:
@@ -203,65 +182,11 @@ class _Draw(L1Code):
         yield step
         self._launched = True
 
-    def _flags(self, flags: tuple[Any, ...], likely: float) -> int:
-        value = 0
-        for flag in flags:
-            if self._chance.random() < likely and self._caps.supports(flag):
-                value |= flag.value
-        return value
-
-    def _controls(self) -> Iterator[Step]:
-        """Other controls, all legal; bitmaps and masks."""
-        chance, base = self._chance, self._base
-        fields: dict[Field, int] = {}
-        proc = base[Field.CPU_BASED_VM_EXEC_CONTROL] | self._flags(_FREE_PROC, 0.35)
-        proc |= self._flags(_RARE_PROC, 0.04)
-        if chance.random() < (0.85 if self._host else 0.4):
-            proc |= ProcCtl.USE_IO_BITMAPS.value & self._caps.may_be_one(ProcCtl)
-            for place in ("io_bitmap_a", "io_bitmap_b"):
-                yield _memory(place, b"\xff", times=4096)
-                if chance.random() < 0.1:
-                    yield _memory(place, b"\xfe", offset=chance.randrange(4096))
-            if self._host:
-                byte = 0xFF ^ 1 << PAUSE_PORT % 8
-                yield _memory("io_bitmap_a", bytes([byte]), offset=PAUSE_PORT // 8)
-        if proc & ProcCtl.USE_MSR_BITMAPS:
-            yield _memory("msr_bitmap", bytes([chance.choice((0, 0, 0x55, 0xFF))]), times=4096)
-        if Field.SECONDARY_VM_EXEC_CONTROL in base:
-            proc |= ProcCtl.ACTIVATE_SECONDARY_CONTROLS.value
-            second = base[Field.SECONDARY_VM_EXEC_CONTROL] | self._flags(_FREE_PROC2, 0.3)
-            fields[Field.SECONDARY_VM_EXEC_CONTROL] = second
-        fields[Field.CPU_BASED_VM_EXEC_CONTROL] = proc
-        if self._apic or chance.random() < 0.1:
-            pin = base[Field.PIN_BASED_VM_EXEC_CONTROL] | self._flags(_FREE_PIN, 0.6)
-            fields[Field.PIN_BASED_VM_EXEC_CONTROL] = pin
-            fields[Field.GUEST_RFLAGS] = chance.choice((2, 0x202))
-        fields[Field.VM_EXIT_CONTROLS] = base[Field.VM_EXIT_CONTROLS] | self._flags(_FREE_EXIT, 0.3)
-        entry = base[Field.VM_ENTRY_CONTROLS] | self._flags(_FREE_ENTRY, 0.3)
-        fields[Field.VM_ENTRY_CONTROLS] = entry
-        word = chance.getrandbits(32)
-        bitmap_value = chance.choice((0xFFFFFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 0, word))
-        fields[Field.EXCEPTION_BITMAP] = bitmap_value
-        if chance.random() < 0.2:
-            fields[Field.PAGE_FAULT_ERROR_CODE_MASK] = chance.choice((0, 1, 2, 3, 0xFFFFFFFF))
-            fields[Field.PAGE_FAULT_ERROR_CODE_MATCH] = chance.choice((0, 1, 2, 3))
-        for register, bits in (("CR0", 32), ("CR4", 23)):
-            if chance.random() < 0.5:
-                mask = chance.getrandbits(bits) & chance.getrandbits(bits)
-                mask = chance.choice((mask, mask, (1 << 64) - 1, 0))
-                fields[Field[f"{register}_GUEST_HOST_MASK"]] = mask
-                fields[Field[f"{register}_READ_SHADOW"]] = chance.getrandbits(bits)
-        if self._caps.misc.cr3_targets and chance.random() < 0.2:
-            fields[Field.CR3_TARGET_COUNT] = chance.randint(0, self._caps.misc.cr3_targets)
-            fields[Field.CR3_TARGET_VALUE0] = base[Field.GUEST_CR3]
-        yield self._fields(fields)
-
     def _fields(self, fields: Mapping[Field, int]) -> Step:
-        there = {f: v for f, v in fields.items() if self._caps.field_exists(f)}
-        return {"do": "fields", "fields": {field.name: int(v) for field, v in there.items()}}
+        return fields_step(self._caps, fields)
 
     def _again(self) -> Iterator[Step]:
-        yield from self._controls()
+        yield from self._controls.steps()
         yield self._fields({Field.GUEST_RIP: self._base[Field.GUEST_RIP]})
         yield from self._new_code()
 
@@ -281,10 +206,10 @@ class _Draw(L1Code):
         if cr4 & 0xFFFFFFFF & ~(self._caps.cr4_fixed1 | l2code.CR4_RESERVED):
             return
         for label, content in case.memory.items():
-            yield _memory(label, content)
+            yield memory_step(label, content)
         for label, content in base_memory().items():
             if label not in case.memory:
-                yield _memory(label, content)
+                yield memory_step(label, content)
         changes = {f: v & kept(f) for f, v in case.changes.items()}
         for field in (Field.CPU_BASED_VM_EXEC_CONTROL, Field.SECONDARY_VM_EXEC_CONTROL):
             if field in changes:
@@ -337,7 +262,7 @@ class _Draw(L1Code):
         for place, count in MSR_LISTS:
             entries = [chance.choice(LISTED) for _ in range(chance.randint(1, 4))]
             content = b"".join(struct.pack("<IIQ", *entry) for entry in entries)
-            yield _memory(place, content)
+            yield memory_step(place, content)
             yield self._fields({count: chance.choice((len(entries), len(entries), 0))})
         yield from self._new_code()
         yield self._fields({count: 0 for _, count in MSR_LISTS})
@@ -411,8 +336,3 @@ _KINDS: tuple[tuple[Callable[[_Draw], Iterator[Step]], int], ...] = (
     (_Draw._leave, 1),
     (_Draw._msr_lists, 3),
 )
-
-
-def _memory(place: str, content: bytes, *, offset: int = 0, times: int = 1) -> Step:
-    where = {"place": place, "offset": offset}
-    return {"do": "memory", **where, "bytes": content.hex(), "times": times}
