@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import signal
@@ -23,7 +24,7 @@ from kvmnest.lab.debian import NEWEST
 from kvmnest.reports.model import Run
 from kvmnest.reports.progress import Progress, slowest
 from kvmnest.run import last_failed, names, under_settings
-from kvmnest.run.collect import Collected, collect
+from kvmnest.run.collect import Collecting
 from kvmnest.run.judge import Judge
 from kvmnest.run.lab_target import LabTarget
 from kvmnest.run.loop import run_cases
@@ -235,12 +236,30 @@ def _target(
     if options.target == "auto" and not (wants_lab or reason):
         progress.line("target: this machine's /dev/kvm, which offers VMX to guests")
         return LocalTarget(patience=_patience(options))
-    collected = _collected(emulator(options).boot, selection)
-    if reason:
-        progress.line(f"target: the lab, because /dev/kvm cannot run L1: {reason}")
-    if options.kernel is None and options.kvm_modules is None:
-        progress.line("kernel: the newest that Debian has released (--kernel names another)")
-    return _lab(options, progress, {}, lab, collected)
+    modules, paths = split_selection(selection.selected)
+    with contextlib.ExitStack() as ending:
+        collecting = None
+        if not paths:  # files of the user are collected in the guest
+            # While it runs the lab is prepared, which takes about as long.
+            arguments = pytest_arguments(selection, emulator(options).boot, modules, [])
+            collecting = ending.enter_context(Collecting(arguments))
+            if _doubtful(selection, modules):
+                # A kernel that may have to be fetched would be fetched for nothing.
+                found = collecting.result()
+                found.require_cases(selection.selected, selection.keyword, selection.marks)
+        if reason:
+            progress.line(f"target: the lab, because /dev/kvm cannot run L1: {reason}")
+        if options.kernel is None and options.kvm_modules is None:
+            progress.line("kernel: the newest that Debian has released (--kernel names another)")
+        target = _lab(options, progress, {}, lab)
+        target.collected = collecting.result() if collecting else None
+    return target
+
+
+def _doubtful(selection: Selection, modules: Sequence[str]) -> bool:
+    """Whether it may be that nothing is selected of the suite."""
+    names = any("[" in module for module in modules)
+    return bool(selection.keyword or selection.marks or selection.deselected or names)
 
 
 def _patience(options: argparse.Namespace) -> float:
@@ -248,35 +267,14 @@ def _patience(options: argparse.Namespace) -> float:
     return max(120.0, 4 * float(options.budget))
 
 
-def _collected(name: str, selection: Selection) -> Collected | None:
-    """What is selected of the suite, known before a kernel is prepared for it.
-
-    None where that is not in doubt, or files of the user have to be asked, which run in the guest.
-    Raises what ``Collected.require_cases`` raises.
-    """
-    modules, paths = split_selection(selection.selected)
-    doubtful = (
-        selection.keyword
-        or selection.marks
-        or selection.deselected
-        or any("[" in m for m in modules)
-    )
-    if paths or not doubtful:
-        return None
-    collected = collect(pytest_arguments(selection, name, modules, []))
-    collected.require_cases(selection.selected, selection.keyword, selection.marks)
-    return collected
-
-
 def _lab(
     options: argparse.Namespace,
     progress: Progress,
     params: Mapping[str, str],
     make: MakeLab,
-    collected: Collected | None = None,
 ) -> LabTarget:
     newest = options.kernel is None and options.kvm_modules is None
-    target = make(
+    return make(
         kernel=NEWEST if newest else options.kernel,
         kvm_modules=options.kvm_modules,
         kvm_params={**parameters(options.kvm_param), **params},
@@ -285,8 +283,6 @@ def _lab(
         patience=_patience(options),
         on_line=progress.line,
     )
-    target.collected = collected
-    return target
 
 
 def _reference(options: argparse.Namespace) -> Target:

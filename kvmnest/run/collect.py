@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import marshal
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -78,30 +79,70 @@ def collect(arguments: Sequence[str]) -> Collected:
     pytest keeps modules with rewritten assert statements in the cache, where ``compiled.rewritten``
     finds them. Raises LabSetupError if the cache cannot be used.
     """
-    compiled = cache.root() / "pycache"
-    found = _collect(arguments, compiled)
-    if found.broken and compiled.exists():
-        # Python does not look whether what it once compiled is whole.
-        cache.drop(compiled)
-        found = _collect(arguments, compiled)
-        if not found.broken:
-            cache.tell(f"{compiled} is damaged or old, and made again")
-    return found
+    with Collecting(arguments) as collecting:
+        return collecting.result()
 
 
-def _collect(arguments: Sequence[str], compiled: Path) -> Collected:
-    environment = {"PYTHONPYCACHEPREFIX": str(compiled), "PYTHONDONTWRITEBYTECODE": ""}
-    events: list[dict[str, Any]] = []
-    with scratch.folder() as folder:
-        file = Path(folder) / "plan"
-        target = LocalTarget(environment=environment)
-        ended = target.run([*arguments, "--collect-only", *plan_options(file)], events.append)
-        plan = file.read_bytes() if file.is_file() else b""
+class Collecting:
+    """``collect`` in a process that works while something else is done.
+
+    A context manager: what was not waited for is ended.
+    """
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        """Start it. Raises LabSetupError if the cache cannot be used."""
+        self._arguments = arguments
+        self._compiled = cache.root() / "pycache"
+        self._undo = contextlib.ExitStack()
+        self._found: Collected | None = None
+        self._start()
+
+    def __enter__(self) -> Collecting:
+        """Return self."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End it."""
+        self._undo.close()
+
+    def result(self) -> Collected:
+        """Wait for it."""
+        if self._found is None:
+            self._found = self._whole()
+        return self._found
+
+    def _whole(self) -> Collected:
+        found = self._finish()
+        if found.broken and self._compiled.exists():
+            # Python does not look whether what it once compiled is whole.
+            cache.drop(self._compiled)
+            self._start()
+            found = self._finish()
+            if not found.broken:
+                cache.tell(f"{self._compiled} is damaged or old, and made again")
+        return found
+
+    def _start(self) -> None:
+        self._events: list[dict[str, Any]] = []
+        environment = {"PYTHONPYCACHEPREFIX": str(self._compiled), "PYTHONDONTWRITEBYTECODE": ""}
+        self._plan = Path(self._undo.enter_context(scratch.folder())) / "plan"
+        arguments = [*self._arguments, "--collect-only", *plan_options(self._plan)]
+        self._process = LocalTarget(environment=environment).start(arguments, self._events.append)
+        self._undo.callback(self._process.stop)
+
+    def _finish(self) -> Collected:
+        ended = self._process.finish()
+        plan = self._plan.read_bytes() if self._plan.is_file() else b""
         if not plan:
-            return Collected(b"", "", "", 0, events, ended)
+            return Collected(b"", "", "", 0, self._events, ended)
         content = marshal.loads(plan)
-        unsupported = content["unsupported"] or why_not(str(file))
-    count = next((event["count"] for event in events if event["e"] == "collected"), 0)
-    return Collected(
-        b"" if unsupported else plan, unsupported, content["pyc_tail"], count, events, ended
-    )
+        unsupported = content["unsupported"] or why_not(str(self._plan))
+        count = next((event["count"] for event in self._events if event["e"] == "collected"), 0)
+        return Collected(
+            b"" if unsupported else plan,
+            unsupported,
+            content["pyc_tail"],
+            count,
+            self._events,
+            ended,
+        )

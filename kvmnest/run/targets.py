@@ -91,6 +91,10 @@ class LocalTarget:
 
     def run(self, arguments: Sequence[str], on_event: OnEvent, first: int = 0) -> Ended:
         """Run ``python -m pytest ARGUMENTS``; see Target."""
+        return self.start(arguments, on_event, first).finish()
+
+    def start(self, arguments: Sequence[str], on_event: OnEvent, first: int = 0) -> Started:
+        """Start what ``run`` runs."""
         events, events_end = os.pipe()
         output, output_end = os.pipe()
         argv = [sys.executable, "-m", "pytest", *arguments]
@@ -113,22 +117,38 @@ class LocalTarget:
         finally:
             os.close(events_end)
             os.close(output_end)
-        streams = _Streams(events, output, on_event)
+        return Started(process, _Streams(events, output, on_event), self._patience)
+
+
+class Started:
+    """A process of this machine that runs cases; it waits for ``finish`` to hear what it says."""
+
+    def __init__(
+        self, process: subprocess.Popen[bytes], streams: _Streams, patience: float
+    ) -> None:
+        self._process, self._streams, self._patience = process, streams, patience
+
+    def finish(self) -> Ended:
+        """Pass its events on until it ends."""
         try:
-            hung = not streams.pump(self._patience)
+            hung = not self._streams.pump(self._patience)
         finally:
             # Also on Ctrl-C and when on_event raises: nothing of it may stay behind.
-            if process.poll() is None and streams.open:
-                _end(process)
-            streams.close()
-        status = process.wait()
-        tail = streams.tail.decode(errors="replace")
+            self.stop()
+        status = self._process.wait()
+        tail = self._streams.tail.decode(errors="replace")
         if hung:
             why = f"no sign of life for {self._patience:.0f} s, killed"
             return Ended(None, why, tail, "hang")
         if status < 0:
             return Ended(None, f"killed by {signal.Signals(-status).name}", tail)
         return Ended(status, output=tail)
+
+    def stop(self) -> None:
+        """End it, if it is not at its end."""
+        if self._process.poll() is None and self._streams.open:
+            _end(self._process)
+        self._streams.close()
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -177,7 +197,7 @@ class _Streams:
 
     def close(self) -> None:
         """Close what is still open."""
-        for key in list(self._selector.get_map().values()):
+        for key in list((self._selector.get_map() or {}).values()):
             self._selector.unregister(key.fd)
             os.close(key.fd)
         self._selector.close()
