@@ -117,14 +117,14 @@ class LocalTarget:
         finally:
             os.close(events_end)
             os.close(output_end)
-        return Started(process, _Streams(events, output, on_event), self._patience)
+        return Started(process, Streams(events, output, on_event), self._patience)
 
 
 class Started:
     """A process of this machine that runs cases; it waits for ``finish`` to hear what it says."""
 
     def __init__(
-        self, process: subprocess.Popen[bytes], streams: _Streams, patience: float
+        self, process: subprocess.Popen[bytes], streams: Streams, patience: float
     ) -> None:
         self._process, self._streams, self._patience = process, streams, patience
 
@@ -162,7 +162,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         ) from error
 
 
-class _Streams:
+class Streams:
     """The pipes of a running process."""
 
     def __init__(self, events: int, output: int, on_event: OnEvent) -> None:

@@ -28,13 +28,16 @@ CAUSES = {
 }
 
 
+def _require(l1: L1, error: VmxError) -> None:
+    invept = error is VmxError.INVALID_OPERAND_TO_INVEPT_INVVPID
+    if invept and not l1.caps.supports(EptVpidCap.INVEPT):
+        pytest.skip("needs EptVpidCap.INVEPT: IA32_VMX_EPT_VPID_CAP allows only 0")
+
+
 @pytest.mark.parametrize("error", CAUSES, ids=lambda error: f"{error.value}-{error.name}")
 def test_error(l1: L1, error: VmxError) -> None:
     """The instruction fails with this number, and the number stays until the next failure."""
-    if error is VmxError.INVALID_OPERAND_TO_INVEPT_INVVPID and not l1.caps.supports(
-        EptVpidCap.INVEPT
-    ):
-        pytest.skip("needs EptVpidCap.INVEPT: IA32_VMX_EPT_VPID_CAP allows only 0")
+    _require(l1, error)
     l1.launchable()
     assert l1.vmlaunch() == Exit(ExitReason.VMCALL)
     assert CAUSES[error](l1) == VMfailValid(error)
@@ -44,10 +47,7 @@ def test_error(l1: L1, error: VmxError) -> None:
 @pytest.mark.parametrize("error", CAUSES, ids=lambda error: f"{error.value}-{error.name}")
 def test_error_without_current_vmcs(l1: L1, error: VmxError) -> None:
     """Without a current VMCS the same failure is VMfailInvalid."""
-    if error is VmxError.INVALID_OPERAND_TO_INVEPT_INVVPID and not l1.caps.supports(
-        EptVpidCap.INVEPT
-    ):
-        pytest.skip("needs EptVpidCap.INVEPT: IA32_VMX_EPT_VPID_CAP allows only 0")
+    _require(l1, error)
     l1.enter_vmx()
     assert CAUSES[error](l1) == VMfailInvalid()
 
@@ -94,11 +94,22 @@ def test_success_keeps_the_number(l1: L1) -> None:
     assert l1.vmread(Field.VM_INSTRUCTION_ERROR) == Succeed(5)
 
 
-def test_failure_belongs_to_the_current_vmcs(l1: L1) -> None:
-    """The number is written to the VMCS that is current when the instruction fails."""
-    first = l1.launchable()
-    assert l1.vmresume() == VMfailValid(VmxError.VMRESUME_NONLAUNCHED_VMCS)
-    l1.load_vmcs("vmcs_b")
-    assert l1.vmxon() == VMfailValid(VmxError.VMXON_IN_ROOT)
-    assert l1.vmptrld(first.address) == Succeed()
-    assert l1.vmread(Field.VM_INSTRUCTION_ERROR) == Succeed(5)
+@pytest.mark.parametrize("error", CAUSES, ids=lambda error: f"{error.value}-{error.name}")
+def test_failure_belongs_to_the_current_vmcs(l1: L1, error: VmxError) -> None:
+    """The number is written to the VMCS that is current; the others keep theirs."""
+    _require(l1, error)
+    current = l1.launchable()
+    assert l1.vmlaunch() == Exit(ExitReason.VMCALL)
+    others = [l1.prepare_region(page) for page in (l1.sym("vmcs_c"), l1.alloc())]
+    for other in others:
+        assert l1.vmclear(other) == Succeed()
+        assert l1.vmptrld(other) == Succeed()
+        assert l1.vmresume() == VMfailValid(VmxError.VMRESUME_NONLAUNCHED_VMCS)
+    assert l1.vmptrld(current.address) == Succeed()
+    assert CAUSES[error](l1) == VMfailValid(error)
+    assert l1.vmread(Field.VM_INSTRUCTION_ERROR) == Succeed(error)
+    for other in others:
+        assert l1.vmptrld(other) == Succeed()
+        assert l1.vmread(Field.VM_INSTRUCTION_ERROR) == Succeed(5)
+    assert l1.vmptrld(current.address) == Succeed()
+    assert l1.vmread(Field.VM_INSTRUCTION_ERROR) == Succeed(error)

@@ -181,6 +181,28 @@ def test_unsupported_field(l1: L1) -> None:
         assert flags(_do(shadowing, name, SOME[0])) == 0
 
 
+@BOTH
+@pytest.mark.sdm("VM Instruction Error Numbers")
+def test_error_of_l2_belongs_to_its_vmcs(l1: L1, name: str) -> None:
+    """The number is written to the VMCS that runs L2, to no shadow VMCS and no other one."""
+    shadowing = Shadowing(l1)
+    linked, error = shadowing.region, Field.VM_INSTRUCTION_ERROR
+    others = [linked, l1.sym("vmcs_c"), l1.alloc()]
+    for region, shadow in zip(others[1:], (SHADOW, 0), strict=True):
+        l1.prepare_region(region, l1.caps.basic.revision_id | shadow)
+        assert l1.vmclear(region) == Succeed()
+    for region in others:
+        assert l1.vmptrld(region) == Succeed()
+        assert l1.vmxon() == VMfailValid(VmxError.VMXON_IN_ROOT)
+        assert l1.vmclear(region) == Succeed()
+    assert l1.vmptrld(shadowing.guest.vmcs.address) == Succeed()
+    assert flags(_do(shadowing, name, ABSENT)) == ZF
+    assert l1.vmread(error) == Succeed(VmxError.UNSUPPORTED_VMCS_COMPONENT)
+    for region in others:
+        shadowing.region = region
+        assert shadowing.content(error) == {error: VmxError.VMXON_IN_ROOT}
+
+
 def test_read_only_field(l1: L1) -> None:
     """A VMWRITE of exit information works or fails as IA32_VMX_MISC says."""
     shadowing = Shadowing(l1)
