@@ -123,9 +123,7 @@ class LocalTarget:
 class Started:
     """A process of this machine that runs cases; it waits for ``finish`` to hear what it says."""
 
-    def __init__(
-        self, process: subprocess.Popen[bytes], streams: Streams, patience: float
-    ) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], streams: Streams, patience: float) -> None:
         self._process, self._streams, self._patience = process, streams, patience
 
     def finish(self) -> Ended:
