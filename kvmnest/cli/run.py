@@ -62,7 +62,8 @@ def run(options: argparse.Namespace, lab: MakeLab = LabTarget) -> int:
     for name in ("maxfail", "durations"):
         if getattr(options, name) < 0:
             raise UsageError(f"--{name} must not be negative")
-    selected = last_failed.narrow(options.selected) if options.last_failed else options.selected
+    failed = last_failed.among(options.selected) if options.last_failed else []
+    selected = failed or options.selected
     split_selection(selected)  # a name that is nothing is told at once
     chosen = _settings(options)
     if options.jobs is not None and options.jobs < 1:
@@ -74,6 +75,8 @@ def run(options: argparse.Namespace, lab: MakeLab = LabTarget) -> int:
         verbose=options.verbose,
         colour={"yes": True, "no": False}.get(options.color),
     )
+    if options.last_failed and not failed:
+        progress.line("--lf: none of these failed the last time, so all of them run")
     selection = Selection(
         selected=selected,
         keyword=options.keyword,

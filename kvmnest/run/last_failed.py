@@ -19,8 +19,8 @@ from kvmnest.schema import TEXTS
 _SUITE = Path(__file__).parent.parent / "suite"
 
 
-def narrow(selected: Sequence[str]) -> list[str]:
-    """Of ``selected`` (empty: the suite) the ids that failed last; all of it if none did.
+def among(selected: Sequence[str]) -> list[str]:
+    """The ids of ``selected`` that failed last; empty: of the suite and of files below this folder.
 
     A case that is no longer in its file is forgotten.
     """
@@ -29,12 +29,12 @@ def narrow(selected: Sequence[str]) -> list[str]:
         wanted = tuple(_whole(name) for name in selected)
         failed = [name for name in failed if name.startswith(wanted)]
     else:
-        failed = [name for name in failed if not name.startswith("/")]
+        failed = [name for name in failed if not name.startswith("/") or _is_below_here(name)]
     if any("[" in name and not name.startswith("/") for name in failed):
         # The parameters of a case may have become others since.
         ids = {case.id for case in listing.cases([])}
         failed = [name for name in failed if name.startswith("/") or name in ids]
-    return failed or list(selected)
+    return failed
 
 
 def remember(run: Run) -> None:
@@ -78,6 +78,10 @@ def _exists(name: str) -> bool:
     except (OSError, ValueError):
         return False
     return re.search(rf"\bdef {re.escape(function)}\(", text) is not None
+
+
+def _is_below_here(name: str) -> bool:
+    return Path(name.partition("::")[0]).is_relative_to(Path.cwd())
 
 
 def _path() -> Path:

@@ -204,7 +204,7 @@ def of_a_cell(path: Path) -> None:
 def note_of_failures(path: Path) -> None:
     place = cache.root() / "last-failed.json"
     place.write_bytes(path.read_bytes())
-    assert all(isinstance(name, str) for name in last_failed.narrow([]))
+    assert all(isinstance(name, str) for name in last_failed.among([]))
 
 
 def toml(name: str) -> Callable[[], bytes]:

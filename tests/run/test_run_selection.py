@@ -79,7 +79,7 @@ def test_stops_as_asked(sample, capsys, options, expected):
     assert ET.parse("o.xml").getroot().get("errors") == "0"
 
 
-def test_last_failed(sample):
+def test_last_failed(sample, capsys):
     assert sample("-x")[1] == dict([A, B])
     assert sample("--lf")[1] == dict([B])
     assert sample()[1] == dict([A, B, C, D])
@@ -88,7 +88,19 @@ def test_last_failed(sample):
     text = Path("test_sample.py").read_text().replace("assert 0", "assert 1")
     Path("test_sample.py").write_text(text)
     assert sample("--lf")[1] == {"test_b": "passed", "test_c": "passed"}
-    assert len(sample("--lf")[1]) == 4  # nothing failed the last time
+    capsys.readouterr()
+    assert len(sample("--lf")[1]) == 4
+    assert "--lf: none of these failed the last time" in capsys.readouterr().out
+
+
+def test_last_failed_of_files_below_this_folder(sample, monkeypatch):
+    """Without names, --lf means the files of this folder too."""
+    here = Path.cwd()
+    assert sample("-x")[1] == dict([A, B])
+    assert last_failed.among([]) == [f"{here}/test_sample.py::test_b"]
+    (here / "elsewhere").mkdir()
+    monkeypatch.chdir(here / "elsewhere")
+    assert last_failed.among([]) == []
 
 
 def test_last_failed_of_a_case_that_is_gone(sample):
@@ -126,9 +138,9 @@ def test_last_failed_of_a_suite_that_has_no_such_case(tmp_path, monkeypatch, nam
     folder.mkdir(parents=True)
     good = "test_vpid.py::test_two_guests[no-vpid-no-ept]"
     (folder / "last-failed.json").write_text(json.dumps([name, good]))
-    assert last_failed.narrow([]) == [good]
-    assert last_failed.narrow(["test_two_guests"]) == [good]
-    assert last_failed.narrow(["test_vmxon.py"]) == ["test_vmxon.py"]
+    assert last_failed.among([]) == [good]
+    assert last_failed.among(["test_two_guests"]) == [good]
+    assert last_failed.among(["test_vmxon.py"]) == []
 
 
 @pytest.mark.parametrize("text", [b"", b"[", b"{}", b"[1]", b"\xff", b"[" * 100_000])
